@@ -1,0 +1,56 @@
+# `make demo` and `make test` each do everything from a fresh clone, .venv included.
+
+PYTHON ?= python3
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+CONSTRAINTS := .ci/constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format parity bench clean
+
+help: ## Print this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@echo
+	@echo "  PYTHON=python3.13     the interpreter that makes $(VENV) (3.11 or newer)"
+	@echo "  ARGS=\"-k decoder\"     more arguments for test, parity and bench"
+
+install: $(STAMP) ## Make .venv with the package, its tests and the parity check (the others do it when needed)
+
+demo: $(STAMP) ## Segment the embedded default video into demo_output/
+	$(BIN)/m2f-video demo --output demo_output
+
+test: $(STAMP) ## Run the fast test suite
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP) ## Check style and types, change nothing
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(STAMP) ## Format the code and fix what ruff can fix
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+parity: $(STAMP) ## Compare every stage with the reference on random weights, in float32 and in float64
+	$(BIN)/m2f-video parity --random 0 $(ARGS)
+	$(BIN)/m2f-video parity --random 0 --dtype float64 $(ARGS)
+
+bench: $(STAMP) ## Measure speed
+	$(BIN)/python benchmarks/speed.py $(ARGS)
+
+clean: ## Remove caches and outputs, keep .venv
+	rm -rf demo_output build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -exec rm -rf {} +
+
+# The stamp is touched last, so an install that broke off is taken up again by the next call.
+$(STAMP): pyproject.toml $(CONSTRAINTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo "m2f-video needs Python 3.11 or newer, and '$(PYTHON)' is not that:" \
+			"$$($(PYTHON) --version 2>&1). Name one, e.g. 'make install PYTHON=python3.13'." >&2; \
+		exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c $(CONSTRAINTS) -e '.[test,parity]'
+	@touch $@
