@@ -1,0 +1,300 @@
+"""Config translation: equal after a round trip, and every field that does not fit is named."""
+
+import copy
+import json
+
+import pytest
+
+from weights_convert import ConversionError, hf_config_from_native, native_config_from_hf, to_native_config
+
+
+def set_field(config, path, value):
+    *parents, name = path.split(".")
+    for parent in parents:
+        config = config[parent]
+    config[name] = value
+
+
+def published():
+    """As the published video checkpoints: class names that no release has, and more fields than matter here."""
+    return {
+        "architectures": ["VideoMask2FormerForVideoSegmentation"],
+        "model_type": "mask2former",
+        "backbone_config": {
+            "model_type": "swin",
+            "depths": [2, 2, 6, 2],
+            "id2label": {"0": "tench", "1": "goldfish"},
+            "drop_path_rate": 0.3,
+            "image_size": 224,
+            "out_features": ["stage1", "stage2", "stage3", "stage4"],
+            "out_indices": [1, 2, 3, 4],
+        },
+        "backbone": None,
+        "decoder_layers": 10,
+        "id2label": {str(at): f"class {at}" for at in range(40)},
+        "num_queries": 100,
+        "torch_dtype": "float32",
+        "transformers_version": "4.29.0.dev0",
+    }
+
+
+def processor():
+    return {
+        "_max_size": 1333,
+        "image_processor_type": "VideoMask2FormerImageProcessor",
+        "do_resize": True,
+        "do_rescale": True,
+        "do_normalize": True,
+        "image_mean": [0.48500001430511475, 0.4560000002384186, 0.4059999883174896],
+        "image_std": [0.2290000021457672, 0.2239999920129776, 0.22499999403953552],
+        "ignore_index": 255,
+        "num_labels": 40,
+        "reduce_labels": False,
+        "resample": 2,
+        "rescale_factor": 0.00392156862745098,
+        "size": {"longest_edge": 1333, "shortest_edge": 480},
+        "size_divisor": 32,
+    }
+
+
+def test_published_config():
+    native = native_config_from_hf(published(), processor())
+    assert native["temporal"] == "joint"
+    assert native["labels"] == [f"class {at}" for at in range(40)]
+    assert native["transformer_decoder"] == {
+        "hidden_dim": 256,
+        "num_queries": 100,
+        "num_layers": 9,
+        "num_heads": 8,
+        "ffn_dim": 2048,
+    }
+    assert native["pixel_decoder"]["num_layers"] == 6
+    assert native["backbone"] == {
+        "type": "swin",
+        "embed_dim": 96,
+        "depths": [2, 2, 6, 2],
+        "num_heads": [3, 6, 12, 24],
+        "window_size": 7,
+        "mlp_ratio": 4.0,
+        "qkv_bias": True,
+        "drop_path_rate": 0.3,
+    }
+    assert native["preprocessing"]["shortest_edge"] == 480
+    assert native["preprocessing"]["image_mean"] == processor()["image_mean"]
+
+
+@pytest.mark.parametrize(
+    ("architectures", "temporal", "expected"),
+    [
+        (["VideoMask2FormerForVideoSegmentation"], None, "joint"),
+        (["VideoMask2FormerForVideoSegmentation"], "per_frame", "per_frame"),
+        (["Mask2FormerForUniversalSegmentation"], None, "per_frame"),
+        (["Mask2FormerForUniversalSegmentation"], "joint", "joint"),
+        (None, None, "per_frame"),
+    ],
+)
+def test_temporal_comes_from_the_architecture(architectures, temporal, expected):
+    config = published() | {"architectures": architectures}
+    assert native_config_from_hf(config, temporal=temporal)["temporal"] == expected
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"temporal": "per_frame"},
+        {"preprocessing.fit": "resize", "preprocessing.size_divisor": 64},
+        {"preprocessing.image_mean": [0.1, 0.2, 0.3]},
+        {"preprocessing.fixed_size": [480, 640]},
+        {"pixel_decoder.hidden_dim": 96, "pixel_decoder.mask_dim": 32, "transformer_decoder.hidden_dim": 128},
+        {"pixel_decoder.dropout": 0.1, "backbone.qkv_bias": False, "backbone.mlp_ratio": 2.5},
+        {"pixel_decoder.num_heads": 4, "transformer_decoder.num_heads": 4},
+        {"labels": ["one", "two", "one"]},
+    ],
+)
+def test_round_trip_is_equal(config, changes):
+    for path, value in changes.items():
+        set_field(config, path, value)
+    before = copy.deepcopy(config)
+    hf, preprocessor = json.loads(json.dumps(hf_config_from_native(config)))
+    assert native_config_from_hf(hf, preprocessor) == config
+    assert config == before
+
+
+def test_round_trip_of_fixed_size_forgets_the_edges(config):
+    config["preprocessing"] |= {"fixed_size": [480, 640], "shortest_edge": 360}
+    assert native_config_from_hf(*hf_config_from_native(config))["preprocessing"]["shortest_edge"] == 480
+
+
+def test_results_are_independent_of_each_other(config):
+    hf_config_from_native(config)[0]["feature_strides"].append(64)
+    hf_config_from_native(config)[0]["backbone_config"]["out_features"].append("stage5")
+    native_config_from_hf(published())["preprocessing"]["image_mean"].append(1)
+    assert hf_config_from_native(config)[0]["feature_strides"] == [4, 8, 16, 32]
+    assert len(hf_config_from_native(config)[0]["backbone_config"]["out_features"]) == 4
+    assert len(native_config_from_hf(published())["preprocessing"]["image_mean"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("model_type", "maskformer"),
+        ("pre_norm", True),
+        ("activation_function", "gelu"),
+        ("common_stride", 8),
+        ("feature_strides", [8, 16, 32, 64]),
+        ("enforce_input_projection", True),
+        ("backbone_config.model_type", "resnet"),
+        ("backbone_config.use_absolute_embeddings", True),
+        ("backbone_config.hidden_act", "relu"),
+        ("backbone_config.num_channels", 4),
+        ("backbone_config.patch_size", 2),
+        ("backbone_config.layer_norm_eps", 1e-6),
+        ("backbone_config.hidden_dropout_prob", 0.1),
+        ("backbone_config.depths", [2, 2, 6]),
+        ("backbone_config.embed_dim", "96"),
+        ("backbone_config.qkv_bias", 1),
+        ("backbone_config.drop_path_rate", float("nan")),
+        ("num_queries", 0),
+        ("num_queries", True),
+        ("hidden_dim", 256.0),
+    ],
+)
+def test_what_the_native_model_cannot_represent_is_named(path, value):
+    config = published()
+    set_field(config, path, value)
+    with pytest.raises(ConversionError) as error:
+        native_config_from_hf(config)
+    assert path in str(error.value)
+    assert repr(value) in str(error.value)
+
+
+def test_enforced_projection_between_unequal_widths_is_what_is_built_anyway():
+    config = published() | {"hidden_dim": 128, "enforce_input_projection": True}
+    assert native_config_from_hf(config)["transformer_decoder"]["hidden_dim"] == 128
+
+
+@pytest.mark.parametrize("name", ["model_type", "backbone_config"])
+def test_missing_field_is_named(name):
+    config = published()
+    del config[name]
+    with pytest.raises(ConversionError, match=f"{name} is missing"):
+        native_config_from_hf(config)
+
+
+@pytest.mark.parametrize(
+    "outputs",
+    [
+        {"out_features": None, "out_indices": None},
+        {"out_features": ["stage2", "stage3", "stage4"], "out_indices": None},
+        {"out_features": ["stage1", "stage2", "stage3", "stage4"], "out_indices": [0, 1, 2, 3]},
+    ],
+)
+def test_backbone_must_give_all_stages(outputs):
+    config = published()
+    config["backbone_config"] |= outputs
+    with pytest.raises(ConversionError, match="all four stages in out_features"):
+        native_config_from_hf(config)
+
+
+@pytest.mark.parametrize("id2label", [{}, {"1": "a", "2": "b"}, {"0": "a", "2": "b"}, ["a"], {"0": "a", "00": "b"}])
+def test_labels_must_be_contiguous(id2label):
+    with pytest.raises(ConversionError, match="id2label must map 0, 1"):
+        native_config_from_hf(published() | {"id2label": id2label})
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"size": {"height": 384, "width": 640}}, {"fixed_size": [384, 640], "shortest_edge": 480}),
+        ({"size": {"shortest_edge": 360}, "_max_size": 640}, {"shortest_edge": 360, "longest_edge": 640}),
+        ({"size": 360, "max_size": 600}, {"shortest_edge": 360, "longest_edge": 600}),
+    ],
+)
+def test_processor_sizes(changes, expected):
+    base = {key: value for key, value in processor().items() if key not in ("size", "_max_size")}
+    native = native_config_from_hf(published(), base | changes)["preprocessing"]
+    assert native | expected == native
+
+
+def test_processor_that_says_nothing_takes_the_defaults_of_transformers():
+    native = native_config_from_hf(published(), {})["preprocessing"]
+    assert (native["shortest_edge"], native["longest_edge"], native["size_divisor"]) == (800, 1333, 32)
+    assert native_config_from_hf(published())["preprocessing"]["shortest_edge"] == 480
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("do_resize", False),
+        ("do_normalize", False),
+        ("do_rescale", False),
+        ("resample", 3),
+        ("rescale_factor", 1.0),
+        ("rescale_factor", None),
+        ("size", {"longest_edge": 1333}),
+        ("size", {"shortest_edge": 0, "longest_edge": 1333}),
+        ("size", "large"),
+        ("size_divisor", 0),
+        ("image_mean", [0.5]),
+        ("image_std", [0.5, 0.5, "0.5"]),
+    ],
+)
+def test_processor_that_cannot_be_represented_is_named(name, value):
+    with pytest.raises(ConversionError, match=f"preprocessor: {name}"):
+        native_config_from_hf(published(), processor() | {name: value})
+
+
+def test_processor_without_longest_edge_is_named():
+    bare = {"size": {"shortest_edge": 480}}
+    with pytest.raises(ConversionError, match=r"size\.longest_edge = None"):
+        native_config_from_hf(published(), bare)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("model_type", "mask2former"),
+        ("format_version", 2),
+        ("backbone", {"type": "timm", "name": "resnet50"}),
+        ("backbone.patch_size", 2),
+        ("pixel_decoder.num_points", 8),
+        ("pixel_decoder.num_heads", 4),
+        ("pixel_decoder.ffn_dim", -1),
+        ("pixel_decoder.new_switch", True),
+        ("transformer_decoder.attention", "pooled"),
+        ("temporal", "windowed"),
+        ("labels", []),
+        ("labels", "person"),
+        ("preprocessing.fixed_size", [480]),
+        ("preprocessing.image_std", None),
+        ("preprocessing.crop", 3),
+    ],
+)
+def test_what_transformers_cannot_express_is_named(config, path, value):
+    set_field(config, path, value)
+    with pytest.raises(ConversionError, match=path):
+        hf_config_from_native(config)
+
+
+@pytest.mark.parametrize(
+    "path", ["backbone.embed_dim", "pixel_decoder.num_heads", "temporal", "labels", "preprocessing.fit"]
+)
+def test_missing_native_field_is_named(config, path):
+    parent, _, name = path.rpartition(".")
+    del (config[parent] if parent else config)[name]
+    with pytest.raises(ConversionError, match=f"{path} is missing"):
+        hf_config_from_native(config)
+
+
+def test_either_kind_of_config_gives_a_native_one(config):
+    assert to_native_config(config) == config
+    assert to_native_config(config, temporal="per_frame")["temporal"] == "per_frame"
+    assert config["temporal"] == "joint"
+    assert to_native_config(published(), processor()) == native_config_from_hf(published(), processor())
+    with pytest.raises(ConversionError, match="model_type is missing"):
+        to_native_config({})
+    with pytest.raises(ConversionError, match="format_version = 9"):
+        to_native_config(config | {"format_version": 9})
+    with pytest.raises(ConversionError, match="temporal = 'windowed' is unknown"):
+        to_native_config(config, temporal="windowed")

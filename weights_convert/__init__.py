@@ -1,0 +1,29 @@
+"""Checkpoint conversion between the native format and foreign ones: state dicts in, state dicts out, no model code.
+
+    checkpoint = read_checkpoint("folder-or-file")     # safe: nothing in the file is executed
+    weights = to_native(checkpoint.state_dict)
+    config = to_native_config(checkpoint.config, checkpoint.preprocessor)
+    write_checkpoint("native-folder", weights, config)
+
+Command line: ``python -m weights_convert SRC DST [--to native|hf]``.
+"""
+
+from weights_convert.checkpoints import Checkpoint, read_checkpoint, read_config, write_checkpoint
+from weights_convert.configs import hf_config_from_native, native_config_from_hf, to_native_config
+from weights_convert.convert import detect_format, from_native, to_native
+from weights_convert.errors import CheckpointError, ConversionError
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "ConversionError",
+    "detect_format",
+    "from_native",
+    "hf_config_from_native",
+    "native_config_from_hf",
+    "read_checkpoint",
+    "read_config",
+    "to_native",
+    "to_native_config",
+    "write_checkpoint",
+]

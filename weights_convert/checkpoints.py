@@ -1,0 +1,240 @@
+"""Checkpoint files and folders: read any known kind safely, write safetensors atomically."""
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from weights_convert.convert import detect_format
+from weights_convert.errors import CheckpointError
+from weights_convert.pickles import BROKEN_PICKLE, REFUSED, PickledTensor, load_pickle
+from weights_convert.rules import StateDict
+
+Json = dict[str, Any]
+
+CONFIG_NAME = "config.json"
+PREPROCESSOR_NAME = "preprocessor_config.json"
+WEIGHTS_NAME = "model.safetensors"
+_WEIGHTS = (WEIGHTS_NAME, WEIGHTS_NAME + ".index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+_TORCH_LEGACY = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the magic number torch.save wrote before its zip files
+_LFS_POINTER = b"version https://git-lfs"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What `read_checkpoint` found.
+
+    Attributes:
+        state_dict: Tensors by key, as named in the file.
+        config: The content of config.json as it is, or None where there is none.
+        preprocessor: The content of preprocessor_config.json, or None.
+        format: The format of the keys, see `weights_convert.detect_format`.
+    """
+
+    state_dict: StateDict
+    config: Json | None
+    preprocessor: Json | None
+    format: str
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Read weights, and the configs beside them, from a folder or a file of any known kind.
+
+    Nothing in the file is executed. The kind of a file is told from its content, not from its name.
+
+    Args:
+        path: A folder with model.safetensors or pytorch_model.bin (whole, or sharded with an index), or one file:
+            safetensors, torch.save (new and old), or a plain pickle of arrays or tensors. State dicts under ``model``
+            or ``state_dict`` are unwrapped.
+
+    Returns:
+        The checkpoint, on the CPU. A single file has no configs.
+
+    Raises:
+        CheckpointError: If the path is missing, the file damaged, unsafe or no checkpoint, or a weight is not finite.
+        ConversionError: If the keys are of no known format.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist; give a checkpoint file or folder")
+    try:
+        if path.is_dir():
+            state_dict = _read_folder(path)
+            config, preprocessor = read_config(path / CONFIG_NAME) if (path / CONFIG_NAME).exists() else (None, None)
+        else:
+            state_dict, config, preprocessor = _read_file(path), None, None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    _check_values(path, state_dict)
+    return Checkpoint(state_dict, config, preprocessor, detect_format(state_dict))
+
+
+def read_config(path: str | os.PathLike[str]) -> tuple[Json, Json | None]:
+    """Read a config.json, native or foreign, and the preprocessor_config.json beside it if there is one.
+
+    Raises:
+        CheckpointError: If the file is missing or not a JSON object.
+    """
+    path = Path(path)
+    beside = path.parent / PREPROCESSOR_NAME
+    return _read_json(path), _read_json(beside) if beside.exists() else None
+
+
+def write_checkpoint(
+    folder_or_file: str | os.PathLike[str],
+    state_dict: Mapping[str, torch.Tensor],
+    config: Json | None = None,
+    preprocessor: Json | None = None,
+) -> None:
+    """Write a checkpoint: all files beside the target first, then each renamed into place.
+
+    A failed or interrupted write changes nothing and leaves nothing behind.
+
+    Args:
+        folder_or_file: A file name ending in ``.safetensors`` for the weights alone; anything else is a folder.
+        state_dict: Tensors by key; they may share memory, sit on any device and be non-contiguous.
+        config: Written as config.json; a folder needs one.
+        preprocessor: Written as preprocessor_config.json.
+
+    Raises:
+        CheckpointError: If a folder is given without a config, or the target cannot be written.
+    """
+    target = Path(folder_or_file)
+    weights_only = target.suffix == ".safetensors"
+    if not weights_only and config is None:
+        raise CheckpointError(f"{target} is to be a folder, which needs a config; give one, or a .safetensors file")
+    folder = target.parent if weights_only else target
+    texts = {} if weights_only else {PREPROCESSOR_NAME: preprocessor, CONFIG_NAME: config}
+    created = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    done = False
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=folder, prefix=".writing-") as staging:
+            for name, content in texts.items():
+                if content is not None:
+                    Path(staging, name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            weights = Path(staging, target.name if weights_only else WEIGHTS_NAME)
+            weights.touch()
+            mode = weights.stat().st_mode  # save_file would leave it readable by its owner only
+            copies = {
+                key: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+                for key, tensor in state_dict.items()
+            }
+            save_file(copies, weights, metadata={"format": "pt"})
+            weights.chmod(mode)
+            for ready in sorted(Path(staging).iterdir()):
+                ready.replace(folder / ready.name)
+        done = True
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{target} cannot be written: {error}") from error
+    finally:
+        if not done:
+            for parent in created:
+                with suppress(OSError):
+                    parent.rmdir()
+
+
+def _read_json(path: Path) -> Json:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:  # bad JSON or bad UTF-8
+        raise CheckpointError(f"{path} is not valid JSON ({error}); fetch it again") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, but holds a {type(content).__name__}")
+    return content
+
+
+def _read_folder(folder: Path) -> StateDict:
+    found = next((folder / name for name in _WEIGHTS if (folder / name).exists()), None)
+    if found is None:
+        raise CheckpointError(f"{folder} holds no weights; one of {', '.join(_WEIGHTS)} must be there")
+    return _read_shards(found) if found.name.endswith(".index.json") else _read_file(found)
+
+
+def _read_shards(index: Path) -> StateDict:
+    places = _read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise CheckpointError(f"{index} has no weight_map of keys to file names; fetch it again")
+    state_dict: StateDict = {}
+    for name in sorted(set(places.values())):
+        if Path(name).name != name:
+            raise CheckpointError(f"{index} names {name!r}, which is outside its folder; do not trust this checkpoint")
+        if not (index.parent / name).exists():
+            raise CheckpointError(f"{index.parent / name} is missing, which {index.name} names; fetch it")
+        state_dict |= _read_file(index.parent / name)
+    if missing := sorted(places.keys() - state_dict.keys()):
+        raise CheckpointError(f"{index} names {missing[0]} (of {len(missing)}), which no shard holds; fetch them again")
+    return state_dict
+
+
+def _read_file(path: Path) -> StateDict:
+    with path.open("rb") as file:
+        head = file.read(32)
+    if not head:
+        raise CheckpointError(f"{path} is empty; fetch it again")
+    if head.startswith(_LFS_POINTER):
+        raise CheckpointError(f"{path} is a pointer to a git-lfs file; run `git lfs pull`")
+    if head[8:9] == b"{":
+        try:
+            return dict(load_file(path))
+        except SafetensorError as error:
+            raise CheckpointError(f"{path} is a damaged safetensors file ({error}); fetch it again") from error
+    if head.startswith(b"PK") or _TORCH_LEGACY in head:
+        return _unwrapped(path, _load_torch(path))
+    if head[:1] not in (b"\x80", b"(", b"c", b"}"):  # how pickles of any protocol begin
+        raise CheckpointError(f"{path} is not a checkpoint; give safetensors, a torch.save file or a pickle of weights")
+    try:
+        content = load_pickle(path.read_bytes())
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    return _unwrapped(path, content)
+
+
+def _load_torch(path: Path) -> object:
+    try:
+        with path.open("rb") as file:
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except BROKEN_PICKLE as error:
+        if asked := re.search(r"GLOBAL (\S+)", str(error)):  # torch's own message advises to load it unsafely
+            raise CheckpointError(f"{path}: {REFUSED.format(asked[1])}") from error
+        raise CheckpointError(f"{path} is a damaged torch file ({type(error).__name__}); fetch it again") from error
+
+
+def _unwrapped(path: Path, content: object) -> StateDict:
+    for _ in range(3):  # {"model": {"state_dict": ...}} at the deepest
+        if isinstance(content, dict):
+            inner = (content.get(name) for name in ("model", "state_dict"))
+            content = next((value for value in inner if isinstance(value, dict)), content)
+    if not isinstance(content, dict) or not content:
+        raise CheckpointError(f"{path} holds no state dict but a {type(content).__name__}; save a model's state dict")
+    state_dict: StateDict = {}
+    for key, value in content.items():
+        tensor = value.tensor if isinstance(value, PickledTensor) else value
+        if not isinstance(key, str) or not isinstance(tensor, torch.Tensor):
+            raise CheckpointError(f"{path}: {key!r} is a {type(tensor).__name__}, not a tensor; keep only weights")
+        state_dict[key] = tensor
+    return state_dict
+
+
+def _check_values(path: Path, state_dict: StateDict) -> None:
+    for key, tensor in state_dict.items():
+        if tensor.nbytes > tensor.untyped_storage().nbytes():  # a stride of 0 makes any size of a few bytes
+            raise CheckpointError(f"{path}: {key} claims more values than the file holds; save it contiguous")
+        values = tensor.float() if tensor.element_size() == 1 else tensor  # float8 has no isfinite
+        if tensor.is_floating_point() and not bool(torch.isfinite(values).all()):
+            raise CheckpointError(
+                f"{path}: {key} has {int((~torch.isfinite(values)).sum())} NaN or infinite values of {tensor.numel()}; "
+                "the training diverged or the file is damaged: take an earlier checkpoint"
+            )

@@ -1,0 +1,140 @@
+"""The command line: parse, call the library, print what was mapped."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from weights_convert.checkpoints import WEIGHTS_NAME, Checkpoint, read_checkpoint, read_config, write_checkpoint
+from weights_convert.configs import hf_config_from_native, to_native_config
+from weights_convert.convert import Translation, export_state_dict, import_state_dict
+from weights_convert.errors import ConversionError
+from weights_convert.rules import StateDict
+
+_DESCRIPTION = """\
+Convert Video Mask2Former weights. SRC may be
+  - a folder or file of transformers (old or current key names, model.safetensors or pytorch_model.bin, sharded too),
+  - an original checkpoint of the research code (.pkl or .pth; detectron2 key names),
+  - a Swin classifier of timm or of its authors (gives the backbone only),
+  - a native folder or file.
+Its kind is told from its content. Nothing in it is executed. The numbers are carried over bit for bit, and a key that
+no rule knows is an error. DST is a folder (config.json and model.safetensors), or a name ending in .safetensors for
+the weights alone.
+
+examples:
+  python -m weights_convert video-mask2former-swin-tiny/ native/
+  python -m weights_convert model_final.pkl native/ --config video-mask2former-swin-tiny/config.json
+  python -m weights_convert model_final.pkl weights.safetensors
+  python -m weights_convert native/ for-transformers/ --to hf
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: Arguments without the program's name; None takes those of the process.
+
+    Returns:
+        0, or 2 for bad input (one line on stderr), or 130 when interrupted.
+    """
+    args = _parser().parse_args(argv)
+    try:
+        _convert(args.src, args.dst, args.to, args.config, args.temporal)
+    except ConversionError as error:
+        print(f"weights_convert: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("weights_convert: interrupted, nothing written", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m weights_convert",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("src", metavar="SRC", type=Path, help="checkpoint folder or file")
+    parser.add_argument("dst", metavar="DST", type=Path, help="folder to write, or a .safetensors file")
+    parser.add_argument("--to", choices=("native", "hf"), default="native", help="format to write (default: native)")
+    parser.add_argument(
+        "--config", metavar="FILE", type=Path, help="config.json, native or of transformers, for a SRC without one"
+    )
+    parser.add_argument(
+        "--temporal",
+        choices=("joint", "per_frame"),
+        help="attend over all frames (video model) or frame by frame (image model); default: as the config says",
+    )
+    return parser
+
+
+def _convert(src: Path, dst: Path, to: str, config_file: Path | None, temporal: str | None) -> None:
+    weights_only = dst.suffix == ".safetensors"
+    written = dst if weights_only else dst / WEIGHTS_NAME
+    if written.resolve() in (src.resolve(), (src / WEIGHTS_NAME).resolve()) or dst.resolve() == src.resolve():
+        raise ConversionError(f"DST is SRC ({src}); give another DST, SRC is never overwritten")
+    if weights_only and (config_file or temporal):
+        raise ConversionError(
+            "a .safetensors DST has no config, so --config and --temporal have no effect: leave them out"
+        )
+    checkpoint = read_checkpoint(src)
+    incoming = import_state_dict(checkpoint.state_dict, checkpoint.format)
+    config: dict[str, Any] | None = None
+    preprocessor: dict[str, Any] | None = None
+    if not weights_only:
+        config = _native_config(src, checkpoint, config_file, temporal)
+        _check_fit(incoming.state_dict, config)
+        if to == "hf":
+            config, preprocessor = hf_config_from_native(config)
+    outgoing = export_state_dict(incoming.state_dict, to)
+    write_checkpoint(dst, outgoing.state_dict, config, preprocessor)
+    _report(checkpoint.format, to, incoming, outgoing, dst)
+
+
+def _native_config(src: Path, checkpoint: Checkpoint, file: Path | None, temporal: str | None) -> dict[str, Any]:
+    if file is not None:
+        return to_native_config(*read_config(file), temporal)
+    if checkpoint.config is None:
+        raise ConversionError(f"SRC carries no config ({src}): give --config FILE or a DST ending in .safetensors")
+    return to_native_config(checkpoint.config, checkpoint.preprocessor, temporal)
+
+
+def _check_fit(native: StateDict, config: dict[str, Any]) -> None:
+    """A folder must be a whole model, and its labels those of the weights."""
+    head = native.get("transformer_decoder.class_head.weight")
+    if head is None:
+        raise ConversionError("SRC is a part of a model (no class head): give a DST ending in .safetensors")
+    labels = config.get("labels")
+    if not isinstance(labels, list) or head.shape[0] != len(labels) + 1:
+        count = len(labels) if isinstance(labels, list) else "no"
+        raise ConversionError(
+            f"the config has {count} labels, but the weights {head.shape[0] - 1} classes: give the matching --config"
+        )
+
+
+def _report(source: str, target: str, incoming: Translation, outgoing: Translation, dst: Path) -> None:
+    table = Table(title=f"{source} -> {target}", title_justify="left")
+    table.add_column("group")
+    table.add_column("tensors in", justify="right")
+    table.add_column("tensors out", justify="right")
+    groups: dict[str, tuple[int, int]] = {}
+    for key, names in incoming.pairs.items():
+        group = ".".join(key.split(".")[:2])
+        taken, given = groups.get(group, (0, 0))
+        groups[group] = taken + len(names), given + len(outgoing.pairs[key])
+    for group, counts in groups.items():
+        table.add_row(group, *map(str, counts))
+    table.add_section()
+    table.add_row("all", *(str(sum(column)) for column in zip(*groups.values(), strict=True)))
+    Console(soft_wrap=True, highlight=False).print(table)
+    for pattern, count in incoming.ignored.items():
+        print(f"ignored {count} x {pattern}")
+    for key in outgoing.added:
+        print(f"added {key}")
+    print(f"{sum(tensor.numel() for tensor in incoming.state_dict.values()):,} parameters written to {dst}")

@@ -1,0 +1,277 @@
+"""The rule tables: how each foreign format names the tensors of the native one.
+
+A pattern is a key with placeholders: ``{p}`` is ``weight`` or ``bias``, ``{rest}`` is anything, every other name is an
+integer. A `Rule` pairs one native pattern with one foreign pattern, or with several when the foreign format cuts the
+tensor into equal parts along dim 0 (query, key, value). The same table serves both directions.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+StateDict = dict[str, torch.Tensor]
+
+_ENCODER = "model.pixel_level_module.encoder."
+_PIXEL = "model.pixel_level_module.decoder."
+_DECODER = "model.transformer_module."
+_HEAD = "sem_seg_head.pixel_decoder."
+_PREDICTOR = "sem_seg_head.predictor."
+
+# One row per native pattern: native, hf and original name, each after its column's prefix. `=` repeats the native name,
+# commas part the pieces of a cut tensor. The hf column has the names of transformers 4.x, which 5.x reads too.
+_TABLE: tuple[tuple[tuple[str, str, str], str], ...] = (
+    (
+        ("backbone.", _ENCODER, "backbone."),
+        """
+        patch_embed.proj.{p}  embeddings.patch_embeddings.projection.{p}   =
+        patch_embed.norm.{p}  embeddings.norm.{p}                          =
+        out_norms.0.{p}       hidden_states_norms.stage1.{p}               norm0.{p}
+        out_norms.1.{p}       hidden_states_norms.stage2.{p}               norm1.{p}
+        out_norms.2.{p}       hidden_states_norms.stage3.{p}               norm2.{p}
+        out_norms.3.{p}       hidden_states_norms.stage4.{p}               norm3.{p}
+        """,
+    ),
+    (
+        (
+            "backbone.stages.{i}.downsample.",
+            _ENCODER + "encoder.layers.{i}.downsample.",
+            "backbone.layers.{i}.downsample.",
+        ),
+        """
+        norm.{p}              =                                            =
+        reduction.weight      =                                            =
+        """,
+    ),
+    (
+        (
+            "backbone.stages.{i}.blocks.{j}.",
+            _ENCODER + "encoder.layers.{i}.blocks.{j}.",
+            "backbone.layers.{i}.blocks.{j}.",
+        ),
+        """
+        norm1.{p}             layernorm_before.{p}                         =
+        attn.qkv.{p}          attention.self.query.{p},attention.self.key.{p},attention.self.value.{p} =
+        attn.proj.{p}         attention.output.dense.{p}                   =
+        norm2.{p}             layernorm_after.{p}                          =
+        mlp.fc1.{p}           intermediate.dense.{p}                       =
+        mlp.fc2.{p}           output.dense.{p}                             =
+        attn.relative_position_bias_table  attention.self.relative_position_bias_table  =
+        """,
+    ),
+    (
+        ("pixel_decoder.", _PIXEL, _HEAD),
+        """
+        input_projections.{l}.{k}.{p}  =                                   input_proj.{l}.{k}.{p}
+        level_embed           =                                            transformer.level_embed
+        lateral_conv.0.weight adapter_1.0.weight                           adapter_1.weight
+        lateral_conv.1.{p}    adapter_1.1.{p}                              adapter_1.norm.{p}
+        output_conv.0.weight  layer_1.0.weight                             layer_1.weight
+        output_conv.1.{p}     layer_1.1.{p}                                layer_1.norm.{p}
+        mask_projection.{p}   =                                            mask_features.{p}
+        """,
+    ),
+    (
+        ("pixel_decoder.layers.{n}.", _PIXEL + "encoder.layers.{n}.", _HEAD + "transformer.encoder.layers.{n}."),
+        """
+        self_attn.sampling_offsets.{p}   =                                 =
+        self_attn.attention_weights.{p}  =                                 =
+        self_attn.value_proj.{p}         =                                 =
+        self_attn.output_proj.{p}        =                                 =
+        self_attn_norm.{p}    self_attn_layer_norm.{p}                     norm1.{p}
+        linear1.{p}           fc1.{p}                                      =
+        linear2.{p}           fc2.{p}                                      =
+        ffn_norm.{p}          final_layer_norm.{p}                         norm2.{p}
+        """,
+    ),
+    (
+        ("transformer_decoder.", _DECODER, _PREDICTOR),
+        """
+        query_features.weight     queries_features.weight                  query_feat.weight
+        query_positions.weight    queries_embedder.weight                  query_embed.weight
+        level_embed.weight        =                                        =
+        input_projections.{l}.{p} =                                        input_proj.{l}.{p}
+        norm.{p}                  decoder.layernorm.{p}                    decoder_norm.{p}
+        mask_head.{k}.{p}         decoder.mask_predictor.mask_embedder.{k}.0.{p}  mask_embed.layers.{k}.{p}
+        """,
+    ),
+    (("transformer_decoder.", "", _PREDICTOR), "class_head.{p}  class_predictor.{p}  class_embed.{p}"),
+    (
+        (
+            "transformer_decoder.layers.{n}.",
+            _DECODER + "decoder.layers.{n}.",
+            _PREDICTOR + "transformer_cross_attention_layers.{n}.",
+        ),
+        """
+        cross_attn.in_proj_{p}    =                                        multihead_attn.in_proj_{p}
+        cross_attn.out_proj.{p}   =                                        multihead_attn.out_proj.{p}
+        cross_attn_norm.{p}       cross_attn_layer_norm.{p}                norm.{p}
+        """,
+    ),
+    (
+        (
+            "transformer_decoder.layers.{n}.",
+            _DECODER + "decoder.layers.{n}.",
+            _PREDICTOR + "transformer_self_attention_layers.{n}.",
+        ),
+        """
+        self_attn.in_proj_{p}     self_attn.q_proj.{p},self_attn.k_proj.{p},self_attn.v_proj.{p}  =
+        self_attn.out_proj.{p}    =                                        =
+        self_attn_norm.{p}        self_attn_layer_norm.{p}                 norm.{p}
+        """,
+    ),
+    (
+        (
+            "transformer_decoder.layers.{n}.",
+            _DECODER + "decoder.layers.{n}.",
+            _PREDICTOR + "transformer_ffn_layers.{n}.",
+        ),
+        """
+        linear1.{p}               fc1.{p}                                  =
+        linear2.{p}               fc2.{p}                                  =
+        ffn_norm.{p}              final_layer_norm.{p}                     norm.{p}
+        """,
+    ),
+)
+_NATIVE_ONLY = ("backbone.model.{rest}",)  # alternative backbones, in timm's own names
+
+# The tail of a backbone key in transformers 5.x -> in 4.x. Outside the backbone the two agree.
+_HF_CURRENT_TO_OLD = {
+    ".attention.q_proj.": ".attention.self.query.",
+    ".attention.k_proj.": ".attention.self.key.",
+    ".attention.v_proj.": ".attention.self.value.",
+    ".attention.o_proj.": ".attention.output.dense.",
+    ".attention.relative_position_bias.": ".attention.self.",
+    ".mlp.fc1.": ".intermediate.dense.",
+    ".mlp.fc2.": ".output.dense.",
+}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One native key pattern and the foreign pattern(s) whose concatenation along dim 0 it is."""
+
+    native: str
+    foreign: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """All that is known about one naming of the state dict.
+
+    Attributes:
+        signatures: Key prefixes; a state dict with any of them is of this format.
+        rules: The table.
+        ignored: Patterns of foreign keys that carry no weights of the native model.
+        spell: Brings the spellings of the format to the one the table uses, key by key in order.
+        synthesise: Tensors the format wants beside those of the table, from the native state dict.
+    """
+
+    signatures: tuple[str, ...]
+    rules: tuple[Rule, ...]
+    ignored: tuple[str, ...] = ()
+    spell: Callable[[Sequence[str]], list[str]] = list
+    synthesise: Callable[[StateDict], StateDict] = lambda native: {}
+
+
+def compile_pattern(pattern: str) -> re.Pattern[str]:
+    """Turn a key pattern into a regular expression with one named group per placeholder."""
+    kinds = {"p": "weight|bias", "rest": ".+"}
+    parts = re.split(r"\{(\w+)\}", pattern)  # literal, placeholder, literal, ...
+    for at, part in enumerate(parts):
+        parts[at] = f"(?P<{part}>{kinds.get(part, '0|[1-9][0-9]*')})" if at % 2 else re.escape(part)
+    return re.compile("".join(parts))
+
+
+def _column(at: int) -> tuple[Rule, ...]:
+    """Rules from the native names to those of column ``at`` (1 hf, 2 original)."""
+    rules = []
+    for prefixes, rows in _TABLE:
+        for row in rows.strip().splitlines():
+            names = row.split()
+            foreign = names[0] if names[at] == "=" else names[at]
+            rules.append(Rule(prefixes[0] + names[0], tuple(prefixes[at] + name for name in foreign.split(","))))
+    return tuple(rules)
+
+
+def _spell_hf(keys: Sequence[str]) -> list[str]:
+    """Old names for current ones, each key by itself, since files written by 5.x mix the two."""
+
+    def old(key: str) -> str:
+        key = re.sub(rf"^{re.escape(_ENCODER)}swin\.(?=embeddings\.|encoder\.)", _ENCODER, key)
+        for current, replacement in _HF_CURRENT_TO_OLD.items():
+            key = key.replace(current, replacement)
+        return key
+
+    return [old(key) if key.startswith(_ENCODER) else key for key in keys]
+
+
+def _synthesise_hf(native: StateDict) -> StateDict:
+    """The loss's class weights and the final norm of Swin, which no output depends on but transformers asks for."""
+    extra: StateDict = {}
+    if (head := native.get("transformer_decoder.class_head.weight")) is not None:
+        extra["criterion.empty_weight"] = head.new_ones(head.shape[0])
+        extra["criterion.empty_weight"][-1:] = 0.1  # the no-object class
+    if (norm := native.get("backbone.out_norms.3.weight")) is not None:
+        extra[_ENCODER + "swin.layernorm.weight"] = torch.ones_like(norm)
+        extra[_ENCODER + "swin.layernorm.bias"] = torch.zeros_like(norm)
+    return extra
+
+
+def _spell_original(keys: Sequence[str]) -> list[str]:
+    """Older image checkpoints say ``static_query`` and leave out ``pixel_decoder.``."""
+    keys = [key.replace(_PREDICTOR + "static_query.", _PREDICTOR + "query_feat.") for key in keys]
+    return [re.sub(r"^sem_seg_head\.(?!pixel_decoder\.|predictor\.)", _HEAD, key) for key in keys]
+
+
+def _spell_timm_swin(keys: Sequence[str]) -> list[str]:
+    """In timm 1.x stage i + 1 starts with the downsampling that ends stage i in older files, by whoever."""
+    if any(key.startswith("layers.0.downsample.") for key in keys):
+        return list(keys)
+    return [re.sub(r"^layers\.(\d+)\.downsample\.", lambda m: f"layers.{int(m[1]) - 1}.downsample.", k) for k in keys]
+
+
+_HF_RULES, _ORIGINAL_RULES = _column(1), _column(2)
+_NATIVE_PATTERNS = tuple(rule.native for rule in _HF_RULES) + _NATIVE_ONLY
+_SWIN_BUFFERS = ("layers.{i}.blocks.{j}.attn.relative_position_index", "layers.{i}.blocks.{j}.attn_mask")
+
+FORMATS: dict[str, Format] = {
+    "native": Format(
+        signatures=(
+            "pixel_decoder.",
+            "transformer_decoder.",
+            "backbone.stages.",
+            "backbone.out_norms.",
+            "backbone.model.",
+        ),
+        rules=tuple(Rule(pattern, (pattern,)) for pattern in _NATIVE_PATTERNS),
+    ),
+    "hf": Format(
+        signatures=("model.pixel_level_module.", _DECODER, "class_predictor."),
+        rules=_HF_RULES,
+        ignored=(
+            "criterion.empty_weight",
+            _ENCODER + "encoder.layers.{i}.blocks.{j}.attention.self.relative_position_index",
+            _ENCODER + "swin.layernorm.{p}",
+        ),
+        spell=_spell_hf,
+        synthesise=_synthesise_hf,
+    ),
+    "detectron2": Format(
+        signatures=("sem_seg_head.", "backbone.layers."),
+        rules=_ORIGINAL_RULES,
+        ignored=("criterion.empty_weight", *("backbone." + buffer for buffer in _SWIN_BUFFERS)),
+        spell=_spell_original,
+    ),
+    "timm_swin": Format(  # a classifier to start training from; it has no output norms
+        signatures=("patch_embed.", "layers."),
+        rules=tuple(
+            Rule(rule.native, (rule.foreign[0].removeprefix("backbone."),))
+            for rule in _ORIGINAL_RULES
+            if rule.foreign[0].startswith(("backbone.patch_embed.", "backbone.layers."))
+        ),
+        ignored=("head.{rest}", "norm.{p}", *_SWIN_BUFFERS),
+        spell=_spell_timm_swin,
+    ),
+}
