@@ -1,0 +1,281 @@
+"""The `m2f-video` command: it parses, calls the library and prints.
+
+Exit codes: 0 done; 1 a check failed; 2 bad input, with one line that says what is wrong; 130 interrupted.
+"""
+
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from m2f_video.config import VideoMask2FormerConfig
+from m2f_video.hub import parse_dtype
+from m2f_video.modeling.video_mask2former import VideoMask2Former
+
+if TYPE_CHECKING:
+    from m2f_video.results import VideoSegmentation
+
+Source = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
+DtypeName = Literal["float32", "float64", "bfloat16", "float16"]
+
+
+def segment(
+    source: Source,
+    /,
+    checkpoint: str,
+    output: Path,
+    config: str | None = None,
+    temporal: Literal["joint", "per_frame"] | None = None,
+    revision: str | None = None,
+    device: str | None = None,
+    dtype: DtypeName = "float32",
+    frames: str | None = None,
+    top_k: int = 10,
+    score_threshold: float = 0.0,
+    shortest_edge: int | None = None,
+    frames_per_chunk: int | None = None,
+    strict: bool = False,
+    overlay: bool = True,
+) -> int:
+    """Segment and track the objects of a video; write tracks.json and overlay.mp4.
+
+    Example: m2f-video segment cars.mp4 --checkpoint facebook/video-mask2former-swin-tiny-youtubevis-2019-instance
+    --output out --score-threshold 0.3
+
+    Args:
+        source: video file, or a folder of frames (jpg, png, ...).
+        checkpoint: hub name, folder (config.json and weights; this project's or transformers' format) or weight file.
+        output: folder to write to; made where missing.
+        config: for a bare weight file: a preset such as swin_tiny_youtubevis_2019, or a config.json.
+        temporal: read the checkpoint as a video (joint) or image (per_frame) model instead of what it says it is.
+        revision: branch, tag or commit of a checkpoint on the hub.
+        device: such as cpu, cuda or cuda:1; by default cuda where there is one, else cpu.
+        dtype: floating-point type the model runs in.
+        frames: which frames, START:STOP or START:STOP:STEP, counted from 0, such as 10:50:2.
+        top_k: how many (query, class) pairs become tracks; the published evaluation takes 10.
+        score_threshold: leave out tracks that score less. 0 keeps all top-k, as the published evaluation does; 0.3
+            suits most videos.
+        shortest_edge: resize frames to this shorter side, in pixels, instead of the checkpoint's.
+        frames_per_chunk: frames encoded at a time; by default 1 on a CPU and 8 elsewhere.
+        strict: fail on a damaged video instead of segmenting what decodes.
+        overlay: write overlay.mp4.
+    """
+    from m2f_video.inference import segment_video
+    from m2f_video.processor import VideoProcessor
+    from m2f_video.video_io import open_video, parse_frames
+
+    reader = open_video(source, None if frames is None else parse_frames(frames), strict=strict)
+    _check_output(output)
+    model = VideoMask2Former.from_pretrained(
+        checkpoint,
+        config=config,
+        temporal=temporal,
+        revision=revision,
+        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        dtype=dtype,
+    )
+    preprocessing = model.config.preprocessing
+    if shortest_edge is not None:
+        longest_edge = max(preprocessing.longest_edge, shortest_edge)
+        preprocessing = replace(preprocessing, shortest_edge=shortest_edge, longest_edge=longest_edge, fixed_size=None)
+    with _progress_bars() as update:
+        segmentation = segment_video(
+            model,
+            reader,
+            processor=VideoProcessor(preprocessing, model.config.labels),
+            top_k=top_k,
+            score_threshold=score_threshold,
+            frames_per_chunk=frames_per_chunk,
+            progress=update,
+        )
+        segmentation.save(output, overlay, progress=lambda done, total: update("overlay", done, total))
+    _print_tracks(segmentation, output)
+    return 0
+
+
+def demo(output: Path = Path("demo_output"), seed: int = 0) -> int:
+    """Render a short synthetic video, segment it, and write video, tracks and overlay.
+
+    The model is of the published Swin-tiny size but untrained: it shows that everything runs, not what a trained model
+    finds.
+
+    Args:
+        output: folder to write to; made where missing.
+        seed: of the video and of the model's random weights.
+    """
+    from m2f_video.demo import render_demo_video
+    from m2f_video.inference import segment_video
+    from m2f_video.parity import random_model
+    from m2f_video.processor import VideoProcessor
+    from m2f_video.video_io import VideoWriter
+
+    _check_output(output)
+    output.mkdir(parents=True, exist_ok=True)
+    video = output / "video.mp4"
+    frames = render_demo_video(seed=seed)
+    with VideoWriter(video, 8, frames.shape[2], frames.shape[1]) as writer:
+        for frame in frames:
+            writer.write(frame)
+    config = VideoMask2FormerConfig.preset("swin_tiny_youtubevis_2019")
+    processor = VideoProcessor(replace(config.preprocessing, shortest_edge=180), config.labels)
+    with _progress_bars() as update:
+        segmentation = segment_video(random_model(config, seed), video, processor=processor, top_k=5, progress=update)
+        segmentation.save(output, progress=lambda done, total: update("overlay", done, total))
+    _print_tracks(segmentation, output)
+    print(
+        "This model is UNTRAINED (seeded random weights): its labels, scores and masks mean nothing. "
+        "Give a trained checkpoint to `m2f-video segment` for real ones."
+    )
+    return 0
+
+
+def parity(
+    reference: Literal["hf"] = "hf",
+    checkpoint: str | None = None,
+    random: int | None = None,
+    config: str | None = None,
+    dtype: Literal["float32", "float64"] = "float32",
+    frames: int = 1,
+    height: int = 480,
+    width: int = 864,
+) -> int:
+    """Compare every stage of the model with the reference implementation; exit with 1 where it is over tolerance.
+
+    The yardstick is the reference in float64. The last column is the reference's own error in the chosen dtype.
+
+    Example: m2f-video parity --random 0 --dtype float64
+
+    Args:
+        reference: hf is transformers' Mask2Former, which needs the extra m2f-video[parity].
+        checkpoint: weights to compare with, as for `segment`.
+        random: seed of random weights to compare with instead; 0 where no checkpoint is given.
+        config: what to build for random weights or a bare weight file: a preset or a config.json; by default
+            swin_tiny_youtubevis_2019.
+        dtype: both implementations run in it.
+        frames: number of random frames, each compared alone.
+        height: of the frames, in pixels.
+        width: of the frames, in pixels.
+    """
+    from m2f_video.hub import resolve_config
+    from m2f_video.parity import TOLERANCES, compare_with_transformers, random_frames, random_model, within_tolerance
+
+    if checkpoint is not None and random is not None:
+        raise ValueError("give --checkpoint or --random, not both")
+    if min(frames, height, width) < 1:
+        raise ValueError(f"frames, height and width must be positive, got {frames}, {height} and {width}")
+    model_dtype = parse_dtype(dtype)
+    if checkpoint is not None:
+        model = VideoMask2Former.from_pretrained(checkpoint, config=config, dtype=dtype)
+        what = checkpoint
+    else:
+        preset = config or "swin_tiny_youtubevis_2019"
+        model = random_model(resolve_config(preset), random or 0)
+        what = f"{preset}, random weights of seed {random or 0}"
+    pixels = random_frames(frames, height, width, seed=random or 0)
+    ours, own = compare_with_transformers(model, pixels, model_dtype)
+
+    print(f"{what}; {frames} x {height} x {width}, {dtype}, against {reference} in float64")
+    table = Table("stage", "max abs", "relative", "1 - cosine", "mask bits", f"{reference}'s own")
+    for mine, theirs in zip(ours, own, strict=True):
+        if mine.flips is None:
+            numbers = (f"{mine.max_abs:.1e}", f"{mine.relative:.1e}", f"{max(1 - mine.cosine, 0):.0e}", "")
+            table.add_row(mine.stage, *numbers, f"{theirs.relative:.1e}")
+        else:
+            flips = f"{mine.flips[0]} of {mine.flips[1]} flipped"
+            table.add_row(mine.stage, "", "", "", flips, str(theirs.flips[0] if theirs.flips else ""))
+    _print(table)
+    worst = max(ours, key=lambda comparison: comparison.relative)
+    tolerance = TOLERANCES[model_dtype]
+    passed = within_tolerance(ours, model_dtype)
+    verdict = "within" if passed else "OVER"
+    print(f"largest relative error {worst.relative:.1e} ({worst.stage}): {verdict} the tolerance of {tolerance:.0e}")
+    return 0 if passed else 1
+
+
+COMMANDS: dict[str, Callable[..., int]] = {"segment": segment, "demo": demo, "parity": parity}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and give its exit code."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("default", UserWarning)
+            warnings.showwarning = _show_warning
+            return tyro.extras.subcommand_cli_from_dict(
+                COMMANDS,
+                prog="m2f-video",
+                description="Video Mask2Former: published weights in, segmented and tracked video out.",
+                args=argv,
+            )
+    except KeyboardInterrupt:
+        print("m2f-video: interrupted, nothing was written", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, ImportError, torch.OutOfMemoryError) as error:
+        print(f"m2f-video: error: {_one_line(error)}", file=sys.stderr)
+        return 2
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
+    print(f"m2f-video: warning: {message}", file=sys.stderr)
+
+
+def _check_output(folder: Path) -> None:
+    """Fail before the work where the output could not be written after it."""
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not existing.is_dir():
+        raise NotADirectoryError(f"{existing} is a file; give --output a folder")
+    if not os.access(existing, os.W_OK):
+        raise PermissionError(f"{existing} is not writable; give --output another folder")
+
+
+@contextmanager
+def _progress_bars() -> Iterator[Callable[[str, int, int | None], None]]:
+    """One bar per stage, on a terminal only."""
+    bars: dict[str, tqdm] = {}
+
+    def update(stage: str, done: int, total: int | None) -> None:
+        if stage not in bars:
+            bars[stage] = tqdm(desc=stage, total=total, unit="frame", disable=None)
+        bars[stage].update(done - bars[stage].n)
+
+    try:
+        yield update
+    finally:
+        for bar in bars.values():
+            bar.close()
+
+
+def _print_tracks(segmentation: "VideoSegmentation", output: Path) -> None:
+    count = len(segmentation.frames)
+    print(f"{segmentation.source}: {count} frames, {len(segmentation.tracks)} tracks")
+    table = Table("id", "label", "score", "frames", "mean area, px")
+    for track in segmentation.tracks:
+        visible = track.num_frames_visible
+        area = sum(track.area(frame) for frame in range(count)) / max(visible, 1)
+        table.add_row(str(track.id), track.label, f"{track.score:.3f}", f"{visible}/{count}", f"{area:.0f}")
+    _print(table)
+    print(f"written to {output}: {', '.join(sorted(file.name for file in output.iterdir()))}")
+
+
+def _print(table: Table) -> None:
+    """Print a table, at its full width where there is no terminal to fit."""
+    console = Console()
+    Console(width=None if console.is_terminal else 140).print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

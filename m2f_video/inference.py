@@ -1,0 +1,147 @@
+"""From a video to tracks: decode in a stream, encode frames in chunks, decode the clip as a whole.
+
+T frames, Q queries, H W height and width.
+"""
+
+from collections.abc import Callable, Iterator
+from itertools import islice
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from m2f_video.modeling.transformer_decoder import predict_masks
+from m2f_video.modeling.video_mask2former import FrameFeatures, VideoMask2Former
+from m2f_video.postprocess import resize_masks, select_top_k
+from m2f_video.processor import VideoProcessor
+from m2f_video.results import Rle, Track, VideoSegmentation, encode_mask
+from m2f_video.video_io import VideoReader, VideoSource, open_video
+
+Progress = Callable[[str, int, int | None], None]
+"""Called with a stage ("frames" or "masks"), how many frames it has done, and of how many (None: not known yet)."""
+
+
+@torch.inference_mode()
+def segment_video(
+    model: VideoMask2Former,
+    source: VideoSource | VideoReader,
+    *,
+    processor: VideoProcessor | None = None,
+    frames: slice | None = None,
+    top_k: int = 10,
+    score_threshold: float = 0.0,
+    frames_per_chunk: int | None = None,
+    strict: bool = False,
+    progress: Progress | None = None,
+) -> VideoSegmentation:
+    """Segment and track the objects of a video.
+
+    The video is one clip: every query attends to all frames (arXiv 2112.10764, section 3). One frame of pixels is
+    alive at a time per frame of a chunk; what stays in memory until the end is each frame's features.
+
+    Args:
+        model: with `temporal="joint"`, on any device, in any dtype.
+        source: what `open_video` takes (file, folder of frames, array), or an open reader.
+        processor: other preprocessing than the model's own.
+        frames: which frames of the source, counted from 0; None takes all. Not for an open reader.
+        top_k: how many (query, class) pairs become tracks, as the published evaluation takes 10.
+        score_threshold: pairs that score less are left out.
+        frames_per_chunk: frames encoded at a time; None is 1 on a CPU and 8 elsewhere.
+        strict: raise an error for a damaged video instead of warning and using what decodes.
+        progress: see `Progress`.
+
+    Returns:
+        Tracks by falling score; their masks have the source's size. `save` writes them and the overlay.
+
+    Raises:
+        VideoError: the source is no video, or none of its frames is selected.
+        FileNotFoundError: there is no such file.
+        ValueError: a per-frame model, an option out of its range, or NaN in what the model gives.
+    """
+    if model.config.temporal != "joint":
+        raise ValueError(
+            "segment_video needs a model with temporal='joint', whose identities hold across frames; "
+            "load the checkpoint with temporal='joint', or use processor.post_process_instance_segmentation on frames"
+        )
+    if isinstance(source, VideoReader) and frames is not None:
+        raise ValueError("frames cannot be chosen for an open reader; give them to open_video")
+    reader = source if isinstance(source, VideoReader) else open_video(source, frames, strict=strict)
+    processor = processor or VideoProcessor.from_config(model.config)
+    chunk_size = frames_per_chunk or (1 if model.device.type == "cpu" else 8)
+    if chunk_size < 1:
+        raise ValueError(f"frames_per_chunk must be at least 1, got {frames_per_chunk}")
+    _check_selection(model, top_k, score_threshold)
+
+    parts, count = [], 0
+    for chunk in _chunks(reader, chunk_size):
+        parts.append(model.encode_frames(processor.process_frames(chunk).to(model.device)))
+        count += len(chunk)
+        if progress is not None:
+            progress("frames", count, reader.num_frames_hint)
+    features = FrameFeatures.concatenate(parts)
+    del parts
+
+    output = model.decode_clip(features, output_masks=False)
+    scores, labels, queries = select_top_k(output.class_queries_logits[0], top_k, score_threshold)
+    kept, mask_of_pair = queries.unique(return_inverse=True)
+    segmentations = _segmentations(
+        output.mask_embeddings[:, kept], features.mask_features, reader, processor, chunk_size, progress
+    )
+    tracks = (
+        Track(
+            id=index + 1,
+            label=model.config.labels[label],
+            label_id=label,
+            score=score,
+            query_id=query,
+            segmentations=segmentations[mask],
+        )
+        for index, (score, label, query, mask) in enumerate(
+            zip(scores.tolist(), labels.tolist(), queries.tolist(), mask_of_pair.tolist(), strict=True)
+        )
+    )
+    return VideoSegmentation(
+        source=reader.source,
+        width=reader.width,
+        height=reader.height,
+        fps=float(reader.fps),
+        frames=reader.frame_indices(count),
+        labels=model.config.labels,
+        tracks=tuple(tracks),
+        video=reader,
+    )
+
+
+def _chunks(reader: VideoReader, size: int) -> Iterator[np.ndarray]:
+    """Frames in arrays (up to `size`, H, W, 3)."""
+    frames = iter(reader)
+    while chunk := list(islice(frames, size)):
+        yield np.stack(chunk)
+
+
+def _segmentations(
+    mask_embeddings: Tensor,
+    mask_features: Tensor,
+    reader: VideoReader,
+    processor: VideoProcessor,
+    chunk_size: int,
+    progress: Progress | None,
+) -> list[tuple[Rle | None, ...]]:
+    """Encoded masks, at the source's size, of the kept queries (1, Q, C) in every frame of (T, C, H/4, W/4)."""
+    size = (reader.height, reader.width)
+    resized, padded = processor.resized_size(*size), processor.padded_size(*size)
+    per_frame: list[list[Rle | None]] = []
+    for chunk in mask_features.split(chunk_size):
+        logits = predict_masks(mask_embeddings, chunk[None])[0]
+        masks = (resize_masks(logits, padded, resized, size) > 0).cpu().numpy()  # (Q, chunk, H, W)
+        per_frame += [[encode_mask(mask) for mask in frame] for frame in masks.swapaxes(0, 1)]
+        if progress is not None:
+            progress("masks", len(per_frame), len(mask_features))
+    return list(zip(*per_frame, strict=True))
+
+
+def _check_selection(model: VideoMask2Former, top_k: int, score_threshold: float) -> None:
+    """Fail before the work rather than after it."""
+    config = model.config
+    blank = torch.zeros(config.transformer_decoder.num_queries, config.num_labels + 1)
+    select_top_k(blank, top_k, score_threshold)

@@ -1,0 +1,1 @@
+"""The model: one concept of the papers per file."""

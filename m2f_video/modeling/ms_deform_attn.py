@@ -1,0 +1,94 @@
+"""Multi-scale deformable attention module (arXiv 2010.04159, section 4.1).
+
+B frames, Q queries, N tokens of all levels, C channels, M heads, L levels, P points.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from m2f_video.ops import Backend, ms_deform_attn, sampling_locations_from_offsets
+
+
+class MSDeformAttn(nn.Module):
+    """Each query samples P points per head and level around its reference point and weighs them.
+
+    Offsets and attention weights are linear in the query; no query-key products are made.
+
+    Args:
+        dim: channels C.
+        num_heads: heads M.
+        num_levels: feature levels L.
+        num_points: points P per head and level.
+        backend: implementation of the sampling, see `m2f_video.ops.ms_deform_attn`.
+    """
+
+    def __init__(
+        self, *, dim: int, num_heads: int, num_levels: int, num_points: int, backend: Backend = "auto"
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.num_levels = num_levels
+        self.num_points = num_points
+        self.backend: Backend = backend
+        samples = num_heads * num_levels * num_points
+        self.sampling_offsets = nn.Linear(dim, 2 * samples)
+        self.attention_weights = nn.Linear(dim, samples)
+        self.value_proj = nn.Linear(dim, dim)
+        self.output_proj = nn.Linear(dim, dim)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start from uniform weights and fixed offsets: head m looks in direction m, point p at distance p + 1."""
+        nn.init.zeros_(self.sampling_offsets.weight)
+        with torch.no_grad():
+            self.sampling_offsets.bias.copy_(
+                initial_offsets(self.num_heads, self.num_levels, self.num_points).flatten()
+            )
+        nn.init.zeros_(self.attention_weights.weight)
+        nn.init.zeros_(self.attention_weights.bias)
+        for projection in (self.value_proj, self.output_proj):
+            nn.init.xavier_uniform_(projection.weight)
+            nn.init.zeros_(projection.bias)
+
+    def forward(
+        self,
+        query: Tensor,
+        value: Tensor,
+        reference_points: Tensor,
+        spatial_shapes: tuple[tuple[int, int], ...],
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            query: (B, Q, C), positions included.
+            value: (B, N, C), the levels' pixels one after the other.
+            reference_points: (Q, 2) as (x, y) in [0, 1]; at least float32, whose dtype the locations get.
+            spatial_shapes: (height, width) of each level.
+
+        Returns:
+            (B, Q, C).
+        """
+        B, Q, _ = query.shape
+        L, M, P = self.num_levels, self.num_heads, self.num_points
+        offsets = self.sampling_offsets(query).view(B, Q, M, L, P, 2).to(reference_points.dtype)
+        weights = self.attention_weights(query).view(B, Q, M, L * P).softmax(-1).view(B, Q, M, L, P)
+        output = ms_deform_attn(
+            self.value_proj(value).view(B, -1, M, value.shape[-1] // M),
+            spatial_shapes,
+            sampling_locations_from_offsets(reference_points, offsets, spatial_shapes),
+            weights,
+            backend=self.backend,
+        )
+        return self.output_proj(output)
+
+
+def initial_offsets(num_heads: int, num_levels: int, num_points: int) -> Tensor:
+    """Initial sampling offsets (M, L, P, 2) as (x, y), in pixels: M directions, on squares of side 2(p + 1)."""
+    angle = torch.arange(num_heads, dtype=torch.float32) * (2 * math.pi / num_heads)
+    direction = torch.stack((angle.cos(), angle.sin()), dim=-1)
+    direction = direction / direction.abs().amax(-1, keepdim=True)  # (M, 2)
+    distance = torch.arange(1, num_points + 1, dtype=torch.float32)
+    offsets = direction[:, None, None, :] * distance[None, None, :, None]
+    return offsets.expand(num_heads, num_levels, num_points, 2)

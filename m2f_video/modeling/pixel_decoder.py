@@ -1,0 +1,179 @@
+"""Pixel decoder: multi-scale features and mask features from a backbone's maps (arXiv 2112.01527, section 3.2.2).
+
+The maps at strides 32, 16 and 8 become one token sequence for a deformable-attention encoder (arXiv 2010.04159); its
+stride-8 output, upsampled and added to the stride-4 map, becomes the mask features. Everything here is per frame.
+
+B frames, N tokens of all levels, C channels, H W height and width of a level; levels are ordered coarse to fine.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from m2f_video.config import GROUP_NORM_GROUPS
+from m2f_video.modeling.ms_deform_attn import MSDeformAttn
+from m2f_video.modeling.position_encoding import position_dtype, sine_2d
+
+NUM_LEVELS = 3  # strides 32, 16 and 8 pass through the encoder
+
+
+@dataclass(frozen=True)
+class PixelDecoderOutput:
+    """What the pixel decoder makes of each frame.
+
+    Attributes:
+        mask_features: (B, mask_dim, H/4, W/4), multiplied with mask embeddings to give mask logits.
+        multi_scale: strides 32, 16, 8, each (B, C, H_l, W_l), attended to by the transformer decoder.
+        encoder_layers: tokens (B, N, C) after each encoder layer, when asked for.
+    """
+
+    mask_features: Tensor
+    multi_scale: tuple[Tensor, ...]
+    encoder_layers: tuple[Tensor, ...] | None = None
+
+
+class DeformableEncoderLayer(nn.Module):
+    """Deformable self-attention over all levels and a feed-forward network, both post-norm.
+
+    Args:
+        dim: channels C.
+        ffn_dim: hidden width of the feed-forward network.
+        num_heads: attention heads.
+        num_points: sampling points per head and level.
+        dropout: after the attention and after both layers of the feed-forward network, in training.
+    """
+
+    def __init__(self, *, dim: int, ffn_dim: int, num_heads: int, num_points: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.self_attn = MSDeformAttn(dim=dim, num_heads=num_heads, num_levels=NUM_LEVELS, num_points=num_points)
+        self.self_attn_norm = nn.LayerNorm(dim)
+        self.linear1 = nn.Linear(dim, ffn_dim)
+        self.linear2 = nn.Linear(ffn_dim, dim)
+        self.ffn_norm = nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(dropout)
+        nn.init.xavier_uniform_(self.linear1.weight)
+        nn.init.xavier_uniform_(self.linear2.weight)
+
+    def forward(
+        self, x: Tensor, position: Tensor, reference_points: Tensor, spatial_shapes: tuple[tuple[int, int], ...]
+    ) -> Tensor:
+        """Tokens (B, N, C) -> (B, N, C); positions (N, C) are added to the queries only, not to the values."""
+        attended = self.self_attn(x + position, x, reference_points, spatial_shapes)
+        x = self.self_attn_norm(x + self.dropout(attended))
+        hidden = self.dropout(F.relu(self.linear1(x)))
+        return self.ffn_norm(x + self.dropout(self.linear2(hidden)))
+
+
+class MSDeformAttnPixelDecoder(nn.Module):
+    """Deformable encoder over strides 32, 16, 8 and one feature-pyramid step to stride 4.
+
+    Args:
+        in_channels: channels of the backbone's maps at strides 4, 8, 16, 32.
+        hidden_dim: width C of tokens and multi-scale features.
+        mask_dim: channels of the mask features.
+        num_layers: encoder layers.
+        ffn_dim: hidden width of each layer's feed-forward network.
+        num_heads: attention heads.
+        num_points: sampling points per head and level.
+        dropout: dropout of the encoder, in training.
+    """
+
+    def __init__(
+        self,
+        *,
+        in_channels: tuple[int, ...],
+        hidden_dim: int,
+        mask_dim: int,
+        num_layers: int,
+        ffn_dim: int,
+        num_heads: int,
+        num_points: int,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.input_projections = nn.ModuleList(
+            _input_projection(channels, hidden_dim) for channels in reversed(in_channels[1:])
+        )
+        self.level_embed = nn.Parameter(torch.randn(NUM_LEVELS, hidden_dim))
+        self.layers = nn.ModuleList(
+            DeformableEncoderLayer(
+                dim=hidden_dim, ffn_dim=ffn_dim, num_heads=num_heads, num_points=num_points, dropout=dropout
+            )
+            for _ in range(num_layers)
+        )
+        self.lateral_conv = _conv_norm(in_channels[0], hidden_dim, kernel_size=1)
+        self.output_conv = _conv_norm(hidden_dim, hidden_dim, kernel_size=3)
+        self.mask_projection = nn.Conv2d(hidden_dim, mask_dim, kernel_size=1)
+        nn.init.kaiming_uniform_(self.mask_projection.weight, a=1)
+        _zero_bias(self.mask_projection)
+
+    def forward(self, maps: tuple[Tensor, ...], output_hidden: bool = False) -> PixelDecoderOutput:
+        """Decode the maps of a batch of frames.
+
+        Args:
+            maps: (B, C_i, H_i, W_i) at strides 4, 8, 16, 32.
+            output_hidden: also keep the tokens after every encoder layer.
+        """
+        finest, *others = maps
+        levels = [
+            project(level) for project, level in zip(self.input_projections, reversed(others), strict=True)
+        ]  # coarse to fine
+        shapes = tuple((level.shape[2], level.shape[3]) for level in levels)
+        x = torch.cat([level.flatten(2).transpose(1, 2) for level in levels], dim=1)  # (B, N, C)
+
+        positions = self._positions(shapes, x)
+        references = torch.cat([pixel_centres(h, w, dtype=position_dtype(x), device=x.device) for h, w in shapes])
+        encoder_layers = []
+        for layer in self.layers:
+            x = layer(x, positions, references, shapes)
+            if output_hidden:
+                encoder_layers.append(x)
+
+        sizes = [height * width for height, width in shapes]
+        multi_scale = tuple(
+            tokens.transpose(1, 2).unflatten(2, shape)
+            for tokens, shape in zip(x.split(sizes, dim=1), shapes, strict=True)
+        )
+        upsampled = F.interpolate(multi_scale[-1], size=finest.shape[-2:], mode="bilinear", align_corners=False)
+        # Contiguous, because in channels-last layout the 3x3 convolution and its norm lose half a digit in float32.
+        finest = self.lateral_conv(finest.contiguous()) + upsampled
+        mask_features = self.mask_projection(F.relu(self.output_conv(finest)))
+        return PixelDecoderOutput(mask_features, multi_scale, tuple(encoder_layers) if output_hidden else None)
+
+    def _positions(self, shapes: tuple[tuple[int, int], ...], x: Tensor) -> Tensor:
+        """Sine positions plus level embedding: (N, C) in the dtype of `x`."""
+        dim, dtype = x.shape[-1], position_dtype(x)
+        levels = [
+            sine_2d(height, width, dim, dtype=dtype, device=x.device).flatten(0, 1) + embedding
+            for (height, width), embedding in zip(shapes, self.level_embed.to(dtype), strict=True)
+        ]
+        return torch.cat(levels).to(x.dtype)
+
+
+def _input_projection(in_channels: int, out_channels: int) -> nn.Sequential:
+    """1x1 convolution with bias and group norm."""
+    convolution = nn.Conv2d(in_channels, out_channels, kernel_size=1)
+    nn.init.xavier_uniform_(convolution.weight)
+    _zero_bias(convolution)
+    return nn.Sequential(convolution, nn.GroupNorm(GROUP_NORM_GROUPS, out_channels))
+
+
+def _conv_norm(in_channels: int, out_channels: int, kernel_size: int) -> nn.Sequential:
+    """Convolution without bias, of unchanged size, and group norm."""
+    convolution = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
+    nn.init.kaiming_uniform_(convolution.weight, a=1)
+    return nn.Sequential(convolution, nn.GroupNorm(GROUP_NORM_GROUPS, out_channels))
+
+
+def _zero_bias(convolution: nn.Conv2d) -> None:
+    if convolution.bias is not None:
+        nn.init.zeros_(convolution.bias)
+
+
+def pixel_centres(height: int, width: int, *, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
+    """Centres of a map's pixels, row by row: (H*W, 2) as (x, y), 0 and 1 being the outer edges."""
+    y = (torch.arange(height, dtype=dtype, device=device) + 0.5) / height
+    x = (torch.arange(width, dtype=dtype, device=device) + 0.5) / width
+    return torch.stack((x.expand(height, -1), y[:, None].expand(-1, width)), dim=-1).flatten(0, 1)

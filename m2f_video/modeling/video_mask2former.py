@@ -1,0 +1,322 @@
+"""Video Mask2Former, assembled (arXiv 2112.10764; arXiv 2112.01527, figure 2).
+
+Two halves that can run apart: `encode_frames` sees frames one by one, `decode_clip` sees a clip as a whole.
+
+B clips, T frames of a clip, Q queries, K classes, C channels, H W height and width of the input in pixels.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin
+from torch import Tensor, nn
+
+from m2f_video.config import SwinConfig, VideoMask2FormerConfig
+from m2f_video.hub import load_checkpoint, load_state_dict_strictly, parse_device, parse_dtype, staged_folder
+from m2f_video.modeling.pixel_decoder import MSDeformAttnPixelDecoder
+from m2f_video.modeling.swin import SwinTransformer
+from m2f_video.modeling.timm_backbone import TimmBackbone
+from m2f_video.modeling.transformer_decoder import MaskedTransformerDecoder, Prediction, predict_masks
+from weights_convert import write_checkpoint
+
+
+@dataclass(frozen=True)
+class FrameFeatures:
+    """What `encode_frames` makes of F frames: all that the decoder needs of them.
+
+    Attributes:
+        mask_features: (F, mask_dim, H/4, W/4).
+        multi_scale: strides 32, 16, 8, each (F, C, H_l, W_l).
+        backbone_maps: strides 4, 8, 16, 32, each (F, C_i, H_i, W_i), when hidden states are asked for.
+        encoder_layers: tokens (F, N, C) after each layer of the pixel decoder, when hidden states are asked for.
+    """
+
+    mask_features: Tensor
+    multi_scale: tuple[Tensor, ...]
+    backbone_maps: tuple[Tensor, ...] | None = None
+    encoder_layers: tuple[Tensor, ...] | None = None
+
+    @classmethod
+    def concatenate(cls, parts: Sequence["FrameFeatures"]) -> "FrameFeatures":
+        """Join features of consecutive frames, all of one size.
+
+        Raises:
+            ValueError: there are no parts.
+        """
+        if not parts:
+            raise ValueError("there are no frame features to concatenate")
+        if len(parts) == 1:
+            return parts[0]
+
+        def join(tuples: Sequence[tuple[Tensor, ...] | None]) -> tuple[Tensor, ...] | None:
+            present = [maps for maps in tuples if maps is not None]
+            return tuple(torch.cat(maps) for maps in zip(*present, strict=True)) if present else None
+
+        return cls(
+            torch.cat([part.mask_features for part in parts]),
+            tuple(torch.cat(maps) for maps in zip(*(part.multi_scale for part in parts), strict=True)),
+            join([part.backbone_maps for part in parts]),
+            join([part.encoder_layers for part in parts]),
+        )
+
+
+@dataclass(frozen=True)
+class VideoMask2FormerOutput:
+    """Predictions for a batch of clips. With `temporal="per_frame"` every frame is a clip: B becomes B*T, and T 1.
+
+    Attributes:
+        class_queries_logits: (B, Q, K+1), the last column is "no object".
+        masks_queries_logits: (B, Q, T, H/4, W/4); None where masks were not asked for.
+        mask_embeddings: (B, Q, mask_dim), which multiplied with mask features give the mask logits.
+        auxiliary: predictions at every depth, the learnable queries' first and the final ones last; with
+            `output_auxiliary`.
+        features: what the frame encoder made, backbone maps and encoder layers included; with `output_hidden`.
+        queries: queries (B, Q, C) at every depth, before the prediction head's norm; with `output_hidden`.
+        attention_masks: keys that each decoder layer's cross-attention may see, (B, Q, T*H_l*W_l) bool; with
+            `output_hidden`.
+    """
+
+    class_queries_logits: Tensor
+    masks_queries_logits: Tensor | None
+    mask_embeddings: Tensor
+    auxiliary: tuple[Prediction, ...] | None = None
+    features: FrameFeatures | None = None
+    queries: tuple[Tensor, ...] | None = None
+    attention_masks: tuple[Tensor, ...] | None = None
+
+
+class VideoMask2Former(
+    nn.Module,
+    PyTorchModelHubMixin,
+    library_name="m2f-video",
+    repo_url="https://github.com/m2f-video/m2f-video",
+    tags=["video-instance-segmentation", "mask2former"],
+    pipeline_tag="image-segmentation",
+    license="mit",
+):
+    """Video Mask2Former.
+
+    Args:
+        config: what to build; the weights are random. `from_pretrained` loads published ones.
+    """
+
+    def __init__(self, config: VideoMask2FormerConfig) -> None:
+        if not isinstance(config, VideoMask2FormerConfig):
+            raise TypeError(f"config must be a VideoMask2FormerConfig, got {type(config).__name__}")
+        super().__init__()
+        self.config = config
+        backbone, pixel, decoder = config.backbone, config.pixel_decoder, config.transformer_decoder
+        self.backbone: SwinTransformer | TimmBackbone
+        if isinstance(backbone, SwinConfig):
+            self.backbone = SwinTransformer(
+                embed_dim=backbone.embed_dim,
+                depths=backbone.depths,
+                num_heads=backbone.num_heads,
+                window_size=backbone.window_size,
+                mlp_ratio=backbone.mlp_ratio,
+                qkv_bias=backbone.qkv_bias,
+                drop_path_rate=backbone.drop_path_rate,
+            )
+        else:
+            self.backbone = TimmBackbone(name=backbone.name)
+        self.pixel_decoder = MSDeformAttnPixelDecoder(
+            in_channels=self.backbone.channels,
+            hidden_dim=pixel.hidden_dim,
+            mask_dim=pixel.mask_dim,
+            num_layers=pixel.num_layers,
+            ffn_dim=pixel.ffn_dim,
+            num_heads=pixel.num_heads,
+            num_points=pixel.num_points,
+            dropout=pixel.dropout,
+        )
+        self.transformer_decoder = MaskedTransformerDecoder(
+            in_channels=pixel.hidden_dim,
+            hidden_dim=decoder.hidden_dim,
+            mask_dim=pixel.mask_dim,
+            num_queries=decoder.num_queries,
+            num_layers=decoder.num_layers,
+            num_heads=decoder.num_heads,
+            ffn_dim=decoder.ffn_dim,
+            num_labels=config.num_labels,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.transformer_decoder.query_features.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating-point type of the weights."""
+        return self.transformer_decoder.query_features.weight.dtype
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        output_auxiliary: bool = False,
+        output_hidden: bool = False,
+        frames_per_chunk: int | None = None,
+    ) -> VideoMask2FormerOutput:
+        """Segment a batch of clips.
+
+        Args:
+            pixel_values: (B, T, 3, H, W), normalised and padded as `VideoProcessor` does; cast to the model's dtype.
+            output_auxiliary: also give the predictions at every depth. They need every layer's full masks; without
+                them, only the last layer's are made and the attention works on resized mask features instead.
+            output_hidden: also give the intermediate features, queries and attention masks.
+            frames_per_chunk: encode this many frames at a time, to bound memory; None encodes all at once.
+
+        Raises:
+            ValueError: `pixel_values` of another shape, without frames, or not floating point.
+        """
+        _check_pixel_values(pixel_values, ndim=5, layout="(B, T, 3, H, W)")
+        B, T = pixel_values.shape[:2]
+        frames = pixel_values.flatten(0, 1)
+        features = FrameFeatures.concatenate(
+            [self.encode_frames(chunk, output_hidden) for chunk in frames.split(frames_per_chunk or B * T)]
+        )
+        return self.decode_clip(features, T, output_auxiliary=output_auxiliary, output_hidden=output_hidden)
+
+    def encode_frames(self, frames: Tensor, output_hidden: bool = False) -> FrameFeatures:
+        """Backbone and pixel decoder: the per-frame half, in any chunks.
+
+        Args:
+            frames: (F, 3, H, W), normalised; cast to the model's dtype.
+            output_hidden: keep the backbone maps and every encoder layer's tokens.
+
+        Raises:
+            ValueError: `frames` of another shape, without frames, or not floating point.
+        """
+        _check_pixel_values(frames, ndim=4, layout="(F, 3, H, W)")
+        maps = self.backbone(frames.to(self.dtype))
+        decoded = self.pixel_decoder(maps, output_hidden)
+        return FrameFeatures(
+            decoded.mask_features, decoded.multi_scale, maps if output_hidden else None, decoded.encoder_layers
+        )
+
+    def decode_clip(
+        self,
+        features: FrameFeatures,
+        num_frames: int | None = None,
+        output_auxiliary: bool = False,
+        output_hidden: bool = False,
+        output_masks: bool = True,
+    ) -> VideoMask2FormerOutput:
+        """Transformer decoder: the half that sees a whole clip.
+
+        Args:
+            features: of F frames, clip after clip.
+            num_frames: frames T of each clip, so that B = F / T; None takes all frames as one clip.
+            output_auxiliary: also give the predictions at every depth.
+            output_hidden: also give features, queries and attention masks.
+            output_masks: make mask logits of all queries; without them, multiply the mask embeddings of the queries
+                you keep with `features.mask_features` yourself (`predict_masks`).
+
+        Raises:
+            ValueError: F is not a multiple of `num_frames`.
+        """
+        F = features.mask_features.shape[0]
+        T = num_frames or F
+        if F % T:
+            raise ValueError(f"{F} frames do not make clips of {T} frames")
+        if self.config.temporal == "per_frame":
+            T = 1
+        mask_features = features.mask_features.unflatten(0, (-1, T))
+        multi_scale = tuple(level.unflatten(0, (-1, T)) for level in features.multi_scale)
+        decoded = self.transformer_decoder(mask_features, multi_scale, output_auxiliary, output_hidden)
+        masks = None
+        if decoded.auxiliary is not None:
+            masks = decoded.auxiliary[-1].masks_queries_logits
+        elif output_masks:
+            masks = predict_masks(decoded.mask_embeddings, mask_features)
+        return VideoMask2FormerOutput(
+            decoded.class_queries_logits,
+            masks,
+            decoded.mask_embeddings,
+            auxiliary=decoded.auxiliary,
+            features=features if output_hidden else None,
+            queries=decoded.queries,
+            attention_masks=decoded.attention_masks,
+        )
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]  # the mixin's extra arguments reach __init__, ours are named
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        config: VideoMask2FormerConfig | str | os.PathLike[str] | None = None,
+        temporal: str | None = None,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+    ) -> Self:
+        """Load a model from the hub, a folder or a file, in this project's or a foreign format.
+
+        Args:
+            pretrained_model_name_or_path: hub name (`owner/name`), folder with `config.json` and weights, or file
+                (`.safetensors`, `.bin`, `.pth`, `.pkl`). Transformers and detectron2 weights convert in memory.
+            config: needed for a bare weight file; a config, the name of a preset, or a config file. It replaces the
+                checkpoint's own.
+            temporal: `joint` or `per_frame`; None reads it from the checkpoint.
+            dtype: floating-point type of the weights, None for float32; `"bfloat16"` or `torch.bfloat16`.
+            device: where to put the weights, None for the CPU.
+            revision: branch, tag or commit on the hub.
+            token: access token for the hub.
+            cache_dir: folder of the hub's downloads.
+            local_files_only: use what was downloaded before, never the network.
+            force_download: download again.
+
+        Returns:
+            The model in evaluation mode.
+
+        Raises:
+            FileNotFoundError: no such file or folder, and not a hub name.
+            ConfigError: the config is missing or describes no model we can build.
+            weights_convert.ConversionError: weights that cannot be read, are not finite, or do not fit the config.
+            ValueError: an unknown dtype or device.
+        """
+        target_dtype, target_device = parse_dtype(dtype or torch.float32), parse_device(device or "cpu")
+        model_config, state_dict = load_checkpoint(
+            pretrained_model_name_or_path,
+            config=config,
+            temporal=temporal,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            force_download=force_download,
+        )
+        model = cls(model_config)
+        load_state_dict_strictly(model, state_dict, source=str(pretrained_model_name_or_path))
+        return model.to(device=target_device, dtype=target_dtype).eval()
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> str | None:
+        """Write `config.json`, `model.safetensors` and, where there is none, a model card `README.md`.
+
+        Every file is written beside its place and then renamed, so that a failure leaves what was there before.
+
+        Args:
+            save_directory: folder, made where missing.
+            kwargs: of `PyTorchModelHubMixin.save_pretrained`, such as `push_to_hub=True` and `repo_id`.
+        """
+        with staged_folder(Path(save_directory)) as staging:
+            return super().save_pretrained(staging, **kwargs)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        state_dict = {name: tensor.detach().cpu() for name, tensor in self.state_dict().items()}
+        write_checkpoint(save_directory, state_dict, self.config.to_dict())
+
+
+def _check_pixel_values(pixels: Tensor, *, ndim: int, layout: str) -> None:
+    if pixels.ndim != ndim or pixels.shape[-3] != 3 or 0 in pixels.shape:
+        raise ValueError(f"frames must be {layout} and not empty, got {tuple(pixels.shape)}")
+    if not pixels.is_floating_point():
+        raise ValueError(f"frames must be floating point, got {pixels.dtype}; VideoProcessor normalises uint8 video")

@@ -1,0 +1,324 @@
+"""Video frames into model input, and the model's outputs back to the size of the video.
+
+The arithmetic is that of the original Video Mask2Former (arXiv 2112.10764): 8-bit bilinear resize, normalisation, then
+zero padding on the right and below. The padding is not masked anywhere in the model, so its amount matters.
+
+Shape letters: B videos, T frames, H W size of the video, H' W' size of the model's input, Q queries, K classes.
+"""
+
+import os
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
+from math import ceil
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from m2f_video import postprocess
+from m2f_video.config import PreprocessingConfig, VideoMask2FormerConfig
+from m2f_video.postprocess import MASK_STRIDE
+from m2f_video.segments import SegmentationOutputs, Size, Sizes, check_outputs, check_sizes
+
+if TYPE_CHECKING:
+    from m2f_video.hub import ConfigSource
+
+__all__ = ["VideoProcessor"]
+
+Frames = np.ndarray[Any, np.dtype[np.uint8]]  # (T, H, W, 3)
+
+
+class VideoProcessor:
+    """Makes the model's input from videos and the final masks from its outputs.
+
+    Args:
+        config: how frames are resized, normalised and padded.
+        labels: class names by class index.
+
+    Raises:
+        ValueError: labels is empty or one string.
+    """
+
+    def __init__(self, config: PreprocessingConfig, labels: Sequence[str]) -> None:
+        if isinstance(labels, str) or len(labels) == 0:
+            raise ValueError(f"labels must be a sequence of class names, got {labels!r}")
+        self.config = config
+        self.labels = tuple(labels)
+
+    @classmethod
+    def from_config(cls, config: VideoMask2FormerConfig) -> Self:
+        """The processor that belongs to a model of this configuration."""
+        return cls(config.preprocessing, config.labels)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        config: "ConfigSource | None" = None,
+    ) -> Self:
+        """The processor of a published or saved model; the arguments are those of the model's `from_pretrained`."""
+        from m2f_video.hub import load_config
+
+        return cls.from_config(
+            load_config(
+                source,
+                revision=revision,
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+                config=config,
+            )
+        )
+
+    def __call__(self, videos: Any, return_tensors: str = "pt") -> dict[str, Tensor]:
+        """Model input of one video or a batch of them: `model(**processor(video))`.
+
+        Args:
+            videos: one video as uint8 RGB (T, H, W, 3), array or tensor; one as a list of frames, each (H, W, 3) or an
+                RGB PIL image; or a list of videos of the same number of frames. Videos of different sizes are padded
+                to the largest.
+            return_tensors: "pt"; there is no other kind.
+
+        Returns:
+            `pixel_values`, float32 (B, T, 3, H', W') on the CPU.
+
+        Raises:
+            ValueError: not uint8 RGB frames, nothing in it, or videos of different length.
+        """
+        if return_tensors != "pt":
+            raise ValueError(f"return_tensors must be 'pt' (PyTorch tensors), got {return_tensors!r}")
+        batch = _as_batch(videos)
+        lengths = [len(video) for video in batch]
+        if len(set(lengths)) > 1:
+            raise ValueError(
+                f"videos of one batch must have the same number of frames, got {lengths}; cut or split them"
+            )
+        H, W = self._batch_size([self.resized_size(*video.shape[1:3]) for video in batch])
+        pixel_values = torch.zeros(len(batch), lengths[0], 3, H, W)
+        for index, video in enumerate(batch):
+            self._write(video, pixel_values[index])
+        return {"pixel_values": pixel_values}
+
+    def process_frames(self, frames: Any) -> Tensor:
+        """Model input of some frames of a video: each frame's result depends on that frame alone.
+
+        Args:
+            frames: uint8 RGB (T, H, W, 3), array or tensor, or a list of frames.
+
+        Returns:
+            float32 (T, 3, H', W') on the CPU.
+
+        Raises:
+            ValueError: not uint8 RGB frames, or none.
+        """
+        video = _as_video(frames)
+        pixel_values = torch.zeros(len(video), 3, *self.padded_size(*video.shape[1:3]))
+        self._write(video, pixel_values)
+        return pixel_values
+
+    def resized_size(self, height: int, width: int) -> Size:
+        """(height, width) a frame of this size is resized to, before padding.
+
+        Raises:
+            ValueError: a side is not positive, or would be resized to nothing.
+        """
+        if min(height, width) < 1:
+            raise ValueError(f"frames must have positive height and width, got {height} x {width}")
+        config = self.config
+        if config.fixed_size is not None:
+            size = config.fixed_size
+        elif config.fit == "pad":
+            size = _original_size(height, width, config.shortest_edge, config.longest_edge)
+        else:
+            size = _transformers_size(height, width, config.shortest_edge, config.longest_edge)
+        if min(size) < 1:
+            raise ValueError(
+                f"a frame of {height} x {width} is so elongated that it would be resized to {size[0]} x {size[1]}; "
+                "crop it, or set fixed_size in the preprocessing config"
+            )
+        return self._round_up(size) if config.fit == "resize" else size
+
+    def padded_size(self, height: int, width: int) -> Size:
+        """(H', W') of the model's input for a single video of this size.
+
+        Raises:
+            ValueError: as `resized_size`.
+        """
+        return self._round_up(self.resized_size(height, width))
+
+    def post_process_video_instance_segmentation(
+        self,
+        outputs: SegmentationOutputs,
+        target_sizes: Sizes | None = None,
+        resized_sizes: Sizes | None = None,
+        top_k: int = 10,
+        score_threshold: float = 0.0,
+    ) -> list[dict[str, Any]]:
+        """Object instances of each video; see `postprocess.post_process_video_instance_segmentation`.
+
+        Args:
+            outputs: the model's outputs for B videos.
+            target_sizes: original (height, width) of each video; None keeps the model's input with its padding.
+            resized_sizes: (height, width) of each video in the model's input; None computes them from target_sizes.
+            top_k: (query, class) pairs per video.
+            score_threshold: pairs that score less are left out.
+
+        Raises:
+            ValueError: also if the sizes computed from target_sizes are not those of the model's input.
+        """
+        resized_sizes = self._resized_sizes(outputs, target_sizes, resized_sizes)
+        return postprocess.post_process_video_instance_segmentation(
+            outputs, target_sizes, resized_sizes, top_k, score_threshold, self.labels
+        )
+
+    def post_process_video_semantic_segmentation(
+        self,
+        outputs: SegmentationOutputs,
+        target_sizes: Sizes | None = None,
+        resized_sizes: Sizes | None = None,
+    ) -> list[Tensor]:
+        """The class of every pixel of each video; see `postprocess.post_process_video_semantic_segmentation`.
+
+        The sizes are as in `post_process_video_instance_segmentation`.
+        """
+        resized_sizes = self._resized_sizes(outputs, target_sizes, resized_sizes)
+        return postprocess.post_process_video_semantic_segmentation(outputs, target_sizes, resized_sizes)
+
+    def post_process_video_panoptic_segmentation(
+        self,
+        outputs: SegmentationOutputs,
+        threshold: float = 0.5,
+        mask_threshold: float = 0.5,
+        overlap_mask_area_threshold: float = 0.8,
+        label_ids_to_fuse: AbstractSet[int] | None = None,
+        target_sizes: Sizes | None = None,
+        resized_sizes: Sizes | None = None,
+    ) -> list[dict[str, Any]]:
+        """Segments of each video that do not overlap; see `postprocess.post_process_video_panoptic_segmentation`.
+
+        The sizes are as in `post_process_video_instance_segmentation`.
+        """
+        return postprocess.post_process_video_panoptic_segmentation(
+            outputs,
+            threshold,
+            mask_threshold,
+            overlap_mask_area_threshold,
+            label_ids_to_fuse,
+            target_sizes,
+            self._resized_sizes(outputs, target_sizes, resized_sizes),
+            self.labels,
+        )
+
+    # image results follow transformers, which ignores both padding and resize: nothing here to add
+    post_process_instance_segmentation = staticmethod(postprocess.post_process_instance_segmentation)
+    post_process_semantic_segmentation = staticmethod(postprocess.post_process_semantic_segmentation)
+    post_process_panoptic_segmentation = staticmethod(postprocess.post_process_panoptic_segmentation)
+
+    def _resized_sizes(
+        self, outputs: SegmentationOutputs, target_sizes: Sizes | None, resized_sizes: Sizes | None
+    ) -> Sizes | None:
+        """The given sizes, or those the videos of `target_sizes` were resized to when they became this input."""
+        if resized_sizes is not None or target_sizes is None:
+            return resized_sizes
+        mask_logits = check_outputs(outputs)[1]
+        sizes = [self.resized_size(*size) for size in check_sizes("target_sizes", target_sizes, len(mask_logits))]
+        expected = self._batch_size(sizes)
+        actual = (MASK_STRIDE * mask_logits.shape[-2], MASK_STRIDE * mask_logits.shape[-1])
+        if actual != expected:
+            raise ValueError(
+                f"videos of target_sizes {target_sizes!r} make a model input of {expected}, but these outputs are of "
+                f"an input of {actual}; if target_sizes are not the original video sizes (or this is part of a batch), "
+                "pass resized_sizes, the (height, width) of each video in the input before padding"
+            )
+        return sizes
+
+    def _round_up(self, size: Size) -> Size:
+        divisor = self.config.size_divisor
+        return ceil(size[0] / divisor) * divisor, ceil(size[1] / divisor) * divisor
+
+    def _batch_size(self, resized_sizes: Sequence[Size]) -> Size:
+        """(H', W') that holds every video of a batch."""
+        heights, widths = zip(*resized_sizes, strict=True)
+        return self._round_up((max(heights), max(widths)))
+
+    def _write(self, frames: Frames, pixel_values: Tensor) -> None:
+        """Resize and normalise frames into the top left of zeros (T, 3, H', W')."""
+        from PIL import Image
+
+        height, width = self.resized_size(*frames.shape[1:3])
+        # in 0..255, as the original does: the same numbers to the last bit
+        mean = torch.tensor([255 * value for value in self.config.image_mean]).view(3, 1, 1)
+        std = torch.tensor([255 * value for value in self.config.image_std]).view(3, 1, 1)
+        for frame, out in zip(frames, pixel_values, strict=True):
+            # PIL, not torch: its antialiased uint8 resize is off by one in up to a quarter of the values
+            image = Image.fromarray(frame).resize((width, height), Image.Resampling.BILINEAR)
+            pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (height, width, 3) -> (3, height, width)
+            out[:, :height, :width] = (pixels - mean) / std
+
+
+def _original_size(height: int, width: int, shortest: int, longest: int) -> Size:
+    """Shorter side to `shortest`, or less where the longer would exceed `longest`; rounded half up."""
+    scale = shortest / min(height, width)
+    sides: tuple[float, float] = (shortest, scale * width) if height < width else (scale * height, shortest)
+    if max(sides) > longest:
+        scale = longest / max(sides)
+        sides = (sides[0] * scale, sides[1] * scale)
+    return int(sides[0] + 0.5), int(sides[1] + 0.5)
+
+
+def _transformers_size(height: int, width: int, shortest: int, longest: int) -> Size:
+    """The size transformers resizes to, before rounding up: the longer side is cut to an integer, not rounded."""
+    short, long = min(height, width), max(height, width)
+    exact: float = shortest
+    if long / short * shortest > longest:
+        exact = longest * short / long
+    edge = round(exact)
+    if short == edge:
+        return height, width
+    other = int(exact * long / short)
+    return (other, edge) if width < height else (edge, other)
+
+
+def _as_batch(videos: Any) -> list[Frames]:
+    """One video or a list of them as a list of uint8 (T, H, W, 3)."""
+    first = videos[0] if isinstance(videos, list | tuple) and videos else None
+    is_list_of_videos = isinstance(first, list | tuple) or getattr(first, "ndim", 0) == 4
+    return [_as_video(video) for video in videos] if is_list_of_videos else [_as_video(videos)]
+
+
+def _as_video(frames: Any) -> Frames:
+    """One video, or a list of its frames, as uint8 (T, H, W, 3)."""
+    if isinstance(frames, list | tuple):
+        arrays = [_as_array(frame) for frame in frames]
+        if len({array.shape for array in arrays}) > 1:
+            raise ValueError(f"frames of one video must have one shape, got {sorted({a.shape for a in arrays})}")
+        array = np.stack(arrays) if arrays else np.empty((0, 0, 0, 3), np.uint8)
+    else:
+        array = _as_array(frames)
+    if array.dtype != np.uint8:
+        raise ValueError(f"frames must be uint8 RGB in 0..255, got {array.dtype}; scale and convert them first")
+    if array.ndim != 4 or array.shape[3] != 3:
+        raise ValueError(f"a video must be (T, H, W, 3) with RGB channels last, got shape {array.shape}")
+    if 0 in array.shape:
+        raise ValueError(f"the video is empty: shape {array.shape}; it needs a frame of at least one pixel")
+    return array
+
+
+def _as_array(frames: Any) -> Frames:
+    """An array, tensor or PIL image as an array."""
+    if isinstance(frames, Tensor):
+        return frames.detach().cpu().numpy()
+    if isinstance(frames, np.ndarray):
+        return frames
+    mode = getattr(frames, "mode", None)  # of a PIL image
+    if mode is None:
+        raise ValueError(f"frames must be arrays, tensors or PIL images, got {type(frames).__name__}")
+    if mode != "RGB":
+        raise ValueError(f"a PIL frame must be RGB, got mode {mode!r}; call .convert('RGB') on it")
+    return np.asarray(frames)

@@ -1,0 +1,400 @@
+"""What segmenting a video gives: tracks with their masks, saved as files a person and an evaluator can read.
+
+Shape letters: T frames of the result, N tracks, H height, W width.
+"""
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+from m2f_video.video_io import VideoReader, VideoSource, atomic_path
+
+Rle = dict[str, Any]
+"""A mask in COCO's compressed run-length encoding: `{"size": [H, W], "counts": str}`."""
+
+TRACKS_FILE = "tracks.json"
+OVERLAY_FILE = "overlay.mp4"
+
+
+def encode_mask(mask: np.ndarray) -> Rle | None:
+    """COCO run-length encoding of a mask (H, W), bool or 0 and 1; None where it is empty.
+
+    Raises:
+        ValueError: the mask is not two-dimensional or not of that type.
+    """
+    from pycocotools import mask as coco
+
+    if mask.ndim != 2 or mask.dtype not in (np.bool_, np.uint8) or mask.size == 0:
+        raise ValueError(f"a mask must be (H, W) of type bool or uint8, got shape {mask.shape} and type {mask.dtype}")
+    if not mask.any():
+        return None
+    rle = coco.encode(np.asfortranarray(mask.astype(np.uint8, copy=False)))
+    return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Track:
+    """One object through a video.
+
+    Attributes:
+        id: number of the track, from 1, unique in its result.
+        label: name of its class.
+        label_id: class of the model, from 0.
+        score: confidence in [0, 1].
+        query_id: the model's query whose masks these are; a query with two likely classes gives two tracks.
+        segmentations: one COCO run-length encoded mask per frame of the result, None where the object is absent.
+
+    Raises:
+        ValueError: the score is no finite number, or a segmentation is not what is described above.
+    """
+
+    id: int
+    label: str
+    label_id: int
+    score: float
+    query_id: int
+    segmentations: tuple[Rle | None, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "segmentations", tuple(self.segmentations))
+        if not math.isfinite(self.score):
+            raise ValueError(f"track {self.id}: the score must be a finite number, got {self.score}")
+        for position, rle in enumerate(self.segmentations):
+            if rle is not None and not _is_rle(rle):
+                raise ValueError(
+                    f"track {self.id}, frame {position}: a segmentation is None or a compressed COCO encoding, "
+                    '{"size": [H, W], "counts": str}'
+                )
+
+    @property
+    def num_frames_visible(self) -> int:
+        """Number of frames with a mask."""
+        return sum(rle is not None for rle in self.segmentations)
+
+    def mask(self, frame: int) -> np.ndarray:
+        """Mask in a frame, bool (H, W); all False where the object is absent.
+
+        Args:
+            frame: position in the result, from 0; not the frame's number in the source.
+
+        Raises:
+            IndexError: there is no such frame.
+            ValueError: no frame has a mask, so that its size is unknown here (`VideoSegmentation.masks` knows it).
+        """
+        if (rle := self._at(frame)) is not None:
+            return _decode(rle)
+        size = next((other["size"] for other in self.segmentations if other is not None), None)
+        if size is None:
+            raise ValueError(f"track {self.id} has no mask in any frame; use VideoSegmentation.masks({frame})")
+        return np.zeros(size, bool)
+
+    def area(self, frame: int) -> int:
+        """Number of pixels of the mask in a frame; `frame` as in `mask`."""
+        from pycocotools import mask as coco
+
+        rle = self._at(frame)
+        return 0 if rle is None else int(coco.area(_as_bytes(rle)))
+
+    def _at(self, frame: int) -> Rle | None:
+        return self.segmentations[_check_position(frame, len(self.segmentations))]
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoSegmentation:
+    """The tracks found in a video.
+
+    Attributes:
+        source: path of the video as it was given, `"<array>"` for arrays.
+        width: pixels.
+        height: pixels.
+        fps: average frame rate of the source, before a step skipped frames.
+        frames: number in the source, from 0, of each frame of the result; rising.
+        labels: names of all classes of the model, in the order of its class numbers.
+        tracks: by falling score, whatever order they were given in.
+        video: the video itself, to draw on; neither compared nor saved.
+
+    Raises:
+        ValueError: the fields contradict each other; the message names the one.
+    """
+
+    source: str
+    width: int
+    height: int
+    fps: float
+    frames: tuple[int, ...]
+    labels: tuple[str, ...]
+    tracks: tuple[Track, ...]
+    video: VideoReader | VideoSource | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "fps", float(self.fps))
+        object.__setattr__(self, "frames", tuple(self.frames))
+        object.__setattr__(self, "labels", tuple(self.labels))
+        object.__setattr__(self, "tracks", tuple(sorted(self.tracks, key=lambda track: -track.score)))
+        if self.width < 1 or self.height < 1 or not 0 < self.fps < math.inf:
+            raise ValueError(
+                f"width, height and fps must be positive, got {self.width}x{self.height} at {self.fps} fps"
+            )
+        if (
+            not self.frames
+            or self.frames[0] < 0
+            or any(b <= a for a, b in zip(self.frames, self.frames[1:], strict=False))
+        ):
+            raise ValueError(f"frames must be rising numbers from 0, at least one, got {_shorten(self.frames)}")
+        if len({track.id for track in self.tracks}) != len(self.tracks):
+            raise ValueError(f"track ids must differ, got {sorted(track.id for track in self.tracks)}")
+        for track in self.tracks:
+            self._check(track)
+
+    def masks(self, frame: int) -> np.ndarray:
+        """Masks of all tracks in a frame, bool (N, H, W), in the order of `tracks`.
+
+        Args:
+            frame: position in the result, from 0; not the frame's number in the source.
+
+        Raises:
+            IndexError: there is no such frame.
+        """
+        _check_position(frame, len(self.frames))
+        masks = np.zeros((len(self.tracks), self.height, self.width), bool)
+        for mask, track in zip(masks, self.tracks, strict=True):
+            if (rle := track.segmentations[frame]) is not None:
+                mask[:] = _decode(rle)
+        return masks
+
+    def save(
+        self,
+        directory: str | os.PathLike[str],
+        overlay: bool = True,
+        min_score: float = 0.0,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Write `tracks.json` and, with `overlay`, the video with its tracks drawn in, `overlay.mp4`.
+
+        The directory is made if it is missing. When anything fails nothing half-written remains: files of an
+        earlier run stay as they were, and a directory that was made is removed.
+
+        Args:
+            directory: where to write.
+            overlay: write `overlay.mp4` too; needs `video`.
+            min_score: draw only tracks of at least this score; `tracks.json` holds them all.
+            progress: called with (frames drawn, frames in all) after each frame of the overlay.
+
+        Raises:
+            ValueError: there is no video to draw on, or it is not the one that was segmented.
+            OSError: the files cannot be written.
+        """
+        if overlay and self.video is None:
+            raise ValueError(
+                "there is no video to draw on: pass overlay=False, or give it with "
+                "dataclasses.replace(segmentation, video=...)"
+            )
+        text = json.dumps(self.to_dict(), allow_nan=False)
+        with _made_directory(Path(directory)) as folder, atomic_path(folder / TRACKS_FILE) as file:
+            file.write_text(text, encoding="utf-8")
+            if overlay and self.video is not None:
+                from m2f_video.visualize import render_overlay
+
+                render_overlay(self, self.video, folder / OVERLAY_FILE, min_score=min_score, progress=progress)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `tracks.json` holds; `results` are rows of a YouTubeVIS submission with `category` added."""
+        return {
+            "video": {
+                "source": self.source,
+                "width": self.width,
+                "height": self.height,
+                "fps": self.fps,
+                "frames": list(self.frames),
+            },
+            "categories": [{"id": index + 1, "name": name} for index, name in enumerate(self.labels)],
+            "results": [
+                {
+                    "video_id": 1,
+                    "category_id": track.label_id + 1,
+                    "category": track.label,
+                    "score": track.score,
+                    "segmentations": list(track.segmentations),
+                }
+                for track in self.tracks
+            ],
+        }
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "VideoSegmentation":
+        """Read a `tracks.json`, or the one in a directory, checking every part of it.
+
+        The file does not hold the ids of tracks and queries: tracks are numbered from 1 in the order of the file,
+        and tracks with equal masks count as one query's.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is no such result; the message names the part that is wrong.
+        """
+        file = Path(path)
+        file = file / TRACKS_FILE if file.is_dir() else file
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: there is no such result file")
+        try:
+            return cls._from_dict(json.loads(file.read_bytes(), parse_constant=_no_constant))
+        except (ValueError, OverflowError, RecursionError) as error:  # malformed text raises these as well
+            raise ValueError(f"{file}: not a result of this program: {error}") from error
+
+    @classmethod
+    def _from_dict(cls, data: Any) -> "VideoSegmentation":
+        video = _get(data, "video", dict, "the file")
+        height, width = _get(video, "height", int, "video"), _get(video, "width", int, "video")
+        labels = []
+        for index, category in enumerate(_get(data, "categories", list, "the file")):
+            if _get(category, "id", int, f"category {index}") != index + 1:
+                raise ValueError(f"category {index}: ids must count from 1, got {category['id']}")
+            labels.append(_get(category, "name", str, f"category {index}"))
+        tracks: list[Track] = []
+        for index, row in enumerate(_get(data, "results", list, "the file")):
+            where = f"result {index}"
+            segmentations = tuple(_get(row, "segmentations", list, where))
+            for position, rle in enumerate(segmentations):
+                if rle is not None:
+                    _check_rle(rle, height, width, f"{where}, frame {position}")
+            same = next((track.query_id for track in tracks if track.segmentations == segmentations), index)
+            tracks.append(
+                Track(
+                    id=index + 1,
+                    label=_get(row, "category", str, where),
+                    label_id=_get(row, "category_id", int, where) - 1,
+                    score=_get(row, "score", (int, float), where),
+                    query_id=same,
+                    segmentations=segmentations,
+                )
+            )
+        frames = _get(video, "frames", list, "video")
+        if any(type(frame) is not int for frame in frames):
+            raise ValueError(f"video: frames must be whole numbers, got {_shorten(frames)}")
+        return cls(
+            source=_get(video, "source", str, "video"),
+            width=width,
+            height=height,
+            fps=_get(video, "fps", (int, float), "video"),
+            frames=tuple(frames),
+            labels=tuple(labels),
+            tracks=tuple(tracks),
+        )
+
+    def _check(self, track: Track) -> None:
+        if not 0 <= track.label_id < len(self.labels) or self.labels[track.label_id] != track.label:
+            raise ValueError(
+                f"track {track.id}: label {track.label!r} is not number {track.label_id} of {len(self.labels)} labels"
+            )
+        if len(track.segmentations) != len(self.frames):
+            raise ValueError(
+                f"track {track.id}: {len(track.segmentations)} segmentations for {len(self.frames)} frames"
+            )
+        for position, rle in enumerate(track.segmentations):
+            if rle is not None and list(rle["size"]) != [self.height, self.width]:
+                raise ValueError(
+                    f"track {track.id}, frame {position}: the mask is {rle['size']} but the video is "
+                    f"[{self.height}, {self.width}] (height, width)"
+                )
+
+
+def _is_rle(rle: Any) -> bool:
+    return (
+        isinstance(rle, dict)
+        and rle.keys() == {"size", "counts"}
+        and isinstance(rle["counts"], str)
+        and isinstance(rle["size"], list | tuple)
+        and len(rle["size"]) == 2
+        and all(type(side) is int and side > 0 for side in rle["size"])
+    )
+
+
+def _as_bytes(rle: Rle) -> Rle:
+    return {"size": rle["size"], "counts": rle["counts"].encode("ascii")}
+
+
+def _decode(rle: Rle) -> np.ndarray:
+    from pycocotools import mask as coco
+
+    return coco.decode(_as_bytes(rle)).astype(bool)
+
+
+def _check_rle(rle: Any, height: int, width: int, where: str) -> None:
+    """Check a segmentation of a file. pycocotools reads past the end of a malformed one, so it must not see it."""
+    if not _is_rle(rle):
+        raise ValueError(f'{where}: a segmentation is null or {{"size": [H, W], "counts": text}}')
+    if list(rle["size"]) != [height, width]:
+        raise ValueError(f"{where}: the mask is {rle['size']} but the video is [{height}, {width}] (height, width)")
+    runs = _run_lengths(rle["counts"])
+    if runs is None or (runs < 0).any() or runs.sum() != height * width:
+        raise ValueError(f"{where}: the run lengths are damaged, they do not cover {height} x {width} pixels")
+
+
+def _run_lengths(counts: str) -> np.ndarray | None:
+    """Run lengths of a COCO `counts` string, int64; None where it is malformed.
+
+    A number is written five bits a character from the lowest on, character 48 + bits; bit 5 says that another
+    follows, bit 4 of the last is the sign. From the fourth number on it is the difference to the last but one.
+    """
+    try:
+        chars = np.frombuffer(counts.encode("ascii"), np.uint8).astype(np.int64) - 48
+    except UnicodeEncodeError:
+        return None
+    if not len(chars) or chars.min() < 0 or chars.max() > 63 or chars[-1] & 32:
+        return None
+    ends = np.flatnonzero(chars & 32 == 0)
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    lengths = ends - starts + 1
+    if lengths.max() > 7:  # 35 bits, more than any picture has pixels
+        return None
+    place = np.arange(len(chars)) - np.repeat(starts, lengths)
+    runs = np.add.reduceat((chars & 31) << (5 * place), starts)
+    runs -= np.where(chars[ends] & 16, 1 << (5 * lengths), 0)
+    runs[1::2] = np.cumsum(runs[1::2])
+    runs[2::2] = np.cumsum(runs[2::2])
+    return runs
+
+
+def _get(data: Any, key: str, kind: type | tuple[type, ...], where: str) -> Any:
+    """A value of parsed JSON, or an error that says where it is missing or of the wrong type."""
+    if not isinstance(data, dict) or key not in data:
+        raise ValueError(f"{where} has no {key!r}")
+    value = data[key]
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ValueError(f"{where}: {key!r} has the wrong type, {type(value).__name__}")
+    return value
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number")
+
+
+def _check_position(frame: int, count: int) -> int:
+    if not 0 <= frame < count:
+        raise IndexError(f"frame {frame}: the result has {count} frames, counted from 0 whatever their source numbers")
+    return frame
+
+
+def _shorten(values: Sequence[Any]) -> str:
+    shown = ", ".join(str(value) for value in values[:8])
+    return f"({shown}{', ...' if len(values) > 8 else ''})"
+
+
+@contextlib.contextmanager
+def _made_directory(directory: Path) -> Iterator[Path]:
+    """Make a directory and its parents; on an exception remove again those that were made."""
+    missing = [path for path in (directory, *directory.parents) if not path.exists()]
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        yield directory
+    except BaseException:
+        for path in missing:  # the innermost first
+            with contextlib.suppress(OSError):  # someone else has written there meanwhile: it stays
+                path.rmdir()
+        raise

@@ -1,0 +1,192 @@
+"""Decoding a video file with PyAV: its frames upright and in RGB, and whether the file is whole.
+
+`video_io` is the public face of this; here is all that knows FFmpeg's ways of reading.
+"""
+
+from collections.abc import Iterator
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+# FFmpeg "plays" text as pictures, and follows playlists to other files; neither is a video file.
+_REFUSED_FORMATS = {"tty", "bin", "xbin", "adf", "idf", "concat", "hls", "dash", "sdp"}
+
+
+class VideoError(ValueError):
+    """A video that cannot be read or written as asked; the message names it and the remedy."""
+
+
+def open_container(path: str) -> Any:
+    """Open a video file as a PyAV container.
+
+    Raises:
+        VideoError: FFmpeg does not recognise the file, or it is a text or a playlist.
+    """
+    import av
+
+    try:
+        # A file may name others (playlists, references): never follow one out to the network.
+        container = av.open(path, options={"protocol_whitelist": "file"})
+    except PermissionError as error:
+        raise VideoError(f"{path}: no permission to read the file") from error
+    except av.error.FFmpegError as error:
+        raise VideoError(
+            f"{path}: not a video FFmpeg can read, or its beginning or index is missing: {error.strerror}"
+        ) from error
+    if container.format.name in _REFUSED_FORMATS:
+        container.close()
+        raise VideoError(f"{path}: not a video file, but {container.format.long_name} ({container.format.name})")
+    return container
+
+
+def video_stream(container: Any, path: str) -> Any:
+    """The main video stream of a container, set up to decode.
+
+    Raises:
+        VideoError: there is none (a cover picture is none), or no decoder for it.
+    """
+    import av
+
+    stream = container.streams.best("video")
+    if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
+        raise VideoError(f"{path}: the file has no video stream (it reads as {container.format.long_name})")
+    if stream.codec_context is None:
+        raise VideoError(f"{path}: there is no decoder for its video stream; re-encode it, for example to h264")
+    stream.thread_type = "SLICE"  # frame threads are faster, but hide errors and drop frames beside them
+    return stream
+
+
+def stated_num_frames(container: Any, stream: Any) -> int | None:
+    """Number of frames by what the container states, None where it states nothing; a hint only."""
+    if stream.frames:
+        return int(stream.frames)
+    end = _stated_end(container)
+    if end is None or not stream.average_rate:
+        return None
+    return round((end - _start(container)) * stream.average_rate)
+
+
+class DamageLog:
+    """What goes wrong while a file is decoded, judged by what its container states.
+
+    Attributes:
+        num_frames: frames decoded.
+        num_broken: packets that did not decode and frames that decoded with errors.
+        demux_error: the error that ended reading the container early, if one did.
+    """
+
+    def __init__(self, container: Any, stream: Any) -> None:
+        self.num_frames = 0
+        self.num_broken = 0
+        self.demux_error: str | None = None
+        self._container, self._stream = container, stream
+        self._end = _start(container)
+        self._last_time: Fraction | None = None
+        self._longest_frame = Fraction(0)
+
+    def saw_packet(self, packet: Any) -> None:
+        """Note how far the data reaches. A time code track (data) claims the full length in one packet."""
+        if packet.pts is not None and packet.stream.type != "data":
+            self._end = max(self._end, (packet.pts + (packet.duration or 0)) * packet.time_base)
+
+    def saw_frame(self, frame: Any) -> None:
+        """Note a decoded frame."""
+        self.num_frames += 1
+        self.num_broken += frame.is_corrupt
+        if frame.pts is not None and frame.time_base is not None:
+            time = frame.pts * frame.time_base
+            if self._last_time is not None:
+                self._longest_frame = max(self._longest_frame, time - self._last_time)
+            self._last_time = time
+
+    def describe(self) -> str | None:
+        """Why the file is damaged, None when it is sound; to be asked when decoding has ended."""
+        reasons = []
+        if self.demux_error:
+            reasons.append(f"reading stopped at an error ({self.demux_error})")
+        if self.num_broken:
+            reasons.append(f"{self.num_broken} of its packets or frames are broken")
+        if (missing := self._missing_seconds()) is not None:
+            reasons.append(f"the last {float(missing):.2f} s of the length it states are missing")
+        if _gif_without_end(self._container):
+            reasons.append("the end of the GIF is missing")
+        if not reasons:
+            return None
+        return f"the file is cut off or damaged, {self.num_frames} frames were decoded: {'; '.join(reasons)}"
+
+    def _missing_seconds(self) -> Fraction | None:
+        """Stated length without data, None when it is within what sound files show.
+
+        Lengths are compared as times, not as frame counts, because edit lists leave frames out. Three frames of
+        slack, and at a variable rate the longest frame seen, cover rounding and a last frame without duration.
+        """
+        stated = _stated_end(self._container)
+        rate = self._stream.average_rate
+        if stated is None or not rate:
+            return None
+        missing = stated - self._end
+        return missing if missing > max(3 / Fraction(rate), self._longest_frame) else None
+
+
+def decode(container: Any, stream: Any, damage: DamageLog) -> Iterator[Any]:
+    """Decode a stream to its end, past errors, which are noted in `damage`; yields PyAV frames."""
+    import av
+
+    seen_keyframe = False
+    packets = container.demux()  # all streams: the file ends where the last of them ends
+    while True:
+        try:
+            packet = next(packets, None)
+        except av.error.FFmpegError as error:
+            damage.demux_error = error.strerror
+            return
+        if packet is None:
+            return
+        damage.saw_packet(packet)
+        if packet.stream.index != stream.index:
+            continue
+        seen_keyframe |= packet.is_keyframe
+        try:
+            frames = packet.decode()
+        except av.error.FFmpegError:
+            # A recording that starts between keyframes is sound: what precedes the first one cannot be decoded.
+            damage.num_broken += seen_keyframe
+            continue
+        for frame in frames:
+            damage.saw_frame(frame)
+            yield frame
+
+
+def upright_rgb(frame: Any) -> np.ndarray:
+    """A PyAV frame as uint8 RGB (H, W, 3), turned and mirrored as its display matrix says (nearest quarter turn)."""
+    image = frame.to_ndarray(format="rgb24")
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return image
+    # A point (x, y) of the stored frame is shown at (a x + c y, b x + d y).
+    (a, b), (c, d) = np.frombuffer(matrix, np.int32).reshape(3, 3)[:2, :2].tolist()
+    if abs(b) + abs(c) > abs(a) + abs(d):
+        image, a, d = image.swapaxes(0, 1), c, b
+    return np.ascontiguousarray(image[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
+
+
+def _start(container: Any) -> Fraction:
+    return Fraction(container.start_time or 0, 1_000_000)
+
+
+def _stated_end(container: Any) -> Fraction | None:
+    """Time in seconds at which the container says its pictures and sound end."""
+    streams = (*container.streams.video, *container.streams.audio)
+    if all(s.duration for s in streams):
+        return max(((s.start_time or 0) + s.duration) * s.time_base for s in streams)
+    return None if container.duration is None else _start(container) + Fraction(container.duration, 1_000_000)
+
+
+def _gif_without_end(container: Any) -> bool:
+    """A GIF states no length, but ends with a semicolon (GIF89a specification, section 27), padding aside."""
+    if container.format.name != "gif":
+        return False
+    with open(container.name, "rb") as file:
+        file.seek(max(0, container.size - 4096))
+        return not file.read().rstrip(b"\0\r\n").endswith(b";")

@@ -1,0 +1,342 @@
+"""Reading videos: files, folders of frames and arrays, one frame in memory at a time; and writing them.
+
+Shape letters: T frames, H height, W width. Frames are RGB, uint8, (H, W, 3).
+"""
+
+import os
+import re
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from m2f_video.video_decode import (
+    DamageLog,
+    VideoError,
+    decode,
+    open_container,
+    stated_num_frames,
+    upright_rgb,
+    video_stream,
+)
+from m2f_video.video_writer import VideoWriter, as_frame_rate, atomic_path
+
+__all__ = [
+    "ARRAY_SOURCE",
+    "DEFAULT_FPS",
+    "TruncatedVideoWarning",
+    "VideoError",
+    "VideoNotFoundError",
+    "VideoReader",
+    "VideoSource",
+    "VideoWriter",
+    "as_frame_rate",
+    "atomic_path",
+    "open_video",
+    "parse_frames",
+    "read_video",
+]
+
+VideoSource = str | os.PathLike[str] | np.ndarray | torch.Tensor | Sequence[Any]
+"""A video file, a folder of frames, a uint8 array (T, H, W, 3), or a sequence of uint8 frames (H, W, 3)."""
+
+DEFAULT_FPS = Fraction(25)
+"""Frame rate of a source that states none: a folder of frames, an array."""
+
+ARRAY_SOURCE = "<array>"
+"""`VideoReader.source` of a video that came as an array."""
+
+_IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
+
+
+class VideoNotFoundError(VideoError, FileNotFoundError):
+    """The path of a video does not exist."""
+
+
+class TruncatedVideoWarning(UserWarning):
+    """A video file is cut off or damaged; the frames that could be decoded were used."""
+
+
+class VideoReader(ABC):
+    """A video that can be iterated any number of times, each time from its start; made by `open_video`.
+
+    Iterating decodes lazily and yields the selected frames, uint8 RGB (H, W, 3). Frames of an array are views of
+    it: do not write into them.
+
+    Attributes:
+        source: path as it was given, `"<array>"` for arrays and sequences of frames.
+        width: of the upright frames, pixels.
+        height: of the upright frames, pixels.
+        fps: average frame rate of the source, before a step skips frames.
+        num_frames_hint: how many frames iterating should yield, None where a video file does not say; what a file
+            says may be off by a few, and by more when it is cut off.
+    """
+
+    def __init__(self, source: str, size: tuple[int, int], fps: Fraction, count: int | None, frames: slice) -> None:
+        self.source = source
+        self.height, self.width = size
+        self.fps = fps
+        self.num_frames_hint = None if count is None else len(range(*frames.indices(count)))
+        self._frames = frames
+
+    @abstractmethod
+    def __iter__(self) -> Iterator[np.ndarray]: ...
+
+    def frame_indices(self, count: int) -> tuple[int, ...]:
+        """Source indices (0 is the first frame of the source) of the first `count` frames yielded."""
+        start, step = self._frames.start or 0, self._frames.step or 1
+        return tuple(range(start, start + count * step, step))
+
+
+class _ArrayReader(VideoReader):
+    def __init__(self, video: Sequence[Any] | np.ndarray, fps: Fraction, frames: slice) -> None:
+        self._video = video
+        size = _check_frame(video[0], 0).shape[:2]
+        for index in range(1, len(video)):
+            if (other := _check_frame(video[index], index).shape[:2]) != size:
+                raise VideoError(_size_message(f"frame {index}", other, "frame 0", size))
+        super().__init__(ARRAY_SOURCE, size, fps, len(video), _within(frames, len(video), "the video"))
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        for index in self.frame_indices(self.num_frames_hint or 0):
+            yield _check_frame(self._video[index], index)
+
+
+class _FolderReader(VideoReader):
+    def __init__(self, folder: str, fps: Fraction, frames: slice) -> None:
+        self._files = sorted(
+            (p for p in Path(folder).iterdir() if p.suffix.lower() in _IMAGE_SUFFIXES and p.name[0] != "."),
+            key=lambda p: _natural_order(p.name),
+        )
+        if not self._files:
+            raise VideoError(f"{folder}: the folder holds no frames ({', '.join(_IMAGE_SUFFIXES)})")
+        size = _image_size(self._files[0])
+        for file in self._files[1:]:
+            if (other := _image_size(file)) != size:
+                raise VideoError(_size_message(str(file), other, self._files[0].name, size))
+        super().__init__(folder, size, fps, len(self._files), _within(frames, len(self._files), folder))
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        for file in self._files[self._frames]:
+            yield _read_image(file)
+
+
+class _FileReader(VideoReader):
+    def __init__(self, path: str, fps: Fraction | None, frames: slice, strict: bool) -> None:
+        if _negative(frames.start) or _negative(frames.stop):
+            raise VideoError(
+                f"{path}: negative frame numbers need a length that is known before decoding, which a video file "
+                "does not have; give frame numbers counted from the start"
+            )
+        self._strict = strict
+        with open_container(path) as container:
+            stream = video_stream(container, path)
+            first = next(decode(container, stream, DamageLog(container, stream)), None)
+            if first is None:
+                raise VideoError(
+                    f"{path}: no frame could be decoded ({stream.codec_context.name}): the file is empty, cut off "
+                    "or damaged"
+                )
+            size = upright_rgb(first).shape[:2]
+            rate = fps or Fraction(stream.average_rate or stream.guessed_rate or DEFAULT_FPS)
+            count = stated_num_frames(container, stream)
+        super().__init__(path, size, rate, count, frames)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        start, stop, step = self._frames.start or 0, self._frames.stop, self._frames.step or 1
+        with open_container(self.source) as container:
+            stream = video_stream(container, self.source)
+            damage = DamageLog(container, stream)
+            for index, frame in enumerate(decode(container, stream, damage)):
+                if index >= start and (index - start) % step == 0:
+                    image = upright_rgb(frame)
+                    if (size := image.shape[:2]) != (self.height, self.width):
+                        other = (self.height, self.width)
+                        raise VideoError(_size_message(f"{self.source}: frame {index}", size, "the first", other))
+                    yield image
+                if index + 1 == stop:
+                    return
+            self._report(damage)
+            if damage.num_frames <= start:
+                raise _nothing_selected(self.source, self._frames, damage.num_frames)
+
+    def _report(self, damage: DamageLog) -> None:
+        if (reason := damage.describe()) is None:
+            return
+        if self._strict:
+            raise VideoError(f"{self.source}: {reason}")
+        warnings.warn(f"{self.source}: {reason}", TruncatedVideoWarning, stacklevel=3)
+
+
+def open_video(
+    source: VideoSource, frames: slice | None = None, fps: float | None = None, strict: bool = False
+) -> VideoReader:
+    """Open a video for streaming, whatever it comes as.
+
+    Accepted are
+
+    - a file FFmpeg reads (mp4, mov, mkv, webm, avi, gif, ...; h264, hevc, vp9, av1, ...). Frames come upright
+      (rotation and mirroring in the metadata are applied), 8 bits deep, in the colours that the file's matrix
+      (BT.601, BT.709, BT.2020) and range tags ask for; BT.601 and limited range where there are none. Alpha is
+      dropped, a non-square pixel aspect ignored, and frames of a variable rate are taken as they are stored;
+    - a folder of frames (jpg, jpeg, png, bmp, webp), in natural order of their names; alpha is dropped;
+    - a uint8 array or tensor (T, H, W, 3), or a sequence of uint8 frames (H, W, 3).
+
+    A file that turns out cut off or damaged yields all frames that decode, then a `TruncatedVideoWarning`.
+
+    Args:
+        source: the video.
+        frames: which frames, counted from 0. A stop past the end means the end. Negative numbers count from the
+            end and are possible for folders and arrays only. The step must be positive.
+        fps: frames per second, instead of what the source states; 25 where it states none.
+        strict: raise a `VideoError` instead of the warning when a file is damaged.
+
+    Raises:
+        VideoError: what is given is no video, holds no frames, or the slice selects none of them. That the slice
+            starts past the end of a video file is found only when iterating.
+        FileNotFoundError: there is no such path (it is a `VideoError` too).
+    """
+    selected = _check_slice(frames if frames is not None else slice(None))
+    rate = None if fps is None else as_frame_rate(fps)
+    if not isinstance(source, str | os.PathLike):
+        return _ArrayReader(_check_array(source), rate or DEFAULT_FPS, selected)
+    path = os.fspath(source)
+    if not os.path.exists(path):
+        raise VideoNotFoundError(f"{path}: there is no such video file or folder of frames")
+    if os.path.isdir(path):
+        return _FolderReader(path, rate or DEFAULT_FPS, selected)
+    return _FileReader(path, rate, selected, strict)
+
+
+def read_video(source: VideoSource, frames: slice | None = None, strict: bool = False) -> np.ndarray:
+    """Read a whole video into memory; see `open_video`, which streams, for what is accepted.
+
+    Returns:
+        uint8 (T, H, W, 3), RGB.
+
+    Raises:
+        VideoError: see `open_video`.
+        FileNotFoundError: there is no such path.
+    """
+    return np.stack(list(open_video(source, frames, strict=strict)))
+
+
+def parse_frames(text: str) -> slice:
+    """Read frame numbers `START:STOP` or `START:STOP:STEP`, each part optional, into a slice.
+
+    Raises:
+        VideoError: the text is no such range, or selects nothing.
+    """
+    if not re.fullmatch(r"\s*\d*\s*:\s*\d*\s*(:\s*\d*\s*)?", text, flags=re.ASCII):
+        raise VideoError(
+            f"frames {text!r}: expected START:STOP or START:STOP:STEP in frame numbers counted from 0, such as "
+            "10:50:2, 100: or ::5"
+        )
+    return _check_slice(slice(*(int(part) if part.strip() else None for part in text.split(":"))))
+
+
+def _image_size(file: Path) -> tuple[int, int]:
+    """(H, W) of an image file, from its header only."""
+    from PIL import ExifTags, Image
+
+    try:
+        with Image.open(file) as image:
+            lying = image.getexif().get(ExifTags.Base.Orientation) in {5, 6, 7, 8}
+            return (image.width, image.height) if lying else (image.height, image.width)
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise VideoError(f"{file}: cannot read the frame: {error}") from error
+
+
+def _read_image(file: Path) -> np.ndarray:
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(file) as image:
+            if image.mode.startswith(("I", "F")):
+                raise VideoError(f"{file}: the frame has pixel type {image.mode}; convert it to 8 bits a channel")
+            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise VideoError(f"{file}: cannot read the frame: {error}") from error
+
+
+def _natural_order(name: str) -> list[str | int]:
+    """Sort key that puts frame 9 before frame 10."""
+    return [int(part) if odd % 2 else part for odd, part in enumerate(re.split(r"([0-9]+)", name))]
+
+
+def _check_array(video: Any) -> Any:
+    """An array or sequence of frames, a tensor as an array; the frames are checked one by one later."""
+    if isinstance(video, torch.Tensor):
+        video = video.detach().cpu().numpy()
+    if not isinstance(video, np.ndarray | Sequence) or isinstance(video, bytes | bytearray):
+        raise VideoError(f"a video is a path, an array or a list of frames, got {type(video).__name__}")
+    if isinstance(video, np.ndarray) and video.ndim != 4:
+        raise VideoError(
+            f"a video array must be (T, H, W, 3), got shape {video.shape}; one frame needs a time axis, frame[None]"
+        )
+    if len(video) == 0:
+        raise VideoError("the video holds no frames")
+    return video
+
+
+def _check_frame(frame: Any, index: int) -> np.ndarray:
+    """One frame as uint8 (H, W, 3), or an error that names the remedy."""
+    image = frame.detach().cpu().numpy() if isinstance(frame, torch.Tensor) else np.asarray(frame)
+    if image.dtype.kind == "f":
+        raise VideoError(
+            f"frame {index} is {image.dtype}, frames are uint8 RGB: if they are in [0, 1], convert with "
+            "(frames * 255).round().astype('uint8')"
+        )
+    if image.ndim == 3 and image.shape[0] == 3 != image.shape[2]:
+        raise VideoError(
+            f"frame {index} has shape {image.shape}, channels first, frames are (H, W, 3): move the channels last, "
+            "video.permute(0, 2, 3, 1) for a tensor, video.transpose(0, 2, 3, 1) for an array"
+        )
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
+        raise VideoError(f"frame {index} has shape {image.shape} and type {image.dtype}, frames are uint8 (H, W, 3)")
+    return image
+
+
+def _check_slice(frames: slice) -> slice:
+    parts = (frames.start, frames.stop, frames.step)
+    if any(part is not None and (isinstance(part, bool) or not isinstance(part, int | np.integer)) for part in parts):
+        raise VideoError(f"frames {_show(frames)}: frame numbers must be whole numbers")
+    start, stop, step = parts
+    if step is not None and step < 1:
+        raise VideoError(f"frames {_show(frames)}: the step must be at least 1")
+    if stop is not None and _negative(stop) == _negative(start) and stop <= (start or 0):
+        raise VideoError(f"frames {_show(frames)} select nothing: the stop must be larger than the start")
+    return frames
+
+
+def _within(frames: slice, count: int, source: str) -> slice:
+    """The slice with every part stated and inside a video of known length."""
+    start, stop, step = frames.indices(count)
+    if not len(range(start, stop, step)):
+        raise _nothing_selected(source, frames, count)
+    return slice(start, stop, step)
+
+
+def _nothing_selected(source: str, frames: slice, count: int) -> VideoError:
+    return VideoError(f"{source}: frames {_show(frames)} select nothing, the video has only {count} frames")
+
+
+def _size_message(name: str, size: tuple[int, ...], first: str, expected: tuple[int, ...]) -> str:
+    return (
+        f"{name} is {size[1]}x{size[0]} but {first} is {expected[1]}x{expected[0]}; all frames of a video must have "
+        "one size"
+    )
+
+
+def _negative(part: int | None) -> bool:
+    return part is not None and part < 0
+
+
+def _show(frames: slice) -> str:
+    parts = [frames.start, frames.stop] + ([frames.step] if frames.step is not None else [])
+    return ":".join("" if part is None else str(part) for part in parts)

@@ -1,0 +1,172 @@
+"""Writing a video file: complete under its name, or not at all."""
+
+import contextlib
+import os
+import uuid
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from m2f_video.video_decode import VideoError
+
+_BT709 = 1  # in FFmpeg's lists of colour spaces, of primaries and of transfer curves alike
+_LIMITED_RANGE = 1
+
+
+def as_frame_rate(fps: float | Fraction) -> Fraction:
+    """Frames per second as an exact fraction; a float becomes the nearest one containers use, such as 30000/1001.
+
+    Raises:
+        VideoError: the rate is not a positive finite number.
+    """
+    if not 0 < fps < float("inf"):
+        raise VideoError(f"fps must be a positive number, got {fps}")
+    rate = fps if isinstance(fps, Fraction) else Fraction(fps).limit_denominator(1001)
+    if not rate or max(rate.numerator, rate.denominator) >= 2**31:
+        raise VideoError(f"fps {fps} is out of the range that video files can state")
+    return rate
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give a temporary path beside `path`, renamed to `path` on success and removed on any exception.
+
+    The suffix is kept, so that writers which go by it choose the same format.
+    """
+    final = Path(path)
+    temporary = final.with_name(f".{final.stem}.{uuid.uuid4().hex[:8]}{final.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, final)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+class VideoWriter:
+    """Writes frames to a video file, exactly as many, as large and as fast as given.
+
+    A context manager: the file appears under its name when the block ends well, and nothing of it stays when the
+    block ends with an exception. Even sizes are stored as yuv420p, which every browser plays, odd ones as yuv444p,
+    which keeps them to the pixel; colours are BT.709, limited range, and tagged so.
+
+    Args:
+        path: of the file; its suffix chooses the container.
+        fps: frames per second; a `Fraction` is kept exactly.
+        width: pixels.
+        height: pixels.
+        codec: an FFmpeg encoder that takes `crf` and x264's presets: libx264, libx265.
+        crf: constant rate factor, lower is better and larger.
+
+    Raises:
+        VideoError: bad size or rate, an unknown encoder, a wrong frame, or a block that wrote no frame.
+        OSError: the file cannot be written.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        fps: float | Fraction,
+        width: int,
+        height: int,
+        codec: str = "libx264",
+        crf: int = 18,
+    ) -> None:
+        if width < 1 or height < 1:
+            raise VideoError(f"{path}: width and height must be positive, got {width}x{height}")
+        self.path = Path(path)
+        self.fps = as_frame_rate(fps)
+        self.width, self.height, self.codec, self.crf = width, height, codec, crf
+        self.num_frames = 0
+        self._pixel_format = "yuv420p" if width % 2 == height % 2 == 0 else "yuv444p"
+        self._cleanup: contextlib.ExitStack | None = None
+
+    def __enter__(self) -> "VideoWriter":
+        if not self.path.parent.is_dir():
+            raise FileNotFoundError(f"{self.path}: the folder {self.path.parent} does not exist, create it first")
+        with contextlib.ExitStack() as stack:
+            temporary = stack.enter_context(atomic_path(self.path))
+            self._container = self._open(temporary)
+            stack.push(self._close)
+            self._stream = self._add_stream()
+            self._cleanup = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        stack, self._cleanup = self._cleanup, None
+        if stack is None:
+            return
+        if kind is not None:
+            stack.__exit__(kind, error, traceback)
+            return
+        with stack:
+            if not self.num_frames:
+                raise VideoError(f"{self.path}: no frame was written, a video needs at least one")
+            self._encode(None)
+
+    def write(self, frame: np.ndarray) -> None:
+        """Append one frame, uint8 RGB (H, W, 3)."""
+        import av
+
+        if self._cleanup is None:
+            raise VideoError(f"{self.path}: write inside `with VideoWriter(...) as writer:`")
+        if frame.shape != (self.height, self.width, 3) or frame.dtype != np.uint8:
+            raise VideoError(
+                f"{self.path}: frame {self.num_frames} has shape {frame.shape} and type {frame.dtype}; this video "
+                f"takes uint8 RGB ({self.height}, {self.width}, 3)"
+            )
+        image = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+        image = image.reformat(format=self._pixel_format, dst_colorspace="ITU709", dst_color_range="MPEG")
+        image.pts, image.time_base = self.num_frames, 1 / self.fps
+        self._encode(image)
+        self.num_frames += 1
+
+    def _encode(self, image: Any) -> None:
+        """Encode a frame, or with None what the encoder still holds, into the file."""
+        import av
+
+        try:
+            self._container.mux(self._stream.encode(image))
+        except av.error.FFmpegError as error:
+            if isinstance(error, OSError):  # a full disk and its like
+                raise
+            raise VideoError(
+                f"{self.path}: {self.codec} cannot encode {self.width}x{self.height} frames at {self.fps} fps: "
+                f"{error.strerror}"
+            ) from error
+
+    def _open(self, temporary: Path) -> Any:
+        import av
+
+        # The index goes to the front of the file, so that browsers start before they have all of it.
+        options = {"movflags": "+faststart"} if self.path.suffix.lower() in {".mp4", ".mov", ".m4v"} else {}
+        try:
+            return av.open(str(temporary), "w", options=options)
+        except ValueError as error:
+            raise VideoError(f"{self.path}: FFmpeg knows no container {self.path.suffix!r}; use .mp4") from error
+
+    def _close(self, kind: type[BaseException] | None, *_: object) -> None:
+        import av
+
+        # After an error closing often fails for the same reason (a full disk); the first error is the one to see.
+        with contextlib.suppress(*((av.error.FFmpegError,) if kind is not None else ())):
+            self._container.close()
+
+    def _add_stream(self) -> Any:
+        options = {"crf": str(self.crf), "preset": "veryfast"}
+        try:
+            stream = self._container.add_stream(self.codec, rate=self.fps, options=options)
+        except ValueError as error:
+            raise VideoError(f"{self.path}: cannot encode with {self.codec!r}: {error}") from error
+        stream.width, stream.height, stream.pix_fmt = self.width, self.height, self._pixel_format
+        context = stream.codec_context
+        context.time_base = 1 / self.fps
+        context.colorspace = context.color_primaries = context.color_trc = _BT709
+        context.color_range = _LIMITED_RANGE
+        return stream

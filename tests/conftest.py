@@ -1,0 +1,35 @@
+"""The tiny model whose numbers tests/golden holds."""
+
+import pytest
+import torch
+from golden_files import original_weights
+
+from m2f_video.config import PixelDecoderConfig, SwinConfig, TransformerDecoderConfig, VideoMask2FormerConfig
+from m2f_video.hub import load_state_dict_strictly
+from m2f_video.modeling.video_mask2former import VideoMask2Former
+from weights_convert import to_native
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)  # the models here are too small to share
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> VideoMask2FormerConfig:
+    return VideoMask2FormerConfig(
+        backbone=SwinConfig(
+            embed_dim=16, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 8), window_size=4, drop_path_rate=0.0
+        ),
+        pixel_decoder=PixelDecoderConfig(hidden_dim=64, mask_dim=64, num_layers=2),
+        transformer_decoder=TransformerDecoderConfig(hidden_dim=64, num_queries=10, num_layers=3, ffn_dim=128),
+        labels=("person", "giant_panda", "lizard", "parrot", "skateboard"),
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_config: VideoMask2FormerConfig) -> VideoMask2Former:
+    """With the golden weights. Shared by all tests: leave it as it is."""
+    model = VideoMask2Former(tiny_config)
+    load_state_dict_strictly(model, to_native(original_weights()), source="tests/golden/tiny")
+    return model.requires_grad_(False).eval()

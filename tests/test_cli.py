@@ -1,0 +1,243 @@
+"""The command line, end to end: what it writes, and one clear line with exit code 2 for bad input."""
+
+import errno
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from m2f_video import VideoMask2Former, VideoMask2FormerConfig, read_video
+from m2f_video.cli import COMMANDS, main
+from m2f_video.demo import render_demo_video
+from m2f_video.video_io import VideoWriter
+from weights_convert import from_native, hf_config_from_native, write_checkpoint
+
+FRAMES = 6
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tiny_model) -> Path:
+    """A folder with an H.264 file and one model in several formats."""
+    folder = tmp_path_factory.mktemp("cli")
+    frames = render_demo_video(frames=FRAMES, height=60, width=90)
+    with VideoWriter(folder / "video.mp4", 12, 90, 60) as writer:
+        for frame in frames:
+            writer.write(frame)
+    tiny_model.save_pretrained(folder / "native")
+    config, preprocessor = hf_config_from_native(tiny_model.config.to_dict())
+    write_checkpoint(folder / "hf", from_native(tiny_model.state_dict(), "hf"), config, preprocessor)
+    return folder
+
+
+def run(*arguments: object) -> int:
+    try:
+        return main([str(argument) for argument in arguments])
+    except SystemExit as exit_:  # the parser's own way out
+        return int(exit_.code or 0)
+
+
+def segment(folder: Path, output: Path, *options: object, source="video.mp4", checkpoint="native") -> int:
+    return run("segment", folder / source, "--checkpoint", folder / checkpoint, "--output", output, *options)
+
+
+def test_segment_writes_tracks_and_overlay(folder, tmp_path, capsys):
+    assert segment(folder, tmp_path / "out") == 0
+    overlay = read_video(tmp_path / "out" / "overlay.mp4")
+    assert overlay.shape == (FRAMES, 60, 90, 3)
+    tracks = json.loads((tmp_path / "out" / "tracks.json").read_text())
+    assert tracks["video"]["fps"] == 12
+    assert tracks["video"]["frames"] == list(range(FRAMES))
+    assert len(tracks["results"]) == 10
+    assert {len(row["segmentations"]) for row in tracks["results"]} == {FRAMES}
+    printed = capsys.readouterr().out
+    assert f"{FRAMES} frames" in printed
+    assert str(tmp_path / "out") in printed
+
+
+def test_formats_of_one_model_give_the_same_tracks(folder, tmp_path):
+    assert segment(folder, tmp_path / "native") == 0
+    assert segment(folder, tmp_path / "hf", checkpoint="hf") == 0
+    assert segment(folder, tmp_path / "bare", "--config", folder / "native/config.json",
+                   checkpoint="native/model.safetensors") == 0  # fmt: skip
+    texts = {(tmp_path / name / "tracks.json").read_text() for name in ("native", "hf", "bare")}
+    assert len(texts) == 1
+
+
+def test_options_reach_the_library(folder, tmp_path):
+    options = ("--frames", "1:6:2", "--top-k", 3, "--shortest-edge", 64, "--dtype", "bfloat16", "--no-overlay")
+    assert segment(folder, tmp_path / "out", *options, "--device", "cpu", "--frames-per-chunk", 2) == 0
+    tracks = json.loads((tmp_path / "out" / "tracks.json").read_text())
+    assert tracks["video"]["frames"] == [1, 3, 5]
+    assert len(tracks["results"]) == 3
+    assert not (tmp_path / "out" / "overlay.mp4").exists()
+
+
+def test_truncated_video_warns_or_fails_when_strict(folder, tmp_path, capsys):
+    whole = (folder / "video.mp4").read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(whole[: int(len(whole) * 0.8)])
+    source = tmp_path / "cut.mp4"
+    assert segment(folder, tmp_path / "out", source=source) == 0
+    captured = capsys.readouterr()
+    decoded = len(json.loads((tmp_path / "out" / "tracks.json").read_text())["video"]["frames"])
+    assert 0 < decoded < FRAMES
+    assert "warning" in captured.err
+    assert str(decoded) in captured.err
+    assert segment(folder, tmp_path / "strict", "--strict", source=source) == 2
+    assert not (tmp_path / "strict").exists()
+
+
+def broken(folder: Path, target: Path, change) -> Path:
+    """A copy of the native checkpoint with its weights changed."""
+    weights = load_file(folder / "native" / "model.safetensors")
+    change(weights)
+    target.mkdir()
+    save_file(weights, target / "model.safetensors")
+    (target / "config.json").write_text((folder / "native" / "config.json").read_text())
+    return target
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.system, ("touch pwned",)
+
+
+CLASS_BIAS = "transformer_decoder.class_head.bias"
+BROKEN_WEIGHTS = {
+    "missing key": (lambda w: w.pop(CLASS_BIAS), CLASS_BIAS),
+    "extra key": (lambda w: w.update(surplus=torch.zeros(1)), "surplus"),
+    "wrong shape": (lambda w: w.update({CLASS_BIAS: torch.zeros(9)}), CLASS_BIAS),
+    "NaN": (lambda w: w.update({CLASS_BIAS: torch.full_like(w[CLASS_BIAS], float("nan"))}), CLASS_BIAS),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_WEIGHTS)
+def test_broken_weights_are_named(folder, tmp_path, capsys, case):
+    change, named = BROKEN_WEIGHTS[case]
+    checkpoint = broken(folder, tmp_path / "broken", change)
+    assert_refused(capsys, segment(folder, tmp_path / "out", checkpoint=checkpoint), tmp_path / "out", named)
+
+
+def assert_refused(capsys, code: int, output: Path, *named: str) -> None:
+    error = capsys.readouterr().err
+    assert code == 2, error
+    assert error.count("\n") == 1
+    assert error.startswith("m2f-video: error: ")
+    assert all(name in error for name in named), error
+    assert not output.exists()
+
+
+def test_bad_checkpoints_are_refused(folder, tmp_path, capsys):
+    (tmp_path / "evil.pkl").write_bytes(pickle.dumps({"model": Malicious()}))
+    (tmp_path / "noconfig").mkdir()
+    (tmp_path / "noconfig" / "model.safetensors").write_bytes((folder / "native" / "model.safetensors").read_bytes())
+    (tmp_path / "cut.safetensors").write_bytes((folder / "native" / "model.safetensors").read_bytes()[:1000])
+    preset = ("--config", folder / "native" / "config.json")
+    cases = [
+        (tmp_path / "nowhere", (), "nowhere"),
+        ("no-such-preset", (), "no-such-preset"),
+        (tmp_path / "noconfig", (), "config.json"),
+        (tmp_path / "evil.pkl", preset, "system"),
+        (tmp_path / "cut.safetensors", preset, "cut.safetensors"),
+        (folder / "native" / "model.safetensors", ("--config", "resnet_99"), "resnet_99"),
+        (folder / "native", ("--device", "warp"), "warp"),
+    ]
+    for checkpoint, options, named in cases:
+        code = segment(folder, tmp_path / "out", *options, checkpoint=checkpoint)
+        assert_refused(capsys, code, tmp_path / "out", named)
+    assert not Path("pwned").exists()
+
+
+def test_unknown_architecture_is_named(folder, tmp_path, capsys):
+    checkpoint = broken(folder, tmp_path / "other", lambda weights: None)
+    (checkpoint / "config.json").write_text('{"model_type": "detr", "architectures": ["DetrForObjectDetection"]}')
+    assert_refused(capsys, segment(folder, tmp_path / "out", checkpoint=checkpoint), tmp_path / "out", "detr")
+
+
+def test_bad_sources_are_refused(folder, tmp_path, capsys):
+    (tmp_path / "text.mp4").write_text("not a video")
+    (tmp_path / "empty").mkdir()
+    for source, options, named in [
+        ("nowhere.mp4", (), "nowhere.mp4"),
+        (tmp_path / "text.mp4", (), "text.mp4"),
+        (tmp_path / "empty", (), "empty"),
+        ("video.mp4", ("--frames", "9:3"), "9:3"),
+        ("video.mp4", ("--frames", "50:60"), "only"),
+    ]:
+        assert_refused(capsys, segment(folder, tmp_path / "out", *options, source=source), tmp_path / "out", named)
+
+
+def test_an_output_that_is_a_file_is_refused_before_the_work(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(VideoMask2Former, "from_pretrained", lambda *_, **__: pytest.fail("the model was loaded"))
+    (tmp_path / "file").write_text("mine")
+    assert segment(folder, tmp_path / "file" / "out") == 2
+    assert "is a file" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_full_disk_leaves_nothing(folder, tmp_path, capsys, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(VideoWriter, "write", full)
+    assert_refused(capsys, segment(folder, tmp_path / "out"), tmp_path / "out", "No space left")
+
+
+def test_an_interrupt_leaves_nothing(folder, tmp_path, capsys, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(VideoWriter, "write", interrupted)
+    assert segment(folder, tmp_path / "out") == 130
+    assert "interrupted" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("arguments", [[], ["segment"], ["segment", "v.mp4", "--dtype", "float8"], ["fly"]])
+def test_bad_arguments_exit_with_2(arguments):
+    assert run(*arguments) == 2
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_teaches(command, capsys):
+    assert run(command, "--help") == 0
+    assert "--" in capsys.readouterr().out
+
+
+def test_parity_passes_and_fails_by_exit_code(folder, capsys, monkeypatch):
+    pytest.importorskip("transformers")
+    from m2f_video import parity
+
+    size = ("--height", 64, "--width", 96)
+    assert run("parity", "--checkpoint", folder / "native", "--dtype", "float64", *size) == 0
+    printed = capsys.readouterr().out
+    assert "backbone stride 4" in printed
+    assert "within the tolerance" in printed
+    monkeypatch.setitem(parity.TOLERANCES, torch.float32, 1e-12)
+    assert run("parity", "--random", 3, "--config", folder / "native" / "config.json", *size) == 1
+    assert "OVER" in capsys.readouterr().out
+
+
+def test_parity_takes_one_kind_of_weights(folder, capsys):
+    assert run("parity", "--checkpoint", folder / "native", "--random", 1) == 2
+    assert "not both" in capsys.readouterr().err
+
+
+def test_demo_says_that_its_model_is_untrained(tiny_config, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(VideoMask2FormerConfig, "preset", lambda _name: tiny_config)
+    assert run("demo", "--output", tmp_path / "demo") == 0
+    assert sorted(file.name for file in (tmp_path / "demo").iterdir()) == ["overlay.mp4", "tracks.json", "video.mp4"]
+    assert "UNTRAINED" in capsys.readouterr().out
+
+
+def test_the_installed_command_runs(folder, tmp_path):
+    command = [sys.executable, "-m", "m2f_video.cli", "segment", str(folder / "video.mp4")]
+    command += ["--checkpoint", str(folder / "native"), "--output", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""  # no progress bar where there is no terminal

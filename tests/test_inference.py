@@ -1,0 +1,138 @@
+"""segment_video: equal to the plain route through processor, model and post-processing, whatever the chunks."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from m2f_video import VideoMask2Former, VideoProcessor, open_video, segment_video
+from m2f_video.demo import render_demo_video
+from m2f_video.video_io import VideoError
+
+
+@pytest.fixture(scope="module")
+def video() -> np.ndarray:
+    return render_demo_video(frames=5, height=61, width=90)
+
+
+def decoded_masks(segmentation) -> np.ndarray:
+    return np.stack([segmentation.masks(frame) for frame in range(len(segmentation.frames))], axis=1)  # (N, T, H, W)
+
+
+@pytest.mark.parametrize("size", [(61, 90), (90, 61), (128, 32)])
+def test_equals_the_plain_route(tiny_model, size):
+    video = render_demo_video(frames=3, height=size[0], width=size[1])
+    processor = VideoProcessor.from_config(tiny_model.config)
+    with torch.inference_mode():
+        outputs = tiny_model(**processor(video), output_auxiliary=True)
+    (plain,) = processor.post_process_video_instance_segmentation(outputs, target_sizes=[size])
+
+    result = segment_video(tiny_model, video)
+
+    assert [track.label_id for track in result.tracks] == plain["labels"].tolist()
+    assert [track.query_id for track in result.tracks] == plain["query_indices"].tolist()
+    assert [track.label for track in result.tracks] == [tiny_model.config.labels[i] for i in plain["labels"].tolist()]
+    np.testing.assert_allclose([track.score for track in result.tracks], plain["scores"], rtol=1e-5)
+    assert (decoded_masks(result) != plain["masks"].numpy()).mean() < 1e-4  # logits within rounding of zero may differ
+    assert (result.width, result.height) == (size[1], size[0])
+
+
+def test_chunks_do_not_change_the_result(tiny_model, video):
+    whole, single, pairs = (segment_video(tiny_model, video, frames_per_chunk=size) for size in (5, 1, 2))
+    for other in (single, pairs):
+        assert [t.label_id for t in other.tracks] == [t.label_id for t in whole.tracks]
+        assert (decoded_masks(other) != decoded_masks(whole)).mean() < 1e-4
+
+
+def test_selected_frames_are_the_clip(tiny_model, video):
+    selected = segment_video(tiny_model, video, frames=slice(1, None, 2))
+    assert selected.frames == (1, 3)
+    assert decoded_masks(selected).shape[1] == 2
+    np.testing.assert_array_equal(decoded_masks(selected), decoded_masks(segment_video(tiny_model, video[1::2])))
+
+
+def test_selection_limits_the_tracks(tiny_model, video):
+    best = segment_video(tiny_model, video, top_k=3)
+    assert len(best.tracks) == 3
+    assert [t.id for t in best.tracks] == [1, 2, 3]
+    threshold = best.tracks[1].score
+    kept = segment_video(tiny_model, video, score_threshold=threshold)
+    assert len(kept.tracks) == 2
+    assert segment_video(tiny_model, video, score_threshold=1.0).tracks == ()
+
+
+def test_progress_counts_every_frame(tiny_model, video):
+    calls = []
+    segment_video(tiny_model, video, frames_per_chunk=2, progress=lambda *call: calls.append(call))
+    stages = ("frames", "masks")
+    assert calls == [(stage, done, 5) for stage in stages for done in (2, 4, 5)]
+
+
+def test_saved_files_come_back(tiny_model, video, tmp_path):
+    from m2f_video import VideoSegmentation, read_video
+
+    result = segment_video(tiny_model, video)
+    result.save(tmp_path / "out")
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["overlay.mp4", "tracks.json"]
+    assert read_video(tmp_path / "out" / "overlay.mp4").shape == video.shape
+    again = VideoSegmentation.load(tmp_path / "out")
+    np.testing.assert_array_equal(decoded_masks(again), decoded_masks(result))
+
+
+def test_bfloat16_runs(tiny_config, video):
+    model = VideoMask2Former(tiny_config).to(torch.bfloat16).eval()
+    assert len(segment_video(model, video).tracks) == 10
+
+
+def test_a_per_frame_model_is_refused(tiny_config, video):
+    model = VideoMask2Former(tiny_config.replace(temporal="per_frame")).eval()
+    with pytest.raises(ValueError, match="temporal='joint'"):
+        segment_video(model, video)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"top_k": 0}, "top_k"),
+        ({"top_k": 51}, "10 queries x 5 classes"),
+        ({"score_threshold": float("nan")}, "score_threshold"),
+        ({"frames_per_chunk": -1}, "frames_per_chunk"),
+        ({"frames": slice(7, 9)}, "only 5 frames"),
+    ],
+)
+def test_bad_options_fail_before_the_work(tiny_model, video, options, message, monkeypatch):
+    monkeypatch.setattr(VideoMask2Former, "encode_frames", lambda *_: pytest.fail("the model ran"))
+    with pytest.raises(ValueError, match=message):
+        segment_video(tiny_model, video, **options)
+
+
+def test_frames_of_an_open_reader_cannot_be_chosen_again(tiny_model, video):
+    with pytest.raises(ValueError, match="open_video"):
+        segment_video(tiny_model, open_video(video), frames=slice(2))
+
+
+def test_no_video_is_an_error(tiny_model):
+    with pytest.raises(VideoError, match="no frames"):
+        segment_video(tiny_model, np.empty((0, 8, 8, 3), np.uint8))
+
+
+def test_nan_in_the_model_is_an_error(tiny_config, video):
+    model = VideoMask2Former(tiny_config).eval()
+    torch.nn.init.constant_(model.transformer_decoder.class_head.bias, float("nan"))
+    with pytest.raises(ValueError, match=r"NaN|finite"):
+        segment_video(model, video)
+
+
+def test_another_processor_changes_the_input_size(tiny_model, video, monkeypatch):
+    sizes = []
+    encode = VideoMask2Former.encode_frames
+
+    def spy(self, frames, output_hidden=False):
+        sizes.append(tuple(frames.shape[-2:]))
+        return encode(self, frames, output_hidden)
+
+    monkeypatch.setattr(VideoMask2Former, "encode_frames", spy)
+    preprocessing = replace(tiny_model.config.preprocessing, shortest_edge=90)
+    segment_video(tiny_model, video[:1], processor=VideoProcessor(preprocessing, tiny_model.config.labels))
+    assert sizes == [(96, 160)]

@@ -1,0 +1,57 @@
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from m2f_video.segments import check_sizes, panoptic_map
+
+
+@pytest.mark.parametrize(
+    "sizes", [[(5, 6), (7, 8)], [[5, 6], [7.0, 8]], torch.tensor([[5, 6], [7, 8]]), np.array([[5, 6], [7, 8]])]
+)
+def test_sizes_come_in_any_container(sizes: Any) -> None:
+    assert check_sizes("target_sizes", sizes, 2) == [(5, 6), (7, 8)]
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        [],
+        [(5, 5), (6, 6)],
+        (5, 5),
+        5,
+        [(5,)],
+        [(5, 5, 3)],
+        [(5, -5)],
+        [(0, 5)],
+        [(5, 5.5)],
+        [(5, float("nan"))],
+        [(5, float("inf"))],
+        [("a", "b")],
+        [None],
+    ],
+)
+def test_bad_sizes_name_the_argument(sizes: Any) -> None:
+    with pytest.raises(ValueError, match="target_sizes must hold one"):
+        check_sizes("target_sizes", sizes, 1)
+
+
+@pytest.mark.parametrize(
+    ("owned", "area", "threshold", "stays"), [(4, 5, 0.8, True), (1, 2, 0.5, False), (3, 5, 0.6, True)]
+)
+def test_the_owned_part_is_a_float32_that_must_exceed_the_threshold(
+    owned: int, area: int, threshold: float, stays: bool
+) -> None:
+    owner = torch.tensor([0] * owned + [1] * 3)  # 4/5 and 3/5 in float32 are a little more than 0.8 and 0.6
+    ids, segments = panoptic_map(
+        owner=owner,
+        mask_areas=torch.tensor([area, 3]),
+        scores=torch.tensor([0.9, 0.8]),
+        labels=torch.tensor([1, 2]),
+        overlap_mask_area_threshold=threshold,
+        label_ids_to_fuse=frozenset(),
+        distinct_ids=True,
+    )
+    assert ids.tolist() == ([1] * owned + [2] * 3 if stays else [0] * owned + [1] * 3)
+    assert [segment["label_id"] for segment in segments] == ([1, 2] if stays else [2])
