@@ -1,11 +1,15 @@
 """Video Mask2Former in PyTorch: published weights in, segmented and tracked video out."""
 
-from m2f_video.config import VideoMask2FormerConfig
-from m2f_video.inference import segment_video
-from m2f_video.modeling.video_mask2former import VideoMask2Former
-from m2f_video.processor import VideoProcessor
-from m2f_video.results import Track, VideoSegmentation
-from m2f_video.video_io import open_video, read_video
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from m2f_video.config import VideoMask2FormerConfig
+    from m2f_video.inference import segment_video
+    from m2f_video.modeling.video_mask2former import VideoMask2Former
+    from m2f_video.processor import VideoProcessor
+    from m2f_video.results import Track, VideoSegmentation
+    from m2f_video.video_io import VideoWriter, open_video, read_video
 
 __all__ = [
     "Track",
@@ -13,7 +17,27 @@ __all__ = [
     "VideoMask2FormerConfig",
     "VideoProcessor",
     "VideoSegmentation",
+    "VideoWriter",
     "open_video",
     "read_video",
     "segment_video",
 ]
+
+_MODULES = {
+    "Track": "results",
+    "VideoMask2Former": "modeling.video_mask2former",
+    "VideoMask2FormerConfig": "config",
+    "VideoProcessor": "processor",
+    "VideoSegmentation": "results",
+    "VideoWriter": "video_io",
+    "open_video": "video_io",
+    "read_video": "video_io",
+    "segment_video": "inference",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for, when it is: PyTorch takes seconds to load, and the command line starts without it."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -6,24 +6,21 @@ Exit codes: 0 done; 1 a check failed; 2 bad input, with one line that says what 
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import torch
 import tyro
-from rich.console import Console
 from rich.table import Table
-from tqdm import tqdm
 
 from m2f_video.config import VideoMask2FormerConfig
-from m2f_video.hub import parse_dtype
+from m2f_video.console import print_table, progress_bars
+from m2f_video.evaluation.command import eval_results
+from m2f_video.hub import load_config, parse_dtype, resolve_config
 from m2f_video.modeling.video_mask2former import VideoMask2Former
-
-if TYPE_CHECKING:
-    from m2f_video.results import VideoSegmentation
+from m2f_video.results import OVERLAY_FILE, TRACKS_FILE, VideoSegmentation
 
 Source = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
 DtypeName = Literal["float32", "float64", "bfloat16", "float16"]
@@ -35,7 +32,7 @@ def segment(
     checkpoint: str,
     output: Path,
     config: str | None = None,
-    temporal: Literal["joint", "per_frame"] | None = None,
+    temporal: Literal["joint"] | None = None,
     revision: str | None = None,
     device: str | None = None,
     dtype: DtypeName = "float32",
@@ -57,7 +54,8 @@ def segment(
         checkpoint: hub name, folder (config.json and weights; this project's or transformers' format) or weight file.
         output: folder to write to; made where missing.
         config: for a bare weight file: a preset such as swin_tiny_youtubevis_2019, or a config.json.
-        temporal: read the checkpoint as a video (joint) or image (per_frame) model instead of what it says it is.
+        temporal: read an image checkpoint, whose frames are decoded alone, as a video model (joint). Its identities
+            then hold across frames, though it was not trained for that.
         revision: branch, tag or commit of a checkpoint on the hub.
         device: such as cpu, cuda or cuda:1; by default cuda where there is one, else cpu.
         dtype: floating-point type the model runs in.
@@ -76,6 +74,10 @@ def segment(
 
     reader = open_video(source, None if frames is None else parse_frames(frames), strict=strict)
     _check_output(output)
+    if Path(source).resolve() == (output / OVERLAY_FILE).resolve():
+        raise ValueError(f"{source} is what --output would overwrite; give --output another folder")
+    if load_config(checkpoint, config=config, temporal=temporal, revision=revision).temporal != "joint":
+        raise ValueError(f"{checkpoint} is an image model; --temporal joint reads it as a video model")
     model = VideoMask2Former.from_pretrained(
         checkpoint,
         config=config,
@@ -88,7 +90,7 @@ def segment(
     if shortest_edge is not None:
         longest_edge = max(preprocessing.longest_edge, shortest_edge)
         preprocessing = replace(preprocessing, shortest_edge=shortest_edge, longest_edge=longest_edge, fixed_size=None)
-    with _progress_bars() as update:
+    with progress_bars(unit="frame") as update:
         segmentation = segment_video(
             model,
             reader,
@@ -99,7 +101,8 @@ def segment(
             progress=update,
         )
         segmentation.save(output, overlay, progress=lambda done, total: update("overlay", done, total))
-    _print_tracks(segmentation, output)
+    _print_tracks(segmentation)
+    print(f"written to {output}: {TRACKS_FILE}{f', {OVERLAY_FILE}' if overlay else ''}")
     return 0
 
 
@@ -128,10 +131,11 @@ def demo(output: Path = Path("demo_output"), seed: int = 0) -> int:
             writer.write(frame)
     config = VideoMask2FormerConfig.preset("swin_tiny_youtubevis_2019")
     processor = VideoProcessor(replace(config.preprocessing, shortest_edge=180), config.labels)
-    with _progress_bars() as update:
+    with progress_bars(unit="frame") as update:
         segmentation = segment_video(random_model(config, seed), video, processor=processor, top_k=5, progress=update)
         segmentation.save(output, progress=lambda done, total: update("overlay", done, total))
-    _print_tracks(segmentation, output)
+    _print_tracks(segmentation)
+    print(f"written to {output}: {video.name}, {TRACKS_FILE}, {OVERLAY_FILE}")
     print(
         "This model is UNTRAINED (seeded random weights): its labels, scores and masks mean nothing. "
         "Give a trained checkpoint to `m2f-video segment` for real ones."
@@ -166,7 +170,6 @@ def parity(
         height: of the frames, in pixels.
         width: of the frames, in pixels.
     """
-    from m2f_video.hub import resolve_config
     from m2f_video.parity import TOLERANCES, compare_with_transformers, random_frames, random_model, within_tolerance
 
     if checkpoint is not None and random is not None:
@@ -193,7 +196,7 @@ def parity(
         else:
             flips = f"{mine.flips[0]} of {mine.flips[1]} flipped"
             table.add_row(mine.stage, "", "", "", flips, str(theirs.flips[0] if theirs.flips else ""))
-    _print(table)
+    print_table(table)
     worst = max(ours, key=lambda comparison: comparison.relative)
     tolerance = TOLERANCES[model_dtype]
     passed = within_tolerance(ours, model_dtype)
@@ -202,7 +205,7 @@ def parity(
     return 0 if passed else 1
 
 
-COMMANDS: dict[str, Callable[..., int]] = {"segment": segment, "demo": demo, "parity": parity}
+COMMANDS: dict[str, Callable[..., int]] = {"segment": segment, "demo": demo, "parity": parity, "eval": eval_results}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -218,15 +221,21 @@ def main(argv: Sequence[str] | None = None) -> int:
                 args=argv,
             )
     except KeyboardInterrupt:
-        print("m2f-video: interrupted, nothing was written", file=sys.stderr)
+        print("m2f-video: interrupted", file=sys.stderr)
         return 130
-    except (ValueError, OSError, ImportError, torch.OutOfMemoryError) as error:
-        print(f"m2f-video: error: {_one_line(error)}", file=sys.stderr)
-        return 2
+    except (ValueError, OSError, ImportError) as error:
+        message = " ".join(str(error).split()) or type(error).__name__
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        message = "out of memory; choose fewer --frames, a smaller --shortest-edge or --dtype bfloat16"
+    print(f"m2f-video: error: {message}", file=sys.stderr)
+    return 2
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+def _is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
+    """On a CPU, PyTorch says so with a plain RuntimeError."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
@@ -242,40 +251,15 @@ def _check_output(folder: Path) -> None:
         raise PermissionError(f"{existing} is not writable; give --output another folder")
 
 
-@contextmanager
-def _progress_bars() -> Iterator[Callable[[str, int, int | None], None]]:
-    """One bar per stage, on a terminal only."""
-    bars: dict[str, tqdm] = {}
-
-    def update(stage: str, done: int, total: int | None) -> None:
-        if stage not in bars:
-            bars[stage] = tqdm(desc=stage, total=total, unit="frame", disable=None)
-        bars[stage].update(done - bars[stage].n)
-
-    try:
-        yield update
-    finally:
-        for bar in bars.values():
-            bar.close()
-
-
-def _print_tracks(segmentation: "VideoSegmentation", output: Path) -> None:
+def _print_tracks(segmentation: VideoSegmentation) -> None:
     count = len(segmentation.frames)
+    if not segmentation.tracks:
+        print(f"{segmentation.source}: {count} frames, no track reaches the --score-threshold")
+        return
     print(f"{segmentation.source}: {count} frames, {len(segmentation.tracks)} tracks")
     table = Table("id", "label", "score", "frames", "mean area, px")
     for track in segmentation.tracks:
         visible = track.num_frames_visible
         area = sum(track.area(frame) for frame in range(count)) / max(visible, 1)
         table.add_row(str(track.id), track.label, f"{track.score:.3f}", f"{visible}/{count}", f"{area:.0f}")
-    _print(table)
-    print(f"written to {output}: {', '.join(sorted(file.name for file in output.iterdir()))}")
-
-
-def _print(table: Table) -> None:
-    """Print a table, at its full width where there is no terminal to fit."""
-    console = Console()
-    Console(width=None if console.is_terminal else 140).print(table)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    print_table(table)

@@ -5,6 +5,7 @@ arXiv 2112.01527, section 3). Every field changes what is built or computed; not
 """
 
 import json
+import math
 import os
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
@@ -44,8 +45,21 @@ def _require_positive(config: object, *names: str) -> None:
         _require(value > 0, f"{type(config).__name__}.{name} must be positive, got {value}")
 
 
+class _Checked:
+    """Checks the type of every field of a config, and makes lists tuples, before the config checks their values."""
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for item in fields(self):  # type: ignore[arg-type]  # subclasses are dataclasses
+            path = f"{type(self).__name__}.{item.name}"
+            object.__setattr__(self, item.name, _convert(hints[item.name], getattr(self, item.name), path))
+        self._check()
+
+    def _check(self) -> None: ...
+
+
 @dataclass(frozen=True, kw_only=True)
-class SwinConfig:
+class SwinConfig(_Checked):
     """Swin transformer (arXiv 2103.14030), as Mask2Former uses it: four stages, every stage's output normalised."""
 
     embed_dim: int = 96
@@ -63,8 +77,7 @@ class SwinConfig:
     drop_path_rate: float = 0.3
     """Stochastic depth of the last block; it rises linearly from 0. Acts in training only."""
 
-    def __post_init__(self) -> None:
-        """Check every field."""
+    def _check(self) -> None:
         _require_positive(self, "embed_dim", "window_size", "mlp_ratio")
         _require(
             len(self.depths) == len(self.num_heads) == 4,
@@ -84,14 +97,13 @@ class SwinConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TimmBackboneConfig:
+class TimmBackboneConfig(_Checked):
     """Any timm model that offers `features_only` maps at strides 4, 8, 16 and 32, by name."""
 
     name: str
     """The timm model name, such as `resnet50` or `convnext_tiny`."""
 
-    def __post_init__(self) -> None:
-        """Check the name is one; whether timm knows it is checked when the model is built."""
+    def _check(self) -> None:  # whether timm knows the name is checked when the model is built
         _require(bool(self.name), "TimmBackboneConfig.name is empty; give a timm model name such as 'resnet50'")
 
 
@@ -103,7 +115,7 @@ _BACKBONE_TYPES: dict[str, type[SwinConfig] | type[TimmBackboneConfig]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class PixelDecoderConfig:
+class PixelDecoderConfig(_Checked):
     """Multi-scale deformable-attention pixel decoder (arXiv 2112.01527, section 3.2.2; arXiv 2010.04159)."""
 
     hidden_dim: int = 256
@@ -121,8 +133,7 @@ class PixelDecoderConfig:
     dropout: float = 0.0
     """Dropout after the attention and inside the feed-forward network. Acts in training only."""
 
-    def __post_init__(self) -> None:
-        """Check every field."""
+    def _check(self) -> None:
         _require_positive(self, "hidden_dim", "mask_dim", "num_layers", "ffn_dim", "num_heads", "num_points")
         for divisor, why in ((GROUP_NORM_GROUPS, "the groups of its norms"), (self.num_heads, "num_heads")):
             _require(
@@ -133,7 +144,7 @@ class PixelDecoderConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransformerDecoderConfig:
+class TransformerDecoderConfig(_Checked):
     """Masked-attention transformer decoder (arXiv 2112.01527, section 3.2.1)."""
 
     hidden_dim: int = 256
@@ -147,8 +158,7 @@ class TransformerDecoderConfig:
     ffn_dim: int = 2048
     """Hidden width of each layer's feed-forward network."""
 
-    def __post_init__(self) -> None:
-        """Check every field."""
+    def _check(self) -> None:
         _require_positive(self, "hidden_dim", "num_queries", "num_layers", "num_heads", "ffn_dim")
         for divisor, why in (
             (4, "sine positions have y and x halves of sine and cosine"),
@@ -161,7 +171,7 @@ class TransformerDecoderConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PreprocessingConfig:
+class PreprocessingConfig(_Checked):
     """How frames become model input: resize, normalise, fit to a multiple of `size_divisor`."""
 
     shortest_edge: int = 480
@@ -180,8 +190,7 @@ class PreprocessingConfig:
     image_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     """Per RGB channel, for pixels in [0, 1]."""
 
-    def __post_init__(self) -> None:
-        """Check every field."""
+    def _check(self) -> None:
         _require_positive(self, "shortest_edge", "longest_edge", "size_divisor")
         _require(
             self.longest_edge >= self.shortest_edge,
@@ -199,7 +208,7 @@ class PreprocessingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class VideoMask2FormerConfig:
+class VideoMask2FormerConfig(_Checked):
     """Everything a `VideoMask2Former` is built from.
 
     Raises:
@@ -221,13 +230,11 @@ class VideoMask2FormerConfig:
     """How frames become model input."""
 
     def __post_init__(self) -> None:
-        """Turn a `timm:` name into its config and check the fields that no part checks."""
         if isinstance(self.backbone, str):
             object.__setattr__(self, "backbone", _timm_from_name(self.backbone))
-        _require(
-            self.temporal in ("joint", "per_frame"),
-            f"temporal must be 'joint' or 'per_frame', got {self.temporal!r}",
-        )
+        super().__post_init__()
+
+    def _check(self) -> None:
         _require(len(self.labels) > 0, "labels is empty; a model needs at least one class name")
 
     @property
@@ -322,7 +329,7 @@ def _timm_from_name(name: str) -> TimmBackboneConfig:
 def _backbone_from_dict(data: dict[str, Any]) -> BackboneConfig:
     kind = data.get("type", "swin")
     _require(
-        kind in _BACKBONE_TYPES,
+        isinstance(kind, str) and kind in _BACKBONE_TYPES,
         f"backbone.type {kind!r} is not known; it must be one of {list(_BACKBONE_TYPES)}",
     )
     return _build(_BACKBONE_TYPES[kind], {k: v for k, v in data.items() if k != "type"}, path="backbone.")
@@ -354,7 +361,8 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     elif origin in (Union, UnionType):
         options = [option for option in get_args(hint) if option is not type(None)]
         resolved = isinstance(value, str) and TimmBackboneConfig in options  # "timm:NAME": the config itself reads it
-        if value is None or resolved or type(value) in options:
+        absent = value is None and type(None) in get_args(hint)
+        if absent or resolved or type(value) in options:
             return value
         return _convert(options[0], value, path)
     elif origin is tuple:
@@ -365,14 +373,16 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     elif origin is Literal:
         matches = value in get_args(hint)
     elif hint is float:
-        matches = isinstance(value, int | float) and not isinstance(value, bool)
+        matches = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     else:
         matches = type(value) is hint  # exact, so that true is not an int
-    _require(matches, f"config field {path} must be {_type_name(hint)}, got {value!r}")
+    _require(matches, f"{path} must be {_type_name(hint)}, got {value!r}")
     return float(value) if hint is float else value
 
 
 def _type_name(hint: Any) -> str:
+    if hint is float:
+        return "a finite float"
     return hint.__name__ if isinstance(hint, type) and get_origin(hint) is None else str(hint).replace("typing.", "")
 
 

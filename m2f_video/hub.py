@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from m2f_video.config import MODEL_TYPE, ConfigError, VideoMask2FormerConfig
 from weights_convert import (
+    CheckpointError,
     ConversionError,
     native_config_from_hf,
     read_checkpoint,
@@ -29,7 +30,7 @@ CONFIG_NAME = "config.json"
 _CONFIG_FILES = [CONFIG_NAME, "preprocessor_config.json"]
 _SAFETENSORS = ["model*.safetensors", "model.safetensors.index.json"]
 _PICKLES = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 def parse_dtype(dtype: torch.dtype | str) -> torch.dtype:
@@ -54,6 +55,8 @@ def parse_device(device: torch.device | str) -> torch.device:
         parsed = torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"unknown device {str(device)!r}; use for example 'cpu', 'cuda', 'cuda:1' or 'mps'") from error
+    if parsed.type == "meta":
+        raise ValueError("device 'meta' holds no numbers; use for example 'cpu' or 'cuda'")
     try:
         torch.empty(0, device=parsed)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -80,9 +83,7 @@ def load_config(
     if not path.exists():
         hub_options = _hub_options(revision, token, cache_dir, local_files_only, force_download)
         path = _download(str(source), _CONFIG_FILES, hub_options)
-    if path.is_file():
-        raise _missing_config(path)
-    return _read_config_file(path / CONFIG_NAME, temporal)
+    return _read_config_file((path.parent if path.is_file() else path) / CONFIG_NAME, temporal)
 
 
 def load_checkpoint(
@@ -112,7 +113,8 @@ def load_state_dict_strictly(model: nn.Module, state_dict: Mapping[str, Tensor],
     """Load weights that must match the model key by key and shape by shape.
 
     Raises:
-        weights_convert.ConversionError: a key is missing, left over or of another shape; the message names it.
+        weights_convert.ConversionError: a key is missing, left over, of another shape or not floating point; the
+            message names it.
     """
     expected = model.state_dict()
     problems = [f"missing {key} {tuple(expected[key].shape)}" for key in expected if key not in state_dict]
@@ -122,8 +124,18 @@ def load_state_dict_strictly(model: nn.Module, state_dict: Mapping[str, Tensor],
         for key, tensor in expected.items()
         if key in state_dict and state_dict[key].shape != tensor.shape
     ]
+    problems += [
+        f"{key} is {tensor.dtype}, not floating point"
+        for key, tensor in state_dict.items()
+        if key in expected and expected[key].is_floating_point() and not tensor.is_floating_point()
+    ]
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        if all(key.startswith("backbone.") for key in state_dict):
+            raise ConversionError(
+                f"{source} holds the weights of a backbone only: load them into a built model with "
+                "model.load_state_dict(weights, strict=False)"
+            )
         raise ConversionError(
             f"the weights of {source} do not fit its config: {'; '.join(problems[:3])}{more}. "
             "Give the config they were trained with."
@@ -136,8 +148,11 @@ def staged_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder of the same name, whose files replace those of `folder` when the block ends well.
 
     A model card (`README.md`) that is there already is kept. After an exception `folder` is as it was before.
+
+    Raises:
+        weights_convert.CheckpointError: the files cannot be written.
     """
-    created = not folder.exists()
+    created = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with TemporaryDirectory(dir=folder, prefix=".writing-") as temporary:
@@ -146,10 +161,12 @@ def staged_folder(folder: Path) -> Iterator[Path]:
             for file in sorted(staging.iterdir()):
                 if file.name != "README.md" or not (folder / file.name).exists():
                     file.replace(folder / file.name)
-    except BaseException:
-        if created:
+    except BaseException as error:
+        for parent in created:
             with suppress(OSError):
-                folder.rmdir()
+                parent.rmdir()
+        if isinstance(error, OSError | CheckpointError):  # which name the temporary folder
+            raise CheckpointError(f"{folder} cannot be written: {error.__cause__ or error}") from error
         raise
 
 
@@ -161,15 +178,21 @@ def resolve_config(config: ConfigSource) -> VideoMask2FormerConfig:
     """
     if isinstance(config, VideoMask2FormerConfig):
         return config
-    if Path(config).exists():
-        return _read_config_file(Path(config), temporal=None)
+    path = Path(config)
+    if path.exists():
+        return _read_config_file(path / CONFIG_NAME if path.is_dir() else path, temporal=None)
+    if path.suffix == ".json" or len(path.parts) > 1:
+        raise ConfigError(f"there is no config file {path}")
     return VideoMask2FormerConfig.preset(str(config))
 
 
 def _read_config_file(path: Path, temporal: str | None) -> VideoMask2FormerConfig:
     """Read a native or transformers config file."""
     if not path.exists():
-        raise _missing_config(path.parent)
+        raise ConfigError(
+            f"{path} does not exist, and the weights need a config: give a preset such as 'swin_tiny_youtubevis_2019', "
+            "or a config file"
+        )
     data, preprocessor = read_config(path)
     try:
         if data.get("model_type") == MODEL_TYPE:
@@ -181,13 +204,6 @@ def _read_config_file(path: Path, temporal: str | None) -> VideoMask2FormerConfi
 
 def _with_temporal(config: VideoMask2FormerConfig, temporal: str | None) -> VideoMask2FormerConfig:
     return config if temporal is None else config.replace(temporal=temporal)
-
-
-def _missing_config(path: Path) -> ConfigError:
-    return ConfigError(
-        f"{path} has no {CONFIG_NAME}; give config= a preset such as 'swin_tiny_youtubevis_2019', "
-        "a config file or a VideoMask2FormerConfig"
-    )
 
 
 def _hub_options(
@@ -209,16 +225,23 @@ def _hub_options(
 def _download(name: str, patterns: list[str], hub_options: dict[str, Any]) -> Path:
     """Fetch the files of a hub repository that match, and give their folder."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is the client library's
+        HFValidationError,
+        HTTPError,
+        LocalEntryNotFoundError,
+    )
 
+    not_a_name = f"{name} does not exist, and is not a hub name (owner/name) either"
     if not _HUB_NAME.fullmatch(name):
-        raise FileNotFoundError(f"{name} does not exist, and is not a hub name (owner/name) either")
+        raise FileNotFoundError(not_a_name)
     try:
         return Path(snapshot_download(name, allow_patterns=patterns, **hub_options))
+    except HFValidationError as error:
+        raise FileNotFoundError(not_a_name) from error
     except LocalEntryNotFoundError as error:
         raise FileNotFoundError(
             f"{name} is neither a local path nor in the hub cache, and the hub was not reached"
         ) from error
-    except HfHubHTTPError as error:
-        reason = str(error).strip().splitlines()[-1]
+    except HTTPError as error:  # the hub's answer, or a connection that broke off
+        reason = " ".join(str(error).split())
         raise FileNotFoundError(f"{name} is not a local path, and the hub does not give it: {reason}") from error

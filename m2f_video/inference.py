@@ -4,11 +4,12 @@ T frames, Q queries, H W height and width.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from m2f_video.modeling.transformer_decoder import predict_masks
 from m2f_video.modeling.video_mask2former import FrameFeatures, VideoMask2Former
@@ -56,32 +57,31 @@ def segment_video(
     Raises:
         VideoError: the source is no video, or none of its frames is selected.
         FileNotFoundError: there is no such file.
+        TypeError: `model` is none.
         ValueError: a per-frame model, an option out of its range, or NaN in what the model gives.
     """
+    if not isinstance(model, VideoMask2Former):
+        raise TypeError(
+            f"the model comes first, loaded by VideoMask2Former.from_pretrained; got {type(model).__name__}"
+        )
     if model.config.temporal != "joint":
         raise ValueError(
             "segment_video needs a model with temporal='joint', whose identities hold across frames; "
-            "load the checkpoint with temporal='joint', or use processor.post_process_instance_segmentation on frames"
+            "load the checkpoint with temporal='joint' (--temporal joint), or segment its frames as images with "
+            "processor.post_process_instance_segmentation"
         )
     if isinstance(source, VideoReader) and frames is not None:
         raise ValueError("frames cannot be chosen for an open reader; give them to open_video")
     reader = source if isinstance(source, VideoReader) else open_video(source, frames, strict=strict)
     processor = processor or VideoProcessor.from_config(model.config)
-    chunk_size = frames_per_chunk or (1 if model.device.type == "cpu" else 8)
+    chunk_size = (1 if model.device.type == "cpu" else 8) if frames_per_chunk is None else frames_per_chunk
     if chunk_size < 1:
         raise ValueError(f"frames_per_chunk must be at least 1, got {frames_per_chunk}")
     _check_selection(model, top_k, score_threshold)
 
-    parts, count = [], 0
-    for chunk in _chunks(reader, chunk_size):
-        parts.append(model.encode_frames(processor.process_frames(chunk).to(model.device)))
-        count += len(chunk)
-        if progress is not None:
-            progress("frames", count, reader.num_frames_hint)
-    features = FrameFeatures.concatenate(parts)
-    del parts
-
-    output = model.decode_clip(features, output_masks=False)
+    with _evaluation_mode(model):
+        features = _encode(model, reader, processor, chunk_size, progress)
+        output = model.decode_clip(features, output_masks=False)
     scores, labels, queries = select_top_k(output.class_queries_logits[0], top_k, score_threshold)
     kept, mask_of_pair = queries.unique(return_inverse=True)
     segmentations = _segmentations(
@@ -105,11 +105,40 @@ def segment_video(
         width=reader.width,
         height=reader.height,
         fps=float(reader.fps),
-        frames=reader.frame_indices(count),
+        frames=reader.frame_indices(len(features.mask_features)),
         labels=model.config.labels,
         tracks=tuple(tracks),
         video=reader,
     )
+
+
+@contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Without dropout and stochastic depth; every module is back in its own mode afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _encode(
+    model: VideoMask2Former,
+    reader: VideoReader,
+    processor: VideoProcessor,
+    chunk_size: int,
+    progress: Progress | None,
+) -> FrameFeatures:
+    """Features of all frames of a video, read and encoded chunk by chunk."""
+    parts, count = [], 0
+    for chunk in _chunks(reader, chunk_size):
+        parts.append(model.encode_frames(processor.process_frames(chunk).to(model.device)))
+        count += len(chunk)
+        if progress is not None:
+            progress("frames", count, reader.num_frames_hint)
+    return FrameFeatures.concatenate(parts)
 
 
 def _chunks(reader: VideoReader, size: int) -> Iterator[np.ndarray]:

@@ -9,6 +9,7 @@ the per-frame model are the same function (positions in time add a constant to a
 F frames, Q queries, K classes, C channels, N tokens of all levels, H W height and width.
 """
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -91,7 +92,7 @@ def compare_with_transformers(
     """
     if dtype not in TOLERANCES:
         raise ValueError(f"parity is defined for {', '.join(map(str, TOLERANCES))}, not for {dtype}")
-    frames, model = frames.to(dtype), model.to(dtype)
+    frames, model = frames.to(dtype), copy.deepcopy(model).to(dtype).eval()
     reference = transformers_model(model)
     same_dtype = transformers_stages(reference, frames)
     exact = same_dtype if dtype == torch.float64 else transformers_stages(reference.double(), frames.double())
@@ -150,7 +151,10 @@ def model_stages(model: VideoMask2Former, frames: Tensor) -> dict[str, Tensor]:
 
 def transformers_model(model: VideoMask2Former) -> Any:
     """The transformers model with the same weights and dtype, by way of a converted checkpoint folder."""
-    import transformers
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError("the reference needs transformers: pip install 'm2f-video[parity]'") from error
 
     config, preprocessor = hf_config_from_native(model.config.to_dict())
     with TemporaryDirectory() as folder:

@@ -87,10 +87,13 @@ class VideoReader(ABC):
     @abstractmethod
     def __iter__(self) -> Iterator[np.ndarray]: ...
 
+    def frame_index(self, position: int) -> int:
+        """Source index of the frame yielded at this position, both counted from 0."""
+        return (self._frames.start or 0) + position * (self._frames.step or 1)
+
     def frame_indices(self, count: int) -> tuple[int, ...]:
         """Source indices (0 is the first frame of the source) of the first `count` frames yielded."""
-        start, step = self._frames.start or 0, self._frames.step or 1
-        return tuple(range(start, start + count * step, step))
+        return tuple(map(self.frame_index, range(count)))
 
 
 class _ArrayReader(VideoReader):
@@ -303,6 +306,8 @@ def _check_frame(frame: Any, index: int) -> np.ndarray:
 
 
 def _check_slice(frames: slice) -> slice:
+    if not isinstance(frames, slice):
+        raise VideoError(f"frames must be a slice, such as slice(0, 100, 2), got {frames!r}")
     parts = (frames.start, frames.stop, frames.step)
     if any(part is not None and (isinstance(part, bool) or not isinstance(part, int | np.integer)) for part in parts):
         raise VideoError(f"frames {_show(frames)}: frame numbers must be whole numbers")

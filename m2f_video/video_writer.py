@@ -1,6 +1,7 @@
 """Writing a video file: complete under its name, or not at all."""
 
 import contextlib
+import errno
 import os
 import uuid
 from collections.abc import Iterator
@@ -42,8 +43,12 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield temporary
         os.replace(temporary, final)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:
+            raise OSError(
+                errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}; free some or write elsewhere", str(final)
+            ) from error
         raise
 
 

@@ -102,8 +102,8 @@ def render_overlay(
     texts = [f"{track.label} {track.score:.2f}" for track in drawn.tracks]
     total, position = len(segmentation.frames), 0
     with VideoWriter(path, _overlay_rate(segmentation), reader.width, reader.height) as writer:
-        for count, frame in enumerate(reader):
-            if reader.frame_indices(count + 1)[-1] != segmentation.frames[position]:
+        for read, frame in enumerate(reader):
+            if reader.frame_index(read) != segmentation.frames[position]:
                 continue
             writer.write(draw_tracks(frame, drawn.masks(position), colors, texts))
             position += 1

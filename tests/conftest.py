@@ -1,13 +1,15 @@
 """The tiny model whose numbers tests/golden holds."""
 
+from pathlib import Path
+
 import pytest
 import torch
-from golden_files import original_weights
 
 from m2f_video.config import PixelDecoderConfig, SwinConfig, TransformerDecoderConfig, VideoMask2FormerConfig
 from m2f_video.hub import load_state_dict_strictly
 from m2f_video.modeling.video_mask2former import VideoMask2Former
-from weights_convert import to_native
+from tests.golden_files import original_weights
+from weights_convert import from_native, hf_config_from_native, to_native, write_checkpoint
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -33,3 +35,18 @@ def tiny_model(tiny_config: VideoMask2FormerConfig) -> VideoMask2Former:
     model = VideoMask2Former(tiny_config)
     load_state_dict_strictly(model, to_native(original_weights()), source="tests/golden/tiny")
     return model.requires_grad_(False).eval()
+
+
+@pytest.fixture
+def folder(tiny_model: VideoMask2Former, tmp_path: Path) -> Path:
+    """The tiny model, saved."""
+    tiny_model.save_pretrained(tmp_path / "native")
+    return tmp_path / "native"
+
+
+@pytest.fixture
+def hf_folder(tiny_model: VideoMask2Former, tmp_path: Path) -> Path:
+    """The tiny model, in the format of transformers."""
+    config, preprocessor = hf_config_from_native(tiny_model.config.to_dict())
+    write_checkpoint(tmp_path / "hf", from_native(tiny_model.state_dict()), config, preprocessor)
+    return tmp_path / "hf"

@@ -111,6 +111,7 @@ CLASS_BIAS = "transformer_decoder.class_head.bias"
 BROKEN_WEIGHTS = {
     "missing key": (lambda w: w.pop(CLASS_BIAS), CLASS_BIAS),
     "extra key": (lambda w: w.update(surplus=torch.zeros(1)), "surplus"),
+    "whole numbers": (lambda w: w.update({CLASS_BIAS: torch.zeros(6, dtype=torch.int64)}), CLASS_BIAS),
     "wrong shape": (lambda w: w.update({CLASS_BIAS: torch.zeros(9)}), CLASS_BIAS),
     "NaN": (lambda w: w.update({CLASS_BIAS: torch.full_like(w[CLASS_BIAS], float("nan"))}), CLASS_BIAS),
 }
@@ -146,6 +147,7 @@ def test_bad_checkpoints_are_refused(folder, tmp_path, capsys):
         (tmp_path / "cut.safetensors", preset, "cut.safetensors"),
         (folder / "native" / "model.safetensors", ("--config", "resnet_99"), "resnet_99"),
         (folder / "native", ("--device", "warp"), "warp"),
+        (folder / "native", ("--device", "meta"), "meta"),
     ]
     for checkpoint, options, named in cases:
         code = segment(folder, tmp_path / "out", *options, checkpoint=checkpoint)
@@ -172,6 +174,44 @@ def test_bad_sources_are_refused(folder, tmp_path, capsys):
         assert_refused(capsys, segment(folder, tmp_path / "out", *options, source=source), tmp_path / "out", named)
 
 
+def test_the_source_is_not_overwritten(folder, tmp_path, capsys):
+    source = tmp_path / "overlay.mp4"
+    source.write_bytes((folder / "video.mp4").read_bytes())
+    assert segment(folder, tmp_path, source=source) == 2
+    assert "overwrite" in capsys.readouterr().err
+    assert source.read_bytes() == (folder / "video.mp4").read_bytes()
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_an_image_model_is_named_with_the_remedy(folder, tmp_path, capsys, tiny_config, monkeypatch):
+    image_model = VideoMask2Former(tiny_config.replace(temporal="per_frame"))
+    image_model.save_pretrained(tmp_path / "image")
+    assert_refused(
+        capsys, segment(folder, tmp_path / "out", checkpoint=tmp_path / "image"), tmp_path / "out", "--temporal joint"
+    )
+    assert segment(folder, tmp_path / "out", "--temporal", "joint", checkpoint=tmp_path / "image") == 0
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")]
+)
+def test_running_out_of_memory_says_what_to_do(folder, tmp_path, capsys, monkeypatch, error):
+    def exhausted(*_, **__):
+        raise error
+
+    monkeypatch.setattr(VideoMask2Former, "encode_frames", exhausted)
+    assert_refused(capsys, segment(folder, tmp_path / "out"), tmp_path / "out", "--shortest-edge")
+
+
+def test_other_runtime_errors_are_not_hidden(folder, tmp_path, monkeypatch):
+    def defect(*_, **__):
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(VideoMask2Former, "encode_frames", defect)
+    with pytest.raises(RuntimeError, match="a defect"):
+        segment(folder, tmp_path / "out")
+
+
 def test_an_output_that_is_a_file_is_refused_before_the_work(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(VideoMask2Former, "from_pretrained", lambda *_, **__: pytest.fail("the model was loaded"))
     (tmp_path / "file").write_text("mine")
@@ -185,7 +225,7 @@ def test_a_full_disk_leaves_nothing(folder, tmp_path, capsys, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(VideoWriter, "write", full)
-    assert_refused(capsys, segment(folder, tmp_path / "out"), tmp_path / "out", "No space left")
+    assert_refused(capsys, segment(folder, tmp_path / "out"), tmp_path / "out", "No space left", "overlay.mp4")
 
 
 def test_an_interrupt_leaves_nothing(folder, tmp_path, capsys, monkeypatch):
@@ -235,8 +275,21 @@ def test_demo_says_that_its_model_is_untrained(tiny_config, tmp_path, capsys, mo
     assert "UNTRAINED" in capsys.readouterr().out
 
 
+def test_an_interrupt_while_loading_ends_cleanly(monkeypatch, capsys):
+    from m2f_video import __main__
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.__import__", interrupted)
+    code = __main__.main()
+    monkeypatch.undo()
+    assert code == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
 def test_the_installed_command_runs(folder, tmp_path):
-    command = [sys.executable, "-m", "m2f_video.cli", "segment", str(folder / "video.mp4")]
+    command = [sys.executable, "-m", "m2f_video", "segment", str(folder / "video.mp4")]
     command += ["--checkpoint", str(folder / "native"), "--output", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
     assert done.returncode == 0, done.stderr

@@ -85,6 +85,18 @@ def test_bfloat16_runs(tiny_config, video):
     assert len(segment_video(model, video).tracks) == 10
 
 
+def test_a_model_in_training_mode_is_evaluated_and_put_back(tiny_config, video):
+    backbone = replace(tiny_config.backbone, drop_path_rate=0.5)
+    torch.manual_seed(0)
+    model = VideoMask2Former(tiny_config.replace(backbone=backbone)).train()
+    model.pixel_decoder.eval()
+    first, second = (segment_video(model, video) for _ in range(2))
+    assert [track.score for track in first.tracks] == [track.score for track in second.tracks]
+    assert model.training
+    assert model.backbone.training
+    assert not model.pixel_decoder.training
+
+
 def test_a_per_frame_model_is_refused(tiny_config, video):
     model = VideoMask2Former(tiny_config.replace(temporal="per_frame")).eval()
     with pytest.raises(ValueError, match="temporal='joint'"):
@@ -98,6 +110,7 @@ def test_a_per_frame_model_is_refused(tiny_config, video):
         ({"top_k": 51}, "10 queries x 5 classes"),
         ({"score_threshold": float("nan")}, "score_threshold"),
         ({"frames_per_chunk": -1}, "frames_per_chunk"),
+        ({"frames_per_chunk": 0}, "frames_per_chunk"),
         ({"frames": slice(7, 9)}, "only 5 frames"),
     ],
 )

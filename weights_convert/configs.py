@@ -111,7 +111,9 @@ def native_config_from_hf(config: Json, preprocessor: Json | None = None, tempor
     Raises:
         ConversionError: If a required field is missing or a value is one the native model cannot represent.
     """
-    _get(config, "model_type")
+    if (model_type := _get(config, "model_type")) != _HF_FIXED["model_type"]:
+        known = f"{_NATIVE_FIXED['model_type']} (native) and {_HF_FIXED['model_type']} (transformers)"
+        raise ConversionError(f"config: model_type = {model_type!r} is another architecture; known are {known}")
     _check_fixed("config", config, _HF_FIXED)
     _get(config, "backbone_config")
     outputs = {name: _get(config, f"backbone_config.{name}", None) for name in _STAGES}

@@ -66,8 +66,8 @@ def predict_masks(mask_embeddings: Tensor, mask_features: Tensor) -> Tensor:
 def attention_mask(mask_logits: Tensor) -> Tensor:
     """Which keys each query may attend to (arXiv 2112.01527, equation 2): (B, Q, S) logits -> (B, Q, S) bool.
 
-    A key is blocked where sigmoid(logit) < 0.5, that is where the logit is negative. A query whose keys are all
-    blocked attends to all of them instead.
+    A key is blocked where sigmoid(logit) < 0.5: where the logit is negative, however a sigmoid of one next to zero is
+    rounded. A query whose keys are all blocked attends to all of them instead.
     """
     blocked = mask_logits < 0
     return ~blocked | blocked.all(-1, keepdim=True)
@@ -228,7 +228,7 @@ class MaskedTransformerDecoder(nn.Module):
         levels = [self._keys_and_values(features, level) for level, features in enumerate(multi_scale)]
         sizes = [(features.shape[-2], features.shape[-1]) for features in multi_scale]
         used = range(min(NUM_LEVELS, len(self.layers)))
-        resized = [] if output_auxiliary else [resize_frames(mask_features, sizes[level]) for level in used]
+        resized = [] if output_auxiliary else [resize_frames(mask_features.detach(), sizes[level]) for level in used]
 
         x = self.query_features.weight.expand(mask_features.shape[0], -1, -1)
         queries, attention_masks, auxiliary = [x], [], []
@@ -240,7 +240,7 @@ class MaskedTransformerDecoder(nn.Module):
                 auxiliary.append(Prediction(class_logits, masks))
                 mask_logits = resize_frames(masks.detach(), sizes[level])
             else:
-                mask_logits = predict_masks(mask_embeddings.detach(), resized[level].detach())
+                mask_logits = predict_masks(mask_embeddings.detach(), resized[level])
             mask = attention_mask(mask_logits.flatten(2))
             x = layer(x, self.query_positions.weight, *levels[level], mask)
             if output_hidden:

@@ -45,10 +45,15 @@ class FrameFeatures:
         """Join features of consecutive frames, all of one size.
 
         Raises:
-            ValueError: there are no parts.
+            ValueError: there are no parts, or they differ in size or in what they hold.
         """
         if not parts:
             raise ValueError("there are no frame features to concatenate")
+        sizes = {tuple(part.mask_features.shape[1:]) for part in parts}
+        if len(sizes) > 1:
+            raise ValueError(f"frame features to concatenate must be of one size, got {sorted(sizes)}")
+        if len({(part.backbone_maps is None, part.encoder_layers is None) for part in parts}) > 1:
+            raise ValueError("frame features to concatenate must all hold hidden states, or none of them")
         if len(parts) == 1:
             return parts[0]
 
@@ -89,14 +94,16 @@ class VideoMask2FormerOutput:
     attention_masks: tuple[Tensor, ...] | None = None
 
 
+for _output_type in (FrameFeatures, VideoMask2FormerOutput, Prediction):
+    torch.export.register_dataclass(_output_type)
+
+
 class VideoMask2Former(
     nn.Module,
     PyTorchModelHubMixin,
     library_name="m2f-video",
-    repo_url="https://github.com/m2f-video/m2f-video",
     tags=["video-instance-segmentation", "mask2former"],
     pipeline_tag="image-segmentation",
-    license="mit",
 ):
     """Video Mask2Former.
 
@@ -171,9 +178,12 @@ class VideoMask2Former(
             frames_per_chunk: encode this many frames at a time, to bound memory; None encodes all at once.
 
         Raises:
-            ValueError: `pixel_values` of another shape, without frames, or not floating point.
+            ValueError: `pixel_values` of another shape, without frames, or not floating point; or `frames_per_chunk`
+                below 1.
         """
         _check_pixel_values(pixel_values, ndim=5, layout="(B, T, 3, H, W)")
+        if frames_per_chunk is not None and frames_per_chunk < 1:
+            raise ValueError(f"frames_per_chunk must be at least 1, got {frames_per_chunk}")
         B, T = pixel_values.shape[:2]
         frames = pixel_values.flatten(0, 1)
         features = FrameFeatures.concatenate(
@@ -220,8 +230,8 @@ class VideoMask2Former(
             ValueError: F is not a multiple of `num_frames`.
         """
         F = features.mask_features.shape[0]
-        T = num_frames or F
-        if F % T:
+        T = F if num_frames is None else num_frames
+        if T < 1 or F % T:
             raise ValueError(f"{F} frames do not make clips of {T} frames")
         if self.config.temporal == "per_frame":
             T = 1

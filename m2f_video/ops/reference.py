@@ -19,16 +19,18 @@ def ms_deform_attn_reference(
     """Weighted sum of bilinearly sampled values; arguments and result as `m2f_video.ops.ms_deform_attn`."""
     B, _, M, D = value.shape
     _, Q, _, _, P, _ = sampling_locations.shape
-    grid = 2 * sampling_locations - 1  # grid_sample counts from -1 to 1
-    output = value.new_zeros(B * M, D, Q)
-    levels = value.split([height * width for height, width in spatial_shapes], dim=1)
+    # At least float32: half precision cannot tell the pixels of a map apart, and its grid_sample on a CPU gives NaN.
+    dtype = torch.promote_types(value.dtype, torch.float32)
+    grid = 2 * sampling_locations.to(dtype) - 1  # grid_sample counts from -1 to 1
+    output = value.new_zeros(B * M, D, Q, dtype=dtype)
+    levels = value.to(dtype).split([height * width for height, width in spatial_shapes], dim=1)
     for level, ((height, width), level_value) in enumerate(zip(spatial_shapes, levels, strict=True)):
         image = level_value.permute(0, 2, 3, 1).reshape(B * M, D, height, width)
-        level_grid = grid[:, :, :, level].transpose(1, 2).reshape(B * M, Q, P, 2).to(value.dtype)
+        level_grid = grid[:, :, :, level].transpose(1, 2).reshape(B * M, Q, P, 2)
         sampled = F.grid_sample(image, level_grid, mode="bilinear", padding_mode="zeros", align_corners=False)
         weights = attention_weights[:, :, :, level].transpose(1, 2).reshape(B * M, 1, Q, P)
         output = output + (sampled * weights).sum(-1)  # (B*M, D, Q, P) -> (B*M, D, Q)
-    return output.view(B, M * D, Q).transpose(1, 2)
+    return output.view(B, M * D, Q).transpose(1, 2).to(value.dtype)
 
 
 def sampling_locations_from_offsets(

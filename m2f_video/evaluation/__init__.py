@@ -1,0 +1,30 @@
+"""Measuring video instance segmentation: video AP and AR as YouTubeVIS does, HOTA, IDF1 and identity switches."""
+
+from m2f_video.evaluation.annotations import EvaluationWarning, GroundTruth, MaskTrack, load_ground_truth, load_results
+from m2f_video.evaluation.pairing import Pairing, pair_tracks
+from m2f_video.evaluation.report import tables, to_dict, write_report, write_results, write_submission
+from m2f_video.evaluation.tracking import TrackingMetrics, TrackingResult, evaluate_tracking, tracking_metrics
+from m2f_video.evaluation.video_ap import STATS, VideoAPResult, average_precision, evaluate
+
+__all__ = [
+    "STATS",
+    "EvaluationWarning",
+    "GroundTruth",
+    "MaskTrack",
+    "Pairing",
+    "TrackingMetrics",
+    "TrackingResult",
+    "VideoAPResult",
+    "average_precision",
+    "evaluate",
+    "evaluate_tracking",
+    "load_ground_truth",
+    "load_results",
+    "pair_tracks",
+    "tables",
+    "to_dict",
+    "tracking_metrics",
+    "write_report",
+    "write_results",
+    "write_submission",
+]

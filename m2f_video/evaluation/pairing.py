@@ -1,0 +1,141 @@
+"""How annotated and predicted tracks overlap: the only place that touches masks, for all metrics.
+
+Shape letters: T frames, D predicted tracks, G annotated tracks.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from m2f_video.evaluation.annotations import GroundTruth, MaskTrack, Progress
+
+MAX_DETECTIONS = 100
+"""Predictions of a (video, category) that count, those with the highest scores."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pairing:
+    """The tracks of one category in one video.
+
+    Attributes:
+        video_id: id of the video.
+        category_id: id of the category.
+        detections: D predictions by falling score; among equals in the order of the rows.
+        annotations: G annotations, in the order of the file.
+        intersections: (T, D, G) int64, pixels that both masks have in a frame; T is the largest number of frames of
+            any of the tracks.
+    """
+
+    video_id: int
+    category_id: int
+    detections: tuple[MaskTrack, ...]
+    annotations: tuple[MaskTrack, ...]
+    intersections: np.ndarray
+
+    def areas(self) -> tuple[np.ndarray, np.ndarray]:
+        """Pixels of the predictions (T, D) and of the annotations (T, G) in each frame."""
+        T = len(self.intersections)
+        return _padded(self.detections, T), _padded(self.annotations, T)
+
+    def frame_iou(self) -> np.ndarray:
+        """(T, D, G), IoU of the masks in each frame; 0 where both are empty."""
+        detections, annotations = self.areas()
+        return _divide(self.intersections, detections[:, :, None] + annotations[:, None] - self.intersections)
+
+    def track_iou(self) -> np.ndarray:
+        """(D, G), spatio-temporal IoU: the intersections of all frames over the unions of all frames.
+
+        Of two lists of different length the frames in common count.
+        """
+        detections, annotations = self.areas()
+        common = np.minimum(_lengths(self.detections)[:, None], _lengths(self.annotations))  # (D, G)
+        # Row n of the running sums is the area in the first n frames.
+        detected = _running(detections)[common, np.arange(detections.shape[1])[:, None]]
+        annotated = _running(annotations)[common, np.arange(annotations.shape[1])]
+        intersection = self.intersections.sum(0)
+        return _divide(intersection, detected + annotated - intersection)
+
+
+def pair_tracks(
+    ground_truth: GroundTruth, results: Iterable[MaskTrack], progress: Progress | None = None
+) -> list[Pairing]:
+    """Compare all predictions with the annotations of their video and category.
+
+    Args:
+        ground_truth: the data set.
+        results: predictions; all of its categories and videos (`load_results` sees to that).
+        progress: see `Progress`.
+
+    Returns:
+        One for each (category, video) with any track, by category id, then video id.
+    """
+    annotations, detections = defaultdict(list), defaultdict(list)
+    for track in ground_truth.tracks:
+        annotations[track.category_id, track.video_id].append(track)
+    for track in results:
+        detections[track.category_id, track.video_id].append(track)
+    keys = sorted(annotations.keys() | detections.keys())
+    pairings = []
+    for done, key in enumerate(keys):
+        best = sorted(detections[key], key=lambda track: -track.score)[:MAX_DETECTIONS]
+        pairings.append(
+            Pairing(
+                category_id=key[0],
+                video_id=key[1],
+                detections=tuple(best),
+                annotations=tuple(annotations[key]),
+                intersections=_intersections(best, annotations[key]),
+            )
+        )
+        if progress is not None:
+            progress("masks", done + 1, len(keys))
+    return pairings
+
+
+def _intersections(detections: Sequence[MaskTrack], annotations: Sequence[MaskTrack]) -> np.ndarray:
+    """(T, D, G) int64."""
+    from pycocotools import mask as coco
+
+    T = max(len(track.masks) for track in (*detections, *annotations))
+    intersections = np.zeros((T, len(detections), len(annotations)), np.int64)
+    for t in range(T):
+        rows, columns = _visible(detections, t), _visible(annotations, t)
+        if not rows or not columns:
+            continue
+        # Against crowds pycocotools divides by the detection's area instead of the union. Times that area gives the
+        # intersection back, to rounding, without decoding a mask.
+        covered = coco.iou(
+            [detections[row].masks[t] for row in rows],
+            [annotations[column].masks[t] for column in columns],
+            [1] * len(columns),
+        )
+        areas = np.array([detections[row].pixels[t] for row in rows])
+        intersections[t][np.ix_(rows, columns)] = np.rint(covered * areas[:, None])
+    return intersections
+
+
+def _visible(tracks: Sequence[MaskTrack], t: int) -> list[int]:
+    return [index for index, track in enumerate(tracks) if t < len(track.masks) and track.pixels[t]]
+
+
+def _padded(tracks: Sequence[MaskTrack], T: int) -> np.ndarray:
+    """(T, N) int64, areas of N tracks."""
+    areas = np.zeros((T, len(tracks)), np.int64)
+    for index, track in enumerate(tracks):
+        areas[: len(track.pixels), index] = track.pixels
+    return areas
+
+
+def _lengths(tracks: Sequence[MaskTrack]) -> np.ndarray:
+    return np.array([len(track.masks) for track in tracks], np.int64)
+
+
+def _running(areas: np.ndarray) -> np.ndarray:
+    """(T + 1, N) from (T, N)."""
+    return np.concatenate([np.zeros_like(areas[:1]), areas.cumsum(0)])
+
+
+def _divide(intersection: np.ndarray, union: np.ndarray) -> np.ndarray:
+    return np.divide(intersection, union, out=np.zeros(union.shape), where=union > 0)

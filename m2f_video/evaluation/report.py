@@ -1,0 +1,165 @@
+"""What an evaluation leaves behind: tables to read, a JSON report, and the files a benchmark's server takes."""
+
+import json
+import math
+import os
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from m2f_video.evaluation.tracking import TrackingResult
+from m2f_video.evaluation.video_ap import STATS, VideoAPResult
+from m2f_video.video_io import atomic_path
+
+RESULTS_FILE = "results.json"
+"""Name that evaluation servers expect, alone at the root of the zip."""
+_ROW_KEYS = ("video_id", "category_id", "score", "segmentations")
+_CLASS_STATS = ("AP", "AP50", "AP75", "AR1", "AR10")
+
+
+def tables(ap: VideoAPResult, tracking: TrackingResult | None = None) -> list[Table]:
+    """Tables overall and by class, in percent; a dash where there is nothing to measure by."""
+    overall = Table(*STATS, title="overall, %")
+    overall.add_row(*(_percent(ap.stats[name]) for name in STATS))
+    printed = [overall]
+    by_class = Table("id", "class", *_CLASS_STATS, title="by class, %")
+    rows = [
+        [str(category_id), name, *(_percent(ap.per_category[category_id][stat]) for stat in _CLASS_STATS)]
+        for category_id, name in ap.categories.items()
+    ]
+    if tracking is not None:
+        numbers = _tracking_cells(tracking.combined.to_dict())
+        follow = Table(*numbers, title=f"tracking overall, %, scores from {tracking.score_threshold:g}")
+        follow.add_row(*numbers.values())
+        printed.append(follow)
+        for heading in numbers:
+            by_class.add_column(heading)
+        for row, category_id in zip(rows, ap.categories, strict=True):
+            row.extend(_tracking_cells(tracking.per_category[category_id].to_dict()).values())
+    for row in rows:
+        by_class.add_row(*row)
+    return [*printed, by_class]
+
+
+def to_dict(ap: VideoAPResult, tracking: TrackingResult | None = None) -> dict[str, Any]:
+    """The numbers as JSON takes them: fractions, -1 where there is nothing to measure by.
+
+    The keys are those of `STATS`, then `per_category`, a list of objects with `id`, `name` and the same numbers. With
+    tracking there is a `tracking` in the whole and in each category; that of the whole tells its `score_threshold`.
+    """
+    categories: list[dict[str, Any]] = [
+        {"id": category_id, "name": name, **ap.per_category[category_id]} for category_id, name in ap.categories.items()
+    ]
+    report: dict[str, Any] = {**ap.stats, "per_category": categories}
+    if tracking is not None:
+        report["tracking"] = {"score_threshold": tracking.score_threshold, **tracking.combined.to_dict()}
+        for category in categories:
+            category["tracking"] = tracking.per_category[category["id"]].to_dict()
+    return report
+
+
+def write_report(path: str | os.PathLike[str], ap: VideoAPResult, tracking: TrackingResult | None = None) -> None:
+    """Write `to_dict` to a JSON file, complete or not at all.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    text = json.dumps(to_dict(ap, tracking), indent=2, allow_nan=False) + "\n"
+    _write(path, lambda file: file.write_text(text, encoding="utf-8"))
+
+
+def write_results(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write the rows of a YouTubeVIS submission to a JSON file, complete or not at all.
+
+    Args:
+        path: of the file.
+        rows: with `video_id`, `category_id` (the data set's), `score` and `segmentations`, a compressed COCO encoding
+            or None for each frame. Other keys, such as the `category` in a `tracks.json`, are left out.
+
+    Raises:
+        ValueError: a row is malformed.
+        OSError: the file cannot be written.
+    """
+    text = _results_text(rows)
+    _write(path, lambda file: file.write_text(text, encoding="utf-8"))
+
+
+def write_submission(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write the zip that the CodaLab servers of YouTubeVIS and OVIS take: `results.json` at its root, nothing else.
+
+    Args:
+        path: of the zip file.
+        rows: see `write_results`.
+
+    Raises:
+        ValueError: a row is malformed.
+        OSError: the file cannot be written.
+    """
+    text = _results_text(rows)
+
+    def write(file: Path) -> None:
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr(RESULTS_FILE, text)
+
+    _write(path, write)
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Fail before the work where the file could not be written after it.
+
+    Raises:
+        OSError: its folder is missing or not writable, or it is a folder itself.
+    """
+    file = Path(path)
+    if not file.parent.is_dir():
+        raise FileNotFoundError(f"{file}: there is no folder {file.parent}; make it first")
+    if file.is_dir():
+        raise IsADirectoryError(f"{file} is a folder; give the name of a file")
+    if not os.access(file.parent, os.W_OK):
+        raise PermissionError(f"{file}: the folder {file.parent} is not writable")
+
+
+def _write(path: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
+    check_writable(path)
+    with atomic_path(path) as file:
+        write(file)
+
+
+def _results_text(rows: Iterable[Mapping[str, Any]]) -> str:
+    return json.dumps([_submission_row(row, f"row {number}") for number, row in enumerate(rows)], allow_nan=False)
+
+
+def _submission_row(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+    missing = [key for key in _ROW_KEYS if key not in row]
+    if missing:
+        raise ValueError(f"{where} of the results has no {', '.join(missing)}")
+    if not math.isfinite(row["score"]):
+        raise ValueError(f"{where} of the results: the score must be a finite number, got {row['score']}")
+    return {
+        "video_id": int(row["video_id"]),
+        "category_id": int(row["category_id"]),
+        "score": float(row["score"]),
+        "segmentations": [None if mask is None else _text_rle(mask, where) for mask in row["segmentations"]],
+    }
+
+
+def _text_rle(mask: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A compressed encoding as JSON takes it; pycocotools gives `counts` as bytes."""
+    counts = mask["counts"]
+    if not isinstance(counts, str | bytes):
+        raise ValueError(f"{where} of the results: run lengths must be compressed; use pycocotools.mask.encode")
+    size = [int(side) for side in mask["size"]]
+    return {"size": size, "counts": counts if isinstance(counts, str) else counts.decode("ascii")}
+
+
+def _percent(fraction: float) -> str:
+    return "-" if fraction < 0 else f"{100 * fraction:.1f}"
+
+
+def _tracking_cells(numbers: Mapping[str, float]) -> dict[str, str]:
+    """Table cells by heading; all but the count of switches are fractions."""
+    cells = {name: _percent(value) for name, value in numbers.items() if name != "id_switches"}
+    return cells | {"id switches": str(numbers["id_switches"]) if numbers["HOTA"] >= 0 else "-"}
