@@ -1,0 +1,317 @@
+"""Training losses with matching at every depth (arXiv 2112.01527, sections 3.3 and 4.1; arXiv 2112.10764, section 3).
+
+B clips, Q queries, K classes, T frames, h w size of the mask logits, H W size of the model's input, N matched
+instances of the batch, R = N*T masks (instances outermost, then frames), P points or pixels of a mask.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from m2f_video.config import ConfigError
+from m2f_video.modeling.transformer_decoder import Prediction
+from m2f_video.modeling.video_mask2former import VideoMask2FormerOutput
+from m2f_video.postprocess import MASK_STRIDE
+from m2f_video.training.matcher import Match, assign, at_least_float32, matching_cost
+from m2f_video.training.point_sampling import RandomSource, point_sample, uncertain_points
+from m2f_video.training.targets import ClipTarget
+
+MaskComparison = Literal["points", "masks"]
+
+
+class NonFinitePredictionError(ValueError):
+    """A prediction holds NaN or infinite values, so nothing can be matched; the message names depth and tensor."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """How predictions are matched and what is minimised; the defaults are the published ones.
+
+    Raises:
+        ConfigError: a field has a value no loss can be made from; the message names it.
+    """
+
+    class_weight: float = 2.0
+    """Weight of the classification loss, and of the class in matching."""
+    mask_weight: float = 5.0
+    """Weight of the masks' binary cross-entropy, in the loss and in matching."""
+    dice_weight: float = 5.0
+    """Weight of the masks' dice loss, in the loss and in matching."""
+    no_object_weight: float = 0.1
+    """Weight of the no-object class inside the classification loss; every other class has weight 1."""
+    num_points: int = 12544
+    """Points per mask (of each frame) where masks are compared at points."""
+    oversample_ratio: float = 3.0
+    """Points drawn per point of the mask loss, among which the most uncertain ones are chosen."""
+    importance_sample_ratio: float = 0.75
+    """Share of the mask loss's points that are chosen by uncertainty; the rest is uniform."""
+    matching: MaskComparison = "points"
+    """Whether matching compares masks at uniform `points` or all of the `masks` (at the logits' resolution)."""
+    mask_loss: MaskComparison = "points"
+    """Whether the mask losses compare `points`, most of them uncertain ones, or all of the `masks` (at the input's
+    resolution), which takes several times the memory."""
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        weights = {"class_weight": self.class_weight, "mask_weight": self.mask_weight, "dice_weight": self.dice_weight}
+        for name, weight in weights.items():
+            _require(0 <= weight < math.inf, f"{name} must be finite and not negative, got {weight}")
+        _require(any(weights.values()), f"one of {', '.join(weights)} must be positive, all are 0")
+        _require(
+            0 < self.no_object_weight < math.inf,
+            f"no_object_weight must be finite and positive, got {self.no_object_weight}",
+        )
+        _require(
+            type(self.num_points) is int and self.num_points > 0,
+            f"num_points must be a positive integer, got {self.num_points!r}",
+        )
+        _require(
+            1 <= self.oversample_ratio < math.inf,
+            f"oversample_ratio must be finite and at least 1, got {self.oversample_ratio}",
+        )
+        _require(
+            0 <= self.importance_sample_ratio <= 1,
+            f"importance_sample_ratio must be in [0, 1], got {self.importance_sample_ratio}",
+        )
+        for name, value in (("matching", self.matching), ("mask_loss", self.mask_loss)):
+            choices = get_args(MaskComparison)
+            _require(value in choices, f"{name} must be one of {choices}, got {value!r}")
+
+
+@dataclass(frozen=True, eq=False)
+class LossOutput:
+    """Result of `VideoMask2FormerLoss`.
+
+    Attributes:
+        total: what to minimise, a scalar: the sum of `parts`.
+        parts: weighted scalars `loss_ce`, `loss_mask` and `loss_dice` of the final prediction, and the same with
+            `_0` (the learnable queries' prediction), `_1` (after the first decoder layer), ... of the others.
+        matches: per prediction, in the order of the model's `auxiliary` (the final one last), per clip.
+    """
+
+    total: Tensor
+    parts: dict[str, Tensor]
+    matches: tuple[tuple[Match, ...], ...]
+
+
+def class_loss(
+    class_logits: Tensor, targets: Sequence[ClipTarget], matches: Sequence[Match], no_object_weight: float
+) -> Tensor:
+    """Cross-entropy of all queries, averaged by the weights of their classes; unmatched ones are "no object".
+
+    Args:
+        class_logits: (B, Q, K+1).
+        targets: of each clip.
+        matches: of each clip.
+        no_object_weight: weight of class K; the others have 1.
+    """
+    num_labels = class_logits.shape[2] - 1
+    expected = torch.full(class_logits.shape[:2], num_labels, device=class_logits.device)  # (B, Q)
+    for row, target, match in zip(expected, targets, matches, strict=True):
+        row[match.queries] = target.labels[match.targets]
+    weight = class_logits.new_ones(num_labels + 1)
+    weight[-1] = no_object_weight
+    return F.cross_entropy(class_logits.flatten(0, 1), expected.flatten(), weight)
+
+
+def mask_loss(logits: Tensor, masks: Tensor, num_instances: float) -> Tensor:
+    """Mean binary cross-entropy of each of R masks, summed over masks and divided by the number of instances.
+
+    Args:
+        logits: (R, P).
+        masks: (R, P), 0 to 1.
+        num_instances: as a mask counts in every frame, the loss grows with the number of frames.
+    """
+    return F.binary_cross_entropy_with_logits(logits, masks, reduction="none").mean(1).sum() / num_instances
+
+
+def dice_loss(logits: Tensor, masks: Tensor, num_instances: float) -> Tensor:
+    """Dice loss (arXiv 1606.04797, smoothed by 1) of each of R masks; arguments and scale as in `mask_loss`."""
+    probabilities = logits.sigmoid()
+    overlap = 2 * (probabilities * masks).sum(1) + 1
+    return (1 - overlap / (probabilities.sum(1) + masks.sum(1) + 1)).sum() / num_instances
+
+
+def count_instances(targets: Sequence[ClipTarget], device: torch.device) -> float:
+    """Instances of the batch, averaged over workers when `torch.distributed` runs, at least 1.
+
+    Every worker must call it, as often as the others.
+    """
+    count = float(sum(len(target.labels) for target in targets))
+    if dist.is_available() and dist.is_initialized():
+        total = torch.tensor(count, device=device)
+        dist.all_reduce(total)
+        count = total.item() / dist.get_world_size()
+    return max(count, 1.0)
+
+
+class VideoMask2FormerLoss:
+    """The training loss: every prediction is matched by itself and supervised alike (deep supervision).
+
+    Costs and losses are computed in float32, under autocast too (float64 predictions stay float64).
+
+    Args:
+        config: weights and how masks are compared.
+        num_labels: classes K of the model.
+    """
+
+    def __init__(self, config: LossConfig, num_labels: int) -> None:
+        if num_labels < 1:
+            raise ConfigError(f"num_labels must be positive, got {num_labels}")
+        self.config = config
+        self.num_labels = num_labels
+
+    def __call__(
+        self, output: VideoMask2FormerOutput, targets: Sequence[ClipTarget], generator: RandomSource = None
+    ) -> LossOutput:
+        """Match and compare.
+
+        Args:
+            output: of the model, with `output_auxiliary=True`.
+            targets: one for each of the B clips, on any device. Masks smaller than the model's input are padded with
+                zeros at the bottom and right, as their frames are, and padding is supervised as background. With
+                `temporal="per_frame"` every frame is a clip and has its own target.
+            generator: where random points come from. Draws are made in this order: for the final prediction, then
+                for each other one from the first on: one per clip for matching (1, P, 2), then those of
+                `uncertain_points` for the mask losses.
+
+        Returns:
+            Loss, its parts and the matches. Where a clip has more instances than there are queries, the ones that
+            cost most stay unmatched. A batch without any instance has mask losses of exactly 0, whose gradients are 0.
+
+        Raises:
+            NonFinitePredictionError: a prediction holds NaN or infinite values; the message names it.
+            ValueError: no auxiliary predictions, or predictions and targets that do not fit together.
+        """
+        predictions = _checked_predictions(output, self.num_labels)
+        last = len(predictions) - 1
+        targets = _on_canvas(targets, predictions[last])
+        num_instances = count_instances(targets, predictions[last].masks_queries_logits.device)
+        parts: dict[str, Tensor] = {}
+        matches: dict[int, tuple[Match, ...]] = {}
+        for index in (last, *range(last)):
+            matches[index] = self._match(predictions[index], targets, generator)
+            losses = self._losses(predictions[index], targets, matches[index], num_instances, generator)
+            suffix = "" if index == last else f"_{index}"
+            parts |= {name + suffix: loss for name, loss in losses.items()}
+        total = torch.stack(tuple(parts.values())).sum()
+        return LossOutput(total, parts, tuple(matches[index] for index in range(last + 1)))
+
+    def _match(
+        self, prediction: Prediction, targets: Sequence[ClipTarget], generator: RandomSource
+    ) -> tuple[Match, ...]:
+        config = self.config
+        return tuple(
+            assign(
+                matching_cost(
+                    class_logits,
+                    mask_logits,
+                    target.labels,
+                    target.masks,
+                    class_weight=config.class_weight,
+                    mask_weight=config.mask_weight,
+                    dice_weight=config.dice_weight,
+                    num_points=config.num_points if config.matching == "points" else None,
+                    random=generator,
+                )
+            )
+            for class_logits, mask_logits, target in zip(
+                prediction.class_queries_logits, prediction.masks_queries_logits, targets, strict=True
+            )
+        )
+
+    def _losses(
+        self,
+        prediction: Prediction,
+        targets: Sequence[ClipTarget],
+        matches: Sequence[Match],
+        num_instances: float,
+        generator: RandomSource,
+    ) -> dict[str, Tensor]:
+        """Weighted losses of one prediction."""
+        config = self.config
+        clips = torch.cat([torch.full_like(match.queries, clip) for clip, match in enumerate(matches)])
+        queries = torch.cat([match.queries for match in matches])
+        logits = at_least_float32(prediction.masks_queries_logits[clips, queries])  # (N, T, h, w)
+        masks = torch.cat([target.masks[match.targets] for target, match in zip(targets, matches, strict=True)])
+        logits, masks = self._samples(logits.flatten(0, 1)[:, None], masks.flatten(0, 1)[:, None], generator)
+        class_logits = at_least_float32(prediction.class_queries_logits)
+        return {
+            "loss_ce": config.class_weight * class_loss(class_logits, targets, matches, config.no_object_weight),
+            "loss_mask": config.mask_weight * mask_loss(logits, masks, num_instances),
+            "loss_dice": config.dice_weight * dice_loss(logits, masks, num_instances),
+        }
+
+    def _samples(self, logits: Tensor, masks: Tensor, generator: RandomSource) -> tuple[Tensor, Tensor]:
+        """Where the mask losses look: (R, 1, h, w) logits and (R, 1, H, W) masks -> (R, P) each."""
+        if self.config.mask_loss == "masks":
+            resized = F.interpolate(logits, size=masks.shape[-2:], mode="bilinear", align_corners=False)
+            return resized.flatten(1), masks.flatten(1)
+        points = uncertain_points(
+            logits,
+            self.config.num_points,
+            oversample_ratio=self.config.oversample_ratio,
+            importance_sample_ratio=self.config.importance_sample_ratio,
+            random=generator,
+        )
+        return point_sample(logits, points).squeeze(1), point_sample(masks, points).squeeze(1)
+
+
+def _checked_predictions(output: VideoMask2FormerOutput, num_labels: int) -> tuple[Prediction, ...]:
+    if not output.auxiliary:
+        raise ValueError(
+            "the loss supervises the predictions at every depth; call the model with output_auxiliary=True"
+        )
+    last = len(output.auxiliary) - 1
+    for index, prediction in enumerate(output.auxiliary):
+        depth = "the final one" if index == last else f"after decoder layer {index}" if index else "learnable queries"
+        classes, masks = prediction.class_queries_logits, prediction.masks_queries_logits
+        if classes.ndim != 3 or classes.shape[2] != num_labels + 1 or masks.ndim != 5:
+            raise ValueError(
+                f"prediction {index} ({depth}) must be (B, Q, {num_labels + 1}) and (B, Q, T, h, w) for "
+                f"{num_labels} classes, got {tuple(classes.shape)} and {tuple(masks.shape)}"
+            )
+        for name, tensor in (("class_queries_logits", classes), ("masks_queries_logits", masks)):
+            if not tensor.isfinite().all():
+                bad = int((~tensor.isfinite()).sum())
+                raise NonFinitePredictionError(
+                    f"{name} of prediction {index} ({depth}) has {bad} NaN or infinite values of {tensor.numel()}; "
+                    "check the input, lower the learning rate, or go back to an earlier checkpoint"
+                )
+    return output.auxiliary
+
+
+def _on_canvas(targets: Sequence[ClipTarget], prediction: Prediction) -> list[ClipTarget]:
+    """The targets on the predictions' device, their masks as floats and padded to the size of the model's input."""
+    num_labels = prediction.class_queries_logits.shape[2] - 1
+    logits = prediction.masks_queries_logits
+    B, _, T, h, w = logits.shape
+    H, W = MASK_STRIDE * h, MASK_STRIDE * w
+    if len(targets) != B:
+        raise ValueError(f"there are {len(targets)} targets for predictions of {B} clips; give one for each")
+    padded = []
+    for clip, target in enumerate(targets):
+        frames, height, width = target.masks.shape[1:]
+        if frames != T or height > H or width > W:
+            raise ValueError(
+                f"target masks of clip {clip} are {frames} frames of {height}x{width}, its predictions {T} frames of "
+                f"at most {H}x{W}; masks must be resized like their frames"
+            )
+        if target.labels.numel() and target.labels.max() > num_labels:
+            raise ValueError(
+                f"the target of clip {clip} has label {int(target.labels.max())}, the model {num_labels} classes"
+            )
+        masks = target.masks.to(at_least_float32(logits[:0]))  # once, not at every depth
+        padded.append(ClipTarget(target.labels.to(logits.device), F.pad(masks, (0, W - width, 0, H - height))))
+    return padded
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(f"LossConfig.{message}")
