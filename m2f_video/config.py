@@ -83,6 +83,10 @@ class SwinConfig(_Checked):
             len(self.depths) == len(self.num_heads) == 4,
             f"SwinConfig needs four stages, got depths={self.depths} and num_heads={self.num_heads}",
         )
+        _require(
+            int(self.embed_dim * self.mlp_ratio) > 0,
+            f"SwinConfig.mlp_ratio={self.mlp_ratio} leaves the MLP of the first stage no channels",
+        )
         _require(min(self.depths) > 0, f"SwinConfig.depths must be positive, got {self.depths}")
         for stage, heads in enumerate(self.num_heads):
             channels = self.embed_dim * 2**stage

@@ -125,6 +125,16 @@ def test_frames_of_an_open_reader_cannot_be_chosen_again(tiny_model, video):
         segment_video(tiny_model, open_video(video), frames=slice(2))
 
 
+def test_frames_must_be_a_slice(tiny_model, video):
+    with pytest.raises(ValueError, match=r"slice\(0, 100, 2\)"):
+        segment_video(tiny_model, video, frames=(0, 2))
+
+
+def test_the_model_comes_first(tiny_model, video):
+    with pytest.raises(TypeError, match="the model comes first"):
+        segment_video(video, tiny_model)
+
+
 def test_no_video_is_an_error(tiny_model):
     with pytest.raises(VideoError, match="no frames"):
         segment_video(tiny_model, np.empty((0, 8, 8, 3), np.uint8))

@@ -314,3 +314,18 @@ def test_no_queries_give_no_output(backend: str) -> None:
     inputs = random_inputs()
     inputs = inputs | {name: inputs[name][:, :0] for name in ("locations", "weights")}
     assert run(inputs, ((2, 3), (4, 6)), backend).shape == (2, 0, 6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", ["reference", "embedding_bag"])
+def test_half_precision_is_near_float32_on_large_maps(backend: str, dtype: torch.dtype) -> None:
+    """Locations keep float32 whatever the values have: half precision cannot tell the pixels of a large map apart."""
+    generator = torch.Generator().manual_seed(0)
+    shapes, Q = ((60, 108),), 50
+    value = torch.randn(1, 60 * 108, 8, 32, generator=generator)
+    locations = torch.rand(1, Q, 8, 1, 4, 2, generator=generator)
+    weights = torch.rand(1, Q, 8, 1, 4, generator=generator).softmax(-1)
+    exact = ms_deform_attn(value, shapes, locations, weights, backend="reference")
+    with torch.no_grad():
+        rounded = ms_deform_attn(value.to(dtype), shapes, locations, weights.to(dtype), backend=backend)
+    assert ((rounded.float() - exact).norm() / exact.norm()) < 1e-2
