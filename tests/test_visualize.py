@@ -72,6 +72,15 @@ def test_fill_mixes_the_colour_and_the_outline_frames_it() -> None:
     np.testing.assert_array_equal(FRAME, np.full((H, W, 3), GREY, np.uint8))  # what was given is not drawn on
 
 
+def test_a_stray_speck_does_not_take_the_tag_away() -> None:
+    mask = box_mask(50, 70)
+    speck = mask | box_mask(4, 4, 8, 8)
+    tagged, plain = (draw_tracks(FRAME, speck[None], COLORS[:1], [text]) for text in ("cat 0.9", ""))
+    rows, columns = np.nonzero((tagged != plain).any(-1))
+    assert rows.min() > 20
+    assert columns.mean() > 64
+
+
 def test_alpha_reaches_from_none_to_solid() -> None:
     mask = box_mask(40, 40)
     none, solid = (draw_tracks(FRAME, mask[None], COLORS[:1], [""], alpha=alpha) for alpha in (0.0, 1.0))
