@@ -6,17 +6,19 @@ Exit codes: 0 done; 1 a check failed; 2 bad input, with one line that says what 
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Union
 
 import torch
 import tyro
 from rich.table import Table
+from tyro.conf import subcommand
 
 from m2f_video.config import VideoMask2FormerConfig
 from m2f_video.console import print_table, progress_bars
+from m2f_video.data.command import DATA_COMMANDS
 from m2f_video.evaluation.command import eval_results
 from m2f_video.hub import load_config, parse_dtype, resolve_config
 from m2f_video.modeling.video_mask2former import VideoMask2Former
@@ -208,14 +210,24 @@ def parity(
 COMMANDS: dict[str, Callable[..., int]] = {"segment": segment, "demo": demo, "parity": parity, "eval": eval_results}
 
 
+def _one_of(commands: Mapping[str, Callable[..., int]]) -> Any:
+    """The type by which the parser chooses a command and runs it."""
+    choices = (Annotated[Any, subcommand(name=name, constructor=command)] for name, command in commands.items())
+    return Union[tuple(choices)]  # noqa: UP007  # made at run time
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and give its exit code."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("default", UserWarning)
             warnings.showwarning = _show_warning
-            return tyro.extras.subcommand_cli_from_dict(
-                COMMANDS,
+            data = subcommand(
+                name="data", constructor=_one_of(DATA_COMMANDS), description="Make, check and split datasets."
+            )
+            command: Any = Union[_one_of(COMMANDS), Annotated[Any, data]]  # noqa: UP007
+            return tyro.cli(
+                command,
                 prog="m2f-video",
                 description="Video Mask2Former: published weights in, segmented and tracked video out.",
                 args=argv,

@@ -174,7 +174,8 @@ def resolve_config(config: ConfigSource) -> VideoMask2FormerConfig:
     """A config itself, or the one that a config file or the name of a preset stands for.
 
     Raises:
-        ConfigError: a file that holds no valid config, or neither a file nor a preset.
+        FileNotFoundError: a path where there is no file.
+        ConfigError: a file that holds no valid config, or a name that is no preset.
     """
     if isinstance(config, VideoMask2FormerConfig):
         return config
@@ -182,7 +183,7 @@ def resolve_config(config: ConfigSource) -> VideoMask2FormerConfig:
     if path.exists():
         return _read_config_file(path / CONFIG_NAME if path.is_dir() else path, temporal=None)
     if path.suffix == ".json" or len(path.parts) > 1:
-        raise ConfigError(f"there is no config file {path}")
+        raise FileNotFoundError(f"there is no config file {path}")
     return VideoMask2FormerConfig.preset(str(config))
 
 

@@ -89,7 +89,7 @@ class Track:
             ValueError: no frame has a mask, so that its size is unknown here (`VideoSegmentation.masks` knows it).
         """
         if (rle := self._at(frame)) is not None:
-            return _decode(rle)
+            return decode_mask(rle)
         size = next((other["size"] for other in self.segmentations if other is not None), None)
         if size is None:
             raise ValueError(f"track {self.id} has no mask in any frame; use VideoSegmentation.masks({frame})")
@@ -166,7 +166,7 @@ class VideoSegmentation:
         masks = np.zeros((len(self.tracks), self.height, self.width), bool)
         for mask, track in zip(masks, self.tracks, strict=True):
             if (rle := track.segmentations[frame]) is not None:
-                mask[:] = _decode(rle)
+                mask[:] = decode_mask(rle)
         return masks
 
     def save(
@@ -197,7 +197,7 @@ class VideoSegmentation:
                 "dataclasses.replace(segmentation, video=...)"
             )
         text = json.dumps(self.to_dict(), allow_nan=False)
-        with _made_directory(Path(directory)) as folder, atomic_path(folder / TRACKS_FILE) as file:
+        with made_directory(Path(directory)) as folder, atomic_path(folder / TRACKS_FILE) as file:
             file.write_text(text, encoding="utf-8")
             if overlay and self.video is not None:
                 from m2f_video.visualize import render_overlay
@@ -262,7 +262,7 @@ class VideoSegmentation:
             segmentations = tuple(_get(row, "segmentations", list, where))
             for position, rle in enumerate(segmentations):
                 if rle is not None:
-                    _check_rle(rle, height, width, f"{where}, frame {position}")
+                    check_rle(rle, height, width, f"{where}, frame {position}")
             same = next((track.query_id for track in tracks if track.segmentations == segmentations), index)
             tracks.append(
                 Track(
@@ -319,13 +319,14 @@ def _as_bytes(rle: Rle) -> Rle:
     return {"size": rle["size"], "counts": rle["counts"].encode("ascii")}
 
 
-def _decode(rle: Rle) -> np.ndarray:
+def decode_mask(rle: Rle) -> np.ndarray:
+    """Mask (H, W), bool, of a well-formed encoding; `check_rle` is for others."""
     from pycocotools import mask as coco
 
     return coco.decode(_as_bytes(rle)).astype(bool)
 
 
-def _check_rle(rle: Any, height: int, width: int, where: str) -> None:
+def check_rle(rle: Any, height: int, width: int, where: str) -> None:
     """Check a segmentation of a file. pycocotools reads past the end of a malformed one, so it must not see it."""
     if not _is_rle(rle):
         raise ValueError(f'{where}: a segmentation is null or {{"size": [H, W], "counts": text}}')
@@ -387,7 +388,7 @@ def _shorten(values: Sequence[Any]) -> str:
 
 
 @contextlib.contextmanager
-def _made_directory(directory: Path) -> Iterator[Path]:
+def made_directory(directory: Path) -> Iterator[Path]:
     """Make a directory and its parents; on an exception remove again those that were made."""
     missing = [path for path in (directory, *directory.parents) if not path.exists()]
     try:

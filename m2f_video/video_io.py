@@ -118,15 +118,15 @@ class _FolderReader(VideoReader):
         )
         if not self._files:
             raise VideoError(f"{folder}: the folder holds no frames ({', '.join(_IMAGE_SUFFIXES)})")
-        size = _image_size(self._files[0])
+        size = image_size(self._files[0])
         for file in self._files[1:]:
-            if (other := _image_size(file)) != size:
+            if (other := image_size(file)) != size:
                 raise VideoError(_size_message(str(file), other, self._files[0].name, size))
         super().__init__(folder, size, fps, len(self._files), _within(frames, len(self._files), folder))
 
     def __iter__(self) -> Iterator[np.ndarray]:
         for file in self._files[self._frames]:
-            yield _read_image(file)
+            yield read_image(file)
 
 
 class _FileReader(VideoReader):
@@ -243,7 +243,7 @@ def parse_frames(text: str) -> slice:
     return _check_slice(slice(*(int(part) if part.strip() else None for part in text.split(":"))))
 
 
-def _image_size(file: Path) -> tuple[int, int]:
+def image_size(file: Path) -> tuple[int, int]:
     """(H, W) of an image file, from its header only."""
     from PIL import ExifTags, Image
 
@@ -255,7 +255,12 @@ def _image_size(file: Path) -> tuple[int, int]:
         raise VideoError(f"{file}: cannot read the frame: {error}") from error
 
 
-def _read_image(file: Path) -> np.ndarray:
+def read_image(file: Path) -> np.ndarray:
+    """An image file as uint8 RGB (H, W, 3), upright.
+
+    Raises:
+        VideoError: it cannot be read, or has more than 8 bits a channel.
+    """
     from PIL import Image, ImageOps
 
     try:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from m2f_video import VideoMask2Former, VideoMask2FormerConfig, read_video
 from m2f_video.cli import COMMANDS, main
+from m2f_video.data.command import DATA_COMMANDS
 from m2f_video.demo import render_demo_video
 from m2f_video.video_io import VideoWriter
 from weights_convert import from_native, hf_config_from_native, write_checkpoint
@@ -247,6 +248,33 @@ def test_bad_arguments_exit_with_2(arguments):
 def test_help_teaches(command, capsys):
     assert run(command, "--help") == 0
     assert "--" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", DATA_COMMANDS)
+def test_help_of_the_data_commands_teaches(command, capsys):
+    assert run("data", command, "--help") == 0
+    assert "Example" in capsys.readouterr().out
+
+
+def test_datasets_are_made_checked_and_split(tmp_path, capsys):
+    size = ("--frames", 2, "--height", 48, "--width", 64)
+    assert run("data", "synthesize", tmp_path / "shapes", "--videos", 2, *size) == 0
+    assert run("data", "check", tmp_path / "shapes") == 0
+    assert run("data", "split", tmp_path / "shapes", tmp_path / "parts", "--fraction", 0.5) == 0
+    (tmp_path / "shapes" / "JPEGImages" / "000001" / "00001.jpg").unlink()
+    capsys.readouterr()
+    assert run("data", "check", tmp_path / "shapes") == 1
+    assert "00001.jpg" in capsys.readouterr().out
+
+
+def test_results_are_evaluated(tmp_path, capsys):
+    golden = Path(__file__).parent / "golden" / "eval"
+    report = tmp_path / "report.json"
+    files = ("--annotations", golden / "gt.json", "--results", golden / "results_perfect.json")
+    assert run("eval", *files, "--no-tracking", "--json", report) == 0
+    assert "AP50" in capsys.readouterr().out
+    expected = json.loads((golden / "expected.json").read_text())
+    assert json.loads(report.read_text())["AP"] == pytest.approx(expected["perfect"]["stats"]["AP"], abs=1e-12)
 
 
 def test_parity_passes_and_fails_by_exit_code(folder, capsys, monkeypatch):

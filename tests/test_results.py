@@ -371,12 +371,12 @@ def test_damaged_run_lengths_never_reach_the_decoder(tmp_path: Path, counts: str
 def test_any_counts_are_refused_or_decode_to_a_full_mask(counts: str) -> None:
     rle = {"size": [3, 4], "counts": counts}
     try:
-        results._check_rle(rle, 3, 4, "here")
+        results.check_rle(rle, 3, 4, "here")
     except ValueError:
         return
     runs = results._run_lengths(counts)
     assert runs is not None
-    assert results._decode(rle).sum() == runs[1::2].sum()
+    assert results.decode_mask(rle).sum() == runs[1::2].sum()
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "NaN", '{"video": NaN}', "[" * 100_000, "\xff"])

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from m2f_video.results import Rle, _check_rle
+from m2f_video.results import Rle, check_rle
 
 Source = str | os.PathLike[str]
 Progress = Callable[[str, int, int], None]
@@ -241,7 +241,7 @@ def _masks(
             continue
         if isinstance(mask, Mapping) and isinstance(mask.get("counts"), bytes):  # as pycocotools gives them
             mask = {**mask, "counts": mask["counts"].decode("ascii", "replace")}
-        _check_rle(mask, height, width, place)
+        check_rle(mask, height, width, place)
         masks.append({"size": [height, width], "counts": mask["counts"].encode("ascii")})
     if not masks:
         raise ValueError(f"{where}: the list of segmentations is empty; there is one, or null, for each frame")

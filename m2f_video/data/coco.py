@@ -1,0 +1,258 @@
+"""COCO images as pseudo-videos, for training on images and videos together.
+
+Each image becomes a video that a moving camera would take of it: it turns, shifts and zooms slowly, and its masks
+with it. Annotations are in COCO's format for instances; only categories that a video label set knows are kept.
+
+Shape letters: N instances, T frames of a clip, H height, W width.
+"""
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from m2f_video.categories import COCO_TO_VIS, LABEL_SETS
+from m2f_video.data.annotations import (
+    DatasetError,
+    category_names,
+    get_field,
+    get_side,
+    is_inner_path,
+    read_annotations,
+)
+from m2f_video.data.clip import Clip, check_frame_indices
+from m2f_video.data.segmentation import decode_segmentation
+from m2f_video.data.youtube_vis import Instance
+from m2f_video.video_io import read_image
+
+
+@dataclass(frozen=True, kw_only=True)
+class CameraMotion:
+    """How a pseudo-video's camera moves: each quantity swings between its limits.
+
+    Raises:
+        ValueError: a field is out of its range.
+    """
+
+    rotation: float = 15.0
+    """Largest rotation, either way, in degrees."""
+    translation: float = 0.1
+    """Largest shift, either way, as a share of the image's width and height."""
+    zoom: float = 1.3
+    """Largest magnification; the smallest is 1."""
+    period: float = 40.0
+    """Frames of the fastest swing; the slowest takes three times as long."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rotation <= 180:
+            raise ValueError(f"CameraMotion.rotation must be in [0, 180], got {self.rotation}")
+        if not 0 <= self.translation <= 1:
+            raise ValueError(f"CameraMotion.translation must be in [0, 1], got {self.translation}")
+        if not 1 <= self.zoom < math.inf:
+            raise ValueError(f"CameraMotion.zoom must be at least 1, got {self.zoom}")
+        if not 1 <= self.period < math.inf:
+            raise ValueError(f"CameraMotion.period must be at least 1, got {self.period}")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CocoVideo:
+    """An image as a video; made by `CocoVideos`.
+
+    Attributes:
+        video_id: id of the image.
+        height: pixels.
+        width: pixels.
+        num_frames: length of the video.
+        file: of the image.
+        instances: its objects without crowds, each with the one segmentation of the image.
+        motion: of the camera.
+        seed: of the motion.
+    """
+
+    video_id: int
+    height: int
+    width: int
+    num_frames: int
+    file: Path
+    instances: tuple[Instance, ...]
+    motion: CameraMotion
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """The image's file name without suffix."""
+        return self.file.stem
+
+    def clip(self, frame_indices: Sequence[int]) -> Clip:
+        """The image as the camera sees it in these frames. What lies outside the image is black.
+
+        Raises:
+            DatasetError: the image cannot be read or has another size than the file says, or a segmentation is damaged.
+            ValueError: no frames are named, or the video has no such frame.
+        """
+        from torchvision import tv_tensors
+        from torchvision.transforms import v2
+
+        indices = check_frame_indices(frame_indices, self.num_frames, self.name)
+        image = tv_tensors.Image(torch.from_numpy(self._image()).permute(2, 0, 1))  # (H, W, 3) -> (3, H, W)
+        masks = tv_tensors.Mask(torch.from_numpy(self._masks()))  # (N, H, W)
+        frames, moved = [], []
+        for index in indices:
+            view = self._view(index)
+            frames.append(v2.functional.affine(image, interpolation=v2.InterpolationMode.BILINEAR, **view))
+            moved.append(v2.functional.affine(masks, **view))
+        clip_masks = torch.stack([mask.as_subclass(torch.Tensor) for mask in moved], 1)  # (N, T, H, W)
+        return Clip(
+            frames=torch.stack([frame.as_subclass(torch.Tensor) for frame in frames]),
+            masks=clip_masks,
+            labels=torch.tensor([instance.label for instance in self.instances], dtype=torch.int64),
+            present=clip_masks.flatten(2).any(2),
+            instance_ids=torch.tensor([instance.id for instance in self.instances], dtype=torch.int64),
+            frame_indices=indices,
+            video_id=self.video_id,
+        ).without_absent()
+
+    def _view(self, index: int) -> dict[str, Any]:
+        """Rotation, shift and zoom of a frame, as torchvision's `affine` takes them."""
+        random = np.random.default_rng((self.seed, self.video_id))
+        periods, phases = self.motion.period * random.uniform(1, 3, 4), random.uniform(0, 1, 4)
+        turn, right, down, near = np.sin(2 * np.pi * (index / periods + phases))
+        return {
+            "angle": self.motion.rotation * float(turn),
+            "translate": [
+                self.motion.translation * self.width * float(right),
+                self.motion.translation * self.height * float(down),
+            ],
+            "scale": 1 + (self.motion.zoom - 1) * float(1 + near) / 2,
+            "shear": [0.0, 0.0],
+        }
+
+    def _image(self) -> np.ndarray:
+        image = np.array(read_image(self.file))
+        if image.shape[:2] != (self.height, self.width):
+            raise DatasetError(
+                f"{self.file}: the image is {image.shape[0]} x {image.shape[1]} (height x width), but its annotations "
+                f"are of {self.height} x {self.width}"
+            )
+        return image
+
+    def _masks(self) -> np.ndarray:
+        masks = np.zeros((len(self.instances), self.height, self.width), bool)
+        for mask, instance in zip(masks, self.instances, strict=True):
+            try:
+                decoded = decode_segmentation(instance.segmentations[0], self.height, self.width)
+            except ValueError as error:
+                raise DatasetError(f"{self.file}: annotation {instance.id}: {error}") from error
+            if decoded is not None:
+                mask[:] = decoded
+        return masks
+
+
+class CocoVideos:
+    """COCO images with objects of a video label set, each as a pseudo-video: a sequence of `CocoVideo`.
+
+    Args:
+        annotations: COCO's `instances_*.json`.
+        images: folder of the images.
+        label_set: `youtubevis_2019`, `youtubevis_2021` or `ovis`; COCO's categories become its classes by
+            `COCO_TO_VIS`, the others are left out.
+        num_frames: length of each pseudo-video. The longer, the more views of an image training sees.
+        motion: of the camera.
+        seed: of the motions.
+
+    Raises:
+        FileNotFoundError: a path does not exist.
+        DatasetError: the annotations are not in COCO's format.
+        ValueError: an unknown label set, no frames, or a negative seed.
+    """
+
+    def __init__(
+        self,
+        annotations: str | os.PathLike[str],
+        images: str | os.PathLike[str],
+        label_set: str = "youtubevis_2019",
+        num_frames: int = 1000,
+        motion: CameraMotion | None = None,
+        seed: int = 0,
+    ) -> None:
+        if label_set not in COCO_TO_VIS:
+            raise ValueError(f"unknown label set {label_set!r}; label sets: {', '.join(COCO_TO_VIS)}")
+        if num_frames < 1 or seed < 0:
+            raise ValueError(f"num_frames must be positive and seed not negative, got {num_frames} and {seed}")
+        file, folder = Path(annotations), Path(images)
+        for path in (file, folder):
+            if not path.exists():
+                raise FileNotFoundError(f"{path}: there is no such file or folder")
+        self.labels = LABEL_SETS[label_set]
+        motion = motion or CameraMotion()
+        data = read_annotations(file, "images")
+        instances = _read_instances(data, COCO_TO_VIS[label_set], self.labels, file)
+        self._videos = tuple(
+            _build_video(row, instances[row["id"]], folder, num_frames, motion, seed, file)
+            for row in data["images"]
+            if instances.get(get_field(row, "id", int, f"{file}: an image"))
+        )
+
+    def __len__(self) -> int:
+        return len(self._videos)
+
+    def __getitem__(self, index: int, /) -> CocoVideo:
+        """The pseudo-video of the image that is number `index` of those with objects.
+
+        Raises:
+            IndexError: there is no such image.
+        """
+        if not 0 <= index < len(self._videos):
+            raise IndexError(f"there is no image {index}, the dataset has {len(self._videos)}")
+        return self._videos[index]
+
+
+def _read_instances(
+    data: dict[str, Any], classes: dict[str, str], labels: tuple[str, ...], file: Path
+) -> dict[int, list[Instance]]:
+    """The objects to keep, by image id."""
+    names = category_names(data["categories"], file)
+    label_of = {id_: labels.index(classes[name]) for id_, name in names.items() if name in classes}
+    if not label_of:
+        raise DatasetError(f"{file}: none of its categories is one of COCO's: {', '.join(classes)}")
+    instances: dict[int, list[Instance]] = {}
+    for row in data["annotations"]:
+        where = f"{file}: annotation {row.get('id')}"
+        id_, category = get_field(row, "id", int, where), get_field(row, "category_id", int, where)
+        if category not in names:
+            raise DatasetError(f"{where}: there is no category {category}")
+        if category in label_of and not row.get("iscrowd"):
+            kept = instances.setdefault(get_field(row, "image_id", int, where), [])
+            kept.append(Instance(id=id_, label=label_of[category], segmentations=(row.get("segmentation"),)))
+    return instances
+
+
+def _build_video(
+    row: dict[str, Any],
+    instances: list[Instance],
+    folder: Path,
+    num_frames: int,
+    motion: CameraMotion,
+    seed: int,
+    file: Path,
+) -> CocoVideo:
+    where = f"{file}: image {row['id']}"
+    if row["id"] < 0:
+        raise DatasetError(f"{where}: ids must not be negative")
+    if not is_inner_path(row.get("file_name")):
+        raise DatasetError(f"{where}: {row.get('file_name')!r} is no name of a file inside the folder of images")
+    return CocoVideo(
+        video_id=row["id"],
+        height=get_side(row, "height", where),
+        width=get_side(row, "width", where),
+        num_frames=num_frames,
+        file=folder / row["file_name"],
+        instances=tuple(instances),
+        motion=motion,
+        seed=seed,
+    )

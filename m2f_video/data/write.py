@@ -1,0 +1,133 @@
+"""Writing annotated videos in the YouTubeVIS format.
+
+Shape letters: N instances, T frames, H height, W width.
+"""
+
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from json import dumps
+from pathlib import Path
+from typing import Any
+
+from m2f_video.data.annotations import ANNOTATION_FILES, FRAMES_FOLDER
+from m2f_video.data.clip import AnnotatedVideo, AnnotatedVideos, Clip
+from m2f_video.results import encode_mask, made_directory
+
+_JPEG_QUALITY, _JPEG_SUBSAMPLING = 95, 0  # colour at full resolution: edges keep their colour
+
+Progress = Callable[[int, int], None]
+"""Called with (videos done, videos in all)."""
+
+
+def youtube_vis_annotations(
+    videos: AnnotatedVideos, info: Mapping[str, Any] | None = None, progress: Progress | None = None
+) -> dict[str, Any]:
+    """The annotation file of a dataset, as parsed JSON: the truth an evaluator needs, without writing any frame.
+
+    Args:
+        videos: the dataset; all of its frames are read or rendered.
+        info: what the file says about itself.
+        progress: called with (videos done, videos in all).
+    """
+    data = _header(videos, info)
+    for index in range(len(videos)):
+        video = videos[index]
+        _add_video(data, video, video.clip(range(video.num_frames)))
+        if progress is not None:
+            progress(index + 1, len(videos))
+    return data
+
+
+def write_youtube_vis(
+    videos: AnnotatedVideos,
+    out: str | os.PathLike[str],
+    info: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Write a dataset as `OUT/train.json` and `OUT/JPEGImages/<video>/00000.jpg`, ...
+
+    The folder appears under its name when everything is written; if anything fails there is no trace of it.
+    Category ids count from 1 in the order of the labels.
+
+    Args:
+        videos: the dataset.
+        out: folder to make; it must not exist, or be empty.
+        info: what the annotation file says about itself.
+        progress: called with (videos done, videos in all).
+
+    Raises:
+        FileExistsError: `out` is a file, or a folder with something in it.
+        OSError: it cannot be written.
+    """
+    from PIL import Image
+
+    data = _header(videos, info)
+    with new_folder(Path(out)) as folder:
+        (folder / FRAMES_FOLDER).mkdir()
+        for index in range(len(videos)):
+            video = videos[index]
+            clip = video.clip(range(video.num_frames))
+            _add_video(data, video, clip)
+            (folder / FRAMES_FOLDER / video.name).mkdir(parents=True)
+            frames = clip.frames.permute(0, 2, 3, 1).numpy()  # (T, 3, H, W) -> (T, H, W, 3)
+            for name, frame in zip(data["videos"][-1]["file_names"], frames, strict=True):
+                file = folder / FRAMES_FOLDER / name
+                Image.fromarray(frame).save(file, quality=_JPEG_QUALITY, subsampling=_JPEG_SUBSAMPLING)
+            if progress is not None:
+                progress(index + 1, len(videos))
+        (folder / ANNOTATION_FILES[0]).write_text(dumps(data), encoding="utf-8")
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """Give a temporary folder beside `out`, renamed to `out` on success and removed on any exception.
+
+    Raises:
+        FileExistsError: `out` is a file, or a folder with something in it.
+    """
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise FileExistsError(f"{out}: it exists already; remove it or name another folder")
+    temporary = out.absolute().with_name(f".{out.name}.{uuid.uuid4().hex[:8]}")
+    with made_directory(temporary.parent):
+        temporary.mkdir()
+        try:
+            yield temporary
+            os.replace(temporary, out)
+        except BaseException:
+            shutil.rmtree(temporary)
+            raise
+
+
+def _header(videos: AnnotatedVideos, info: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {
+        "info": dict(info or {}),
+        "videos": [],
+        "categories": [{"id": index + 1, "name": name} for index, name in enumerate(videos.labels)],
+        "annotations": [],
+    }
+
+
+def _add_video(data: dict[str, Any], video: AnnotatedVideo, clip: Clip) -> None:
+    """Append the rows of one whole video."""
+    from pycocotools import mask as coco
+
+    size = {"width": video.width, "height": video.height, "length": video.num_frames}
+    names = [f"{video.name}/{index:05d}.jpg" for index in range(video.num_frames)]
+    data["videos"].append({"id": video.video_id, **size, "file_names": names})
+    for label, masks in zip(clip.labels.tolist(), clip.masks.numpy(), strict=True):
+        segmentations = [encode_mask(mask) for mask in masks]  # None where empty
+        data["annotations"].append(
+            {
+                "id": len(data["annotations"]) + 1,
+                "video_id": video.video_id,
+                "category_id": label + 1,
+                "iscrowd": 0,
+                **size,
+                "segmentations": segmentations,
+                "areas": [None if rle is None else int(coco.area(rle)) for rle in segmentations],
+                "bboxes": [None if rle is None else coco.toBbox(rle).tolist() for rle in segmentations],
+            }
+        )
