@@ -19,7 +19,7 @@ help: ## Print this list
 
 install: $(STAMP) ## Make .venv with the package, its tests and the parity check (the others do it when needed)
 
-demo: $(STAMP) ## Segment the embedded default video into demo_output/
+demo: $(STAMP) ## Render a synthetic clip and segment it into demo_output/
 	$(BIN)/m2f-video demo --output demo_output
 
 test: $(STAMP) ## Run the fast test suite

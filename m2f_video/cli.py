@@ -109,7 +109,7 @@ def segment(
 
 
 def demo(output: Path = Path("demo_output"), seed: int = 0) -> int:
-    """Render a short synthetic video, segment it, and write video, tracks and overlay.
+    """Render a video of the synthetic benchmark, segment it, and write video, tracks and overlay.
 
     The model is of the published Swin-tiny size but untrained: it shows that everything runs, not what a trained model
     finds.
@@ -118,7 +118,7 @@ def demo(output: Path = Path("demo_output"), seed: int = 0) -> int:
         output: folder to write to; made where missing.
         seed: of the video and of the model's random weights.
     """
-    from m2f_video.demo import render_demo_video
+    from m2f_video.data import SyntheticVideos
     from m2f_video.inference import segment_video
     from m2f_video.parity import random_model
     from m2f_video.processor import VideoProcessor
@@ -127,12 +127,12 @@ def demo(output: Path = Path("demo_output"), seed: int = 0) -> int:
     _check_output(output)
     output.mkdir(parents=True, exist_ok=True)
     video = output / "video.mp4"
-    frames = render_demo_video(seed=seed)
-    with VideoWriter(video, 8, frames.shape[2], frames.shape[1]) as writer:
-        for frame in frames:
-            writer.write(frame)
+    synthetic = SyntheticVideos(1, seed, "easy")[0]
+    with VideoWriter(video, 8, synthetic.width, synthetic.height) as writer:
+        for frame in synthetic.clip(range(synthetic.num_frames)).frames:
+            writer.write(frame.permute(1, 2, 0).numpy())
     config = VideoMask2FormerConfig.preset("swin_tiny_youtubevis_2019")
-    processor = VideoProcessor(replace(config.preprocessing, shortest_edge=180), config.labels)
+    processor = VideoProcessor(replace(config.preprocessing, shortest_edge=192), config.labels)
     with progress_bars(unit="frame") as update:
         segmentation = segment_video(random_model(config, seed), video, processor=processor, top_k=5, progress=update)
         segmentation.save(output, progress=lambda done, total: update("overlay", done, total))

@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from m2f_video.config import PixelDecoderConfig, SwinConfig, TransformerDecoderConfig, VideoMask2FormerConfig
+from m2f_video.data import SyntheticVideos
 from m2f_video.hub import load_state_dict_strictly
 from m2f_video.modeling.video_mask2former import VideoMask2Former
 from tests.golden_files import original_weights
@@ -27,6 +29,12 @@ def tiny_config() -> VideoMask2FormerConfig:
         transformer_decoder=TransformerDecoderConfig(hidden_dim=64, num_queries=10, num_layers=3, ffn_dim=128),
         labels=("person", "giant_panda", "lizard", "parrot", "skateboard"),
     )
+
+
+def synthetic_frames(num_frames: int, height: int, width: int) -> np.ndarray:
+    """A video of moving shapes, uint8 (T, H, W, 3)."""
+    video = SyntheticVideos(1, difficulty="easy", num_frames=num_frames, height=height, width=width)[0]
+    return video.clip(range(num_frames)).frames.permute(0, 2, 3, 1).numpy()
 
 
 @pytest.fixture(scope="session")

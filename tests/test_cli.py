@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from m2f_video import VideoMask2Former, VideoMask2FormerConfig, read_video
 from m2f_video.cli import COMMANDS, main
 from m2f_video.data.command import DATA_COMMANDS
-from m2f_video.demo import render_demo_video
 from m2f_video.video_io import VideoWriter
+from tests.conftest import synthetic_frames
 from weights_convert import from_native, hf_config_from_native, write_checkpoint
 
 FRAMES = 6
@@ -26,7 +26,7 @@ FRAMES = 6
 def folder(tmp_path_factory, tiny_model) -> Path:
     """A folder with an H.264 file and one model in several formats."""
     folder = tmp_path_factory.mktemp("cli")
-    frames = render_demo_video(frames=FRAMES, height=60, width=90)
+    frames = synthetic_frames(FRAMES, 60, 90)
     with VideoWriter(folder / "video.mp4", 12, 90, 60) as writer:
         for frame in frames:
             writer.write(frame)

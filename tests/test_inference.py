@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from m2f_video import VideoMask2Former, VideoProcessor, open_video, segment_video
-from m2f_video.demo import render_demo_video
 from m2f_video.video_io import VideoError
+from tests.conftest import synthetic_frames
 
 
 @pytest.fixture(scope="module")
 def video() -> np.ndarray:
-    return render_demo_video(frames=5, height=61, width=90)
+    return synthetic_frames(5, 61, 90)
 
 
 def decoded_masks(segmentation) -> np.ndarray:
@@ -22,7 +22,7 @@ def decoded_masks(segmentation) -> np.ndarray:
 
 @pytest.mark.parametrize("size", [(61, 90), (90, 61), (128, 32)])
 def test_equals_the_plain_route(tiny_model, size):
-    video = render_demo_video(frames=3, height=size[0], width=size[1])
+    video = synthetic_frames(3, *size)
     processor = VideoProcessor.from_config(tiny_model.config)
     with torch.inference_mode():
         outputs = tiny_model(**processor(video), output_auxiliary=True)
