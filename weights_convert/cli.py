@@ -13,7 +13,7 @@ from weights_convert.checkpoints import WEIGHTS_NAME, Checkpoint, read_checkpoin
 from weights_convert.configs import hf_config_from_native, to_native_config
 from weights_convert.convert import Translation, export_state_dict, import_state_dict
 from weights_convert.errors import ConversionError
-from weights_convert.rules import StateDict
+from weights_convert.rules import StateDict, count_layers
 
 _DESCRIPTION = """\
 Convert Video Mask2Former weights. SRC may be
@@ -116,6 +116,15 @@ def _check_fit(native: StateDict, config: dict[str, Any]) -> None:
         raise ConversionError(
             f"the config has {count} labels, but the weights {head.shape[0] - 1} classes: give the matching --config"
         )
+    layers = {f"{part}.layers.": config[part]["num_layers"] for part in ("pixel_decoder", "transformer_decoder")}
+    if config["backbone"]["type"] == "swin":
+        layers |= {f"backbone.stages.{i}.blocks.": depth for i, depth in enumerate(config["backbone"]["depths"])}
+    for prefix, wanted in layers.items():
+        if (found := count_layers(native, prefix)) != wanted:
+            raise ConversionError(
+                f"the config has {wanted} of {prefix}*, but the weights {found}: weights are missing, or give the "
+                "matching --config"
+            )
 
 
 def _report(source: str, target: str, incoming: Translation, outgoing: Translation, dst: Path) -> None:

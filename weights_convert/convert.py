@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from weights_convert.errors import ConversionError
-from weights_convert.rules import FORMATS, Format, StateDict, compile_pattern
+from weights_convert.rules import FORMATS, Format, StateDict, compile_pattern, whole_model_keys
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def to_native(state_dict: Mapping[str, torch.Tensor], format: str | None = None)
         New tensors under native names, bit for bit the same numbers in the same dtype.
 
     Raises:
-        ConversionError: If a key is unknown, a part of a cut tensor is missing, or parts do not fit together.
+        ConversionError: If a key is unknown or missing, or the parts of a cut tensor do not fit together.
     """
     return import_state_dict(state_dict, format or detect_format(state_dict)).state_dict
 
@@ -78,7 +78,8 @@ def from_native(state_dict: Mapping[str, torch.Tensor], format: str = "hf") -> S
         New tensors under foreign names, and the few that the format wants beside them.
 
     Raises:
-        ConversionError: If the format has no place for a key, or a tensor cannot be cut into the parts it wants.
+        ConversionError: If a key is missing, the format has no place for one, or a tensor cannot be cut into the parts
+            it wants.
     """
     return export_state_dict(state_dict, format).state_dict
 
@@ -110,7 +111,10 @@ def import_state_dict(state_dict: Mapping[str, torch.Tensor], format: str) -> Tr
             f"{format}: no rule for {_some(unknown)}; the checkpoint is of another architecture, or has tensors "
             "added to it: remove those"
         )
-    return Translation({native: _joined(native, names, found) for native, names in pairs.items()}, pairs, ignored)
+    result = {native: _joined(native, names, found) for native, names in pairs.items()}
+    if format != "native":  # whoever loads a native one checks it against the model itself, which knows more
+        _check_whole(result, form)
+    return Translation(result, pairs, ignored)
 
 
 def export_state_dict(state_dict: Mapping[str, torch.Tensor], format: str) -> Translation:
@@ -128,8 +132,23 @@ def export_state_dict(state_dict: Mapping[str, torch.Tensor], format: str) -> Tr
         raise ConversionError(
             f"{format} has no counterpart for {_some(unknown)}; keep such a model in the native format"
         )
+    _check_whole(state_dict, form)
     added = form.synthesise(dict(state_dict))
     return Translation(result | added, pairs, added=tuple(added))
+
+
+def _check_whole(native: Mapping[str, torch.Tensor], form: Format) -> None:
+    """A format that holds whole models must do so; a backbone alone may be native."""
+    if form.holds_backbones and all(key.startswith("backbone.") for key in native):
+        return
+    if missing := [key for key in whole_model_keys(native) if key not in native]:
+        foreign = next(
+            [name.format(**match.groupdict()) for name in rule.foreign]
+            for rule in form.rules
+            if (match := compile_pattern(rule.native).fullmatch(missing[0]))
+        )
+        named = "" if foreign == missing[:1] else f" (here {', '.join(foreign)})"
+        raise ConversionError(f"missing {_some(missing)}{named}; the checkpoint is incomplete: fetch or save it again")
 
 
 def _checked_format(state_dict: Mapping[str, torch.Tensor], name: str) -> Format:

@@ -6,7 +6,7 @@ tensor into equal parts along dim 0 (query, key, value). The same table serves b
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -166,6 +166,7 @@ class Format:
         ignored: Patterns of foreign keys that carry no weights of the native model.
         spell: Brings the spellings of the format to the one the table uses, key by key in order.
         synthesise: Tensors the format wants beside those of the table, from the native state dict.
+        holds_backbones: Whether a state dict may be a backbone alone; otherwise it must be a whole model.
     """
 
     signatures: tuple[str, ...]
@@ -173,6 +174,7 @@ class Format:
     ignored: tuple[str, ...] = ()
     spell: Callable[[Sequence[str]], list[str]] = list
     synthesise: Callable[[StateDict], StateDict] = lambda native: {}
+    holds_backbones: bool = False
 
 
 def compile_pattern(pattern: str) -> re.Pattern[str]:
@@ -193,6 +195,37 @@ def _column(at: int) -> tuple[Rule, ...]:
             foreign = names[0] if names[at] == "=" else names[at]
             rules.append(Rule(prefixes[0] + names[0], tuple(prefixes[at] + name for name in foreign.split(","))))
     return tuple(rules)
+
+
+def count_layers(native: Collection[str], prefix: str) -> int:
+    """One more than the highest index that native keys have after a prefix such as ``pixel_decoder.layers.``."""
+    return max((int(key.removeprefix(prefix).split(".")[0]) + 1 for key in native if key.startswith(prefix)), default=0)
+
+
+def whole_model_keys(native: Collection[str]) -> list[str]:
+    """All native keys of the model that these are keys of; its numbers of layers are read off the highest indices."""
+    blocks = [(i, j) for i in range(4) for j in range(count_layers(native, f"backbone.stages.{i}.blocks.") or 1)]
+    indices: dict[str, list[dict[str, int]]] = {
+        "backbone.stages.{i}.blocks.": [{"i": i, "j": j} for i, j in blocks],
+        "backbone.stages.{i}.downsample.": [{"i": i} for i in range(3)],
+        "pixel_decoder.input_projections.": [{"l": level, "k": k} for level in range(3) for k in range(2)],
+        "transformer_decoder.input_projections.": [{"l": level} for level in range(3)],
+        "transformer_decoder.mask_head.": [{"k": k} for k in range(3)],
+    }
+    for part in ("pixel_decoder.layers.", "transformer_decoder.layers."):
+        indices[part] = [{"n": n} for n in range(count_layers(native, part) or 1)]
+    keys = []
+    for pattern in (rule.native for rule in _HF_RULES):
+        found = (places for prefix, places in indices.items() if pattern.startswith(prefix))
+        at: list[dict[str, int]] = next(found, [{}])
+        kinds = ("weight", "bias") if "{p}" in pattern else ("",)
+        keys += [pattern.format(**place, p=kind) for place in at for kind in kinds]
+    absent = [] if any(key.endswith(".qkv.bias") for key in native) else [".qkv.bias"]  # a choice of the config
+    if count_layers(native, "transformer_decoder.input_projections.") == 0:  # there where widths differ
+        absent.append("transformer_decoder.input_projections.")
+    if any(key.startswith("backbone.model.") for key in native):  # timm's own names
+        absent.append("backbone.")
+    return [key for key in keys if not key.startswith(tuple(absent)) and not key.endswith(tuple(absent))]
 
 
 def _spell_hf(keys: Sequence[str]) -> list[str]:
@@ -246,6 +279,7 @@ FORMATS: dict[str, Format] = {
             "backbone.model.",
         ),
         rules=tuple(Rule(pattern, (pattern,)) for pattern in _NATIVE_PATTERNS),
+        holds_backbones=True,
     ),
     "hf": Format(
         signatures=("model.pixel_level_module.", _DECODER, "class_predictor."),
@@ -273,5 +307,6 @@ FORMATS: dict[str, Format] = {
         ),
         ignored=("head.{rest}", "norm.{p}", *_SWIN_BUFFERS),
         spell=_spell_timm_swin,
+        holds_backbones=True,
     ),
 }

@@ -98,6 +98,14 @@ def test_config_of_other_labels(hf_folder, tmp_path, capsys):
     assert "the config has 6 labels, but the weights 5 classes" in line
 
 
+def test_a_layer_that_the_weights_lack(original, hf_folder, tmp_path, capsys):
+    native = {key: tensor for key, tensor in to_native(original).items() if "transformer_decoder.layers.2." not in key}
+    write_checkpoint(tmp_path / "short.safetensors", native)
+    line = fails(capsys, tmp_path / "short.safetensors", tmp_path / "a", "--config", hf_folder / "config.json")
+    assert "the config has 3 of transformer_decoder.layers.*, but the weights 2" in line
+    assert not (tmp_path / "a").exists()
+
+
 def test_part_of_a_model_goes_to_a_file_only(original, hf_folder, tmp_path, capsys):
     part = {key.removeprefix("backbone."): tensor for key, tensor in original.items() if ".layers.0." in key}
     part = {key: tensor for key, tensor in part.items() if key.startswith("layers.")}

@@ -1,7 +1,7 @@
 """Rule tables: bitwise in both directions, and strict."""
 
 import hashlib
-import itertools
+import re
 
 import pytest
 import timm
@@ -10,7 +10,8 @@ from conversion_helpers import assert_same, read_golden
 from safetensors.torch import save
 
 from weights_convert import ConversionError, detect_format, from_native, to_native
-from weights_convert.rules import FORMATS
+from weights_convert.convert import import_state_dict
+from weights_convert.rules import FORMATS, whole_model_keys
 
 BLOCK = "model.pixel_level_module.encoder.encoder.layers.2.blocks.1."
 
@@ -128,15 +129,44 @@ def test_full_size_key_lists():
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_rule_is_inverted_by_itself(name):
     """Any index, weight and bias: native to foreign and back ends where it began."""
-    skeleton = {"i": 3, "j": 17, "k": 2, "l": 1, "n": 10, "rest": "any.thing"}
-    keys = {
-        rule.native.format(**skeleton, p=p) for rule, p in itertools.product(FORMATS[name].rules, ("weight", "bias"))
-    }
+    highest = ("backbone.stages.3.blocks.17.attn.qkv.bias", "pixel_decoder.layers.10.linear1.bias")
+    highest += ("transformer_decoder.layers.11.linear1.bias", "transformer_decoder.input_projections.2.bias")
+    keys = set(whole_model_keys(highest))
+    assert keys.issuperset(highest)
+    if name == "timm_swin":
+        keys = {key for key in keys if key.startswith("backbone.") and "out_norms" not in key}
     native = {key: torch.randn(6, 2) for key in keys}
     foreign = from_native(native, name)
     if name == "timm_swin":  # is written in the layout of Swin's authors, which a first downsampling tells apart
         foreign["layers.0.downsample.norm.bias"] = native["backbone.stages.0.downsample.norm.bias"] = torch.ones(1)
     assert_same(to_native(foreign, name), native)
+
+
+@pytest.mark.parametrize("name", ["native", "hf", "detectron2"])
+def test_every_missing_native_key_is_named(name, original):
+    native = to_native(original)
+    assert set(whole_model_keys(native)) == set(native)
+    for key in native:
+        rest = {other: tensor for other, tensor in native.items() if other != key}
+        with pytest.raises(ConversionError, match=re.escape(key)):
+            from_native(rest, name)
+
+
+@pytest.mark.parametrize("name", ["hf", "detectron2"])
+def test_a_missing_foreign_key_is_named(name, original):
+    foreign = from_native(to_native(original), name)
+    names = import_state_dict(foreign, name).pairs
+    for key in ("pixel_decoder.level_embed", "transformer_decoder.class_head.bias", "backbone.out_norms.2.weight"):
+        (lost,) = names[key]
+        with pytest.raises(ConversionError, match=re.escape(lost)):
+            to_native({other: tensor for other, tensor in foreign.items() if other != lost})
+
+
+def test_a_backbone_alone_may_be_native(original):
+    backbone = {key: tensor for key, tensor in to_native(original).items() if key.startswith("backbone.")}
+    assert_same(to_native(backbone), backbone)
+    with pytest.raises(ConversionError, match="pixel_decoder"):
+        from_native(backbone, "hf")
 
 
 # ---- spellings ----
