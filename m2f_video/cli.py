@@ -22,7 +22,7 @@ from m2f_video.data.command import DATA_COMMANDS
 from m2f_video.evaluation.command import eval_results
 from m2f_video.hub import load_config, parse_dtype, resolve_config
 from m2f_video.modeling.video_mask2former import VideoMask2Former
-from m2f_video.results import OVERLAY_FILE, TRACKS_FILE, VideoSegmentation
+from m2f_video.results import OVERLAY_FILE, TRACKS_FILE, VideoSegmentation, made_directory
 
 Source = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
 DtypeName = Literal["float32", "float64", "bfloat16", "float16"]
@@ -55,7 +55,8 @@ def segment(
         source: video file, or a folder of frames (jpg, png, ...).
         checkpoint: hub name, folder (config.json and weights; this project's or transformers' format) or weight file.
         output: folder to write to; made where missing.
-        config: for a bare weight file: a preset such as swin_tiny_youtubevis_2019, or a config.json.
+        config: for a weight file without a config.json beside it: a preset such as swin_tiny_youtubevis_2019, or a
+            config.json.
         temporal: read an image checkpoint, whose frames are decoded alone, as a video model (joint). Its identities
             then hold across frames, though it was not trained for that.
         revision: branch, tag or commit of a checkpoint on the hub.
@@ -125,15 +126,14 @@ def demo(output: Path = Path("demo_output"), seed: int = 0) -> int:
     from m2f_video.video_io import VideoWriter
 
     _check_output(output)
-    output.mkdir(parents=True, exist_ok=True)
     video = output / "video.mp4"
     synthetic = SyntheticVideos(1, seed, "easy")[0]
-    with VideoWriter(video, 8, synthetic.width, synthetic.height) as writer:
-        for frame in synthetic.clip(range(synthetic.num_frames)).frames:
-            writer.write(frame.permute(1, 2, 0).numpy())
     config = VideoMask2FormerConfig.preset("swin_tiny_youtubevis_2019")
-    processor = VideoProcessor(replace(config.preprocessing, shortest_edge=192), config.labels)
-    with progress_bars(unit="frame") as update:
+    processor = VideoProcessor(replace(config.preprocessing, shortest_edge=synthetic.height), config.labels)
+    with made_directory(output), progress_bars(unit="frame") as update:
+        with VideoWriter(video, 8, synthetic.width, synthetic.height) as writer:
+            for frame in synthetic.clip(range(synthetic.num_frames)).frames:
+                writer.write(frame.permute(1, 2, 0).numpy())
         segmentation = segment_video(random_model(config, seed), video, processor=processor, top_k=5, progress=update)
         segmentation.save(output, progress=lambda done, total: update("overlay", done, total))
     _print_tracks(segmentation)

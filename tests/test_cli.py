@@ -303,6 +303,14 @@ def test_demo_says_that_its_model_is_untrained(tiny_config, tmp_path, capsys, mo
     assert "UNTRAINED" in capsys.readouterr().out
 
 
+def test_a_demo_on_a_full_disk_leaves_nothing(tmp_path, capsys, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(VideoWriter, "write", full)
+    assert_refused(capsys, run("demo", "--output", tmp_path / "demo"), tmp_path / "demo", "video.mp4")
+
+
 def test_an_interrupt_while_loading_ends_cleanly(monkeypatch, capsys):
     from m2f_video import __main__
 

@@ -1,12 +1,11 @@
-"""How close numbers must be: one table by dtype."""
+"""How close numbers must be, by the one table of tolerances that the parity check uses too."""
 
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-TOLERANCES = {torch.float64: 1e-10, torch.float32: 5e-6}
-"""Largest ||ours - reference|| / ||reference||."""
+from m2f_video.parity import TOLERANCES
 
 
 def relative_error(ours: Tensor, reference: Tensor) -> float:

@@ -273,8 +273,8 @@ class VideoMask2Former(
         Args:
             pretrained_model_name_or_path: hub name (`owner/name`), folder with `config.json` and weights, or file
                 (`.safetensors`, `.bin`, `.pth`, `.pkl`). Transformers and detectron2 weights convert in memory.
-            config: needed for a bare weight file; a config, the name of a preset, or a config file. It replaces the
-                checkpoint's own.
+            config: needed for a weight file without a `config.json` beside it; a config, the name of a preset, or a
+                config file. It replaces the checkpoint's own.
             temporal: `joint` or `per_frame`; None reads it from the checkpoint.
             dtype: floating-point type of the weights, None for float32; `"bfloat16"` or `torch.bfloat16`.
             device: where to put the weights, None for the CPU.

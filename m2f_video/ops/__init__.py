@@ -32,16 +32,21 @@ def ms_deform_attn(
         spatial_shapes: (height, width) of each of the L levels.
         sampling_locations: (B, Q, M, L, P, 2) as (x, y), 0 and 1 being the level's outer edges.
         attention_weights: (B, Q, M, L, P).
-        backend: which implementation computes it; `auto` is `resolve_backend`'s rule.
+        backend: which implementation computes it; `auto` is `resolve_backend`'s rule. `embedding_bag` has no gradient
+            of the locations.
 
     Returns:
         (B, Q, M * D), in the dtype of `value`.
 
     Raises:
-        ValueError: shapes that do not fit together, or an unknown backend.
+        ValueError: shapes that do not fit together, an unknown backend, or one without the gradient asked for.
     """
     _check_shapes(value, spatial_shapes, sampling_locations, attention_weights)
     if resolve_backend(backend, value, sampling_locations, attention_weights) == "embedding_bag":
+        if torch.is_grad_enabled() and sampling_locations.requires_grad:
+            raise ValueError(
+                "backend 'embedding_bag' gives no gradient of the locations; train with 'auto' or 'reference'"
+            )
         return ms_deform_attn_embedding_bag(value, spatial_shapes, sampling_locations, attention_weights)
     return ms_deform_attn_reference(value, spatial_shapes, sampling_locations, attention_weights)
 
