@@ -23,6 +23,7 @@ from m2f_video.evaluation.command import eval_results
 from m2f_video.hub import load_config, parse_dtype, resolve_config
 from m2f_video.modeling.video_mask2former import VideoMask2Former
 from m2f_video.results import OVERLAY_FILE, TRACKS_FILE, VideoSegmentation, made_directory
+from m2f_video.training.command import train_command
 
 Source = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
 DtypeName = Literal["float32", "float64", "bfloat16", "float16"]
@@ -225,7 +226,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             data = subcommand(
                 name="data", constructor=_one_of(DATA_COMMANDS), description="Make, check and split datasets."
             )
-            command: Any = Union[_one_of(COMMANDS), Annotated[Any, data]]  # noqa: UP007
+            commands = COMMANDS | {"train": train_command(sys.argv[1:] if argv is None else argv)}
+            command: Any = Union[_one_of(commands), Annotated[Any, data]]  # noqa: UP007
             return tyro.cli(
                 command,
                 prog="m2f-video",

@@ -16,6 +16,7 @@ from m2f_video.categories import LABEL_SETS, YOUTUBEVIS_2019
 
 __all__ = [
     "PRESETS",
+    "CheckedConfig",
     "ConfigError",
     "PixelDecoderConfig",
     "PreprocessingConfig",
@@ -23,6 +24,7 @@ __all__ = [
     "TimmBackboneConfig",
     "TransformerDecoderConfig",
     "VideoMask2FormerConfig",
+    "build_config",
 ]
 
 MODEL_TYPE = "m2f-video"
@@ -45,7 +47,7 @@ def _require_positive(config: object, *names: str) -> None:
         _require(value > 0, f"{type(config).__name__}.{name} must be positive, got {value}")
 
 
-class _Checked:
+class CheckedConfig:
     """Checks the type of every field of a config, and makes lists tuples, before the config checks their values."""
 
     def __post_init__(self) -> None:
@@ -59,7 +61,7 @@ class _Checked:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SwinConfig(_Checked):
+class SwinConfig(CheckedConfig):
     """Swin transformer (arXiv 2103.14030), as Mask2Former uses it: four stages, every stage's output normalised."""
 
     embed_dim: int = 96
@@ -101,7 +103,7 @@ class SwinConfig(_Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TimmBackboneConfig(_Checked):
+class TimmBackboneConfig(CheckedConfig):
     """Any timm model that offers `features_only` maps at strides 4, 8, 16 and 32, by name."""
 
     name: str
@@ -119,7 +121,7 @@ _BACKBONE_TYPES: dict[str, type[SwinConfig] | type[TimmBackboneConfig]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class PixelDecoderConfig(_Checked):
+class PixelDecoderConfig(CheckedConfig):
     """Multi-scale deformable-attention pixel decoder (arXiv 2112.01527, section 3.2.2; arXiv 2010.04159)."""
 
     hidden_dim: int = 256
@@ -148,7 +150,7 @@ class PixelDecoderConfig(_Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransformerDecoderConfig(_Checked):
+class TransformerDecoderConfig(CheckedConfig):
     """Masked-attention transformer decoder (arXiv 2112.01527, section 3.2.1)."""
 
     hidden_dim: int = 256
@@ -175,7 +177,7 @@ class TransformerDecoderConfig(_Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PreprocessingConfig(_Checked):
+class PreprocessingConfig(CheckedConfig):
     """How frames become model input: resize, normalise, fit to a multiple of `size_divisor`."""
 
     shortest_edge: int = 480
@@ -212,7 +214,7 @@ class PreprocessingConfig(_Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class VideoMask2FormerConfig(_Checked):
+class VideoMask2FormerConfig(CheckedConfig):
     """Everything a `VideoMask2Former` is built from.
 
     Raises:
@@ -291,7 +293,7 @@ class VideoMask2FormerConfig(_Checked):
         )
         if isinstance(data.get("backbone"), dict):
             data["backbone"] = _backbone_from_dict(data["backbone"])
-        return _build(cls, data, path="")
+        return build_config(cls, data, path="")
 
     def to_json(self) -> str:
         """The text of `config.json`."""
@@ -336,10 +338,10 @@ def _backbone_from_dict(data: dict[str, Any]) -> BackboneConfig:
         isinstance(kind, str) and kind in _BACKBONE_TYPES,
         f"backbone.type {kind!r} is not known; it must be one of {list(_BACKBONE_TYPES)}",
     )
-    return _build(_BACKBONE_TYPES[kind], {k: v for k, v in data.items() if k != "type"}, path="backbone.")
+    return build_config(_BACKBONE_TYPES[kind], {k: v for k, v in data.items() if k != "type"}, path="backbone.")
 
 
-def _build(cls: type, data: dict[str, Any], path: str) -> Any:
+def build_config(cls: type, data: dict[str, Any], path: str) -> Any:
     """Build dataclass `cls` from plain data, checking names and types; `path` prefixes names in messages."""
     known = {f.name for f in fields(cls)}
     unknown = sorted(set(data) - known)
@@ -360,7 +362,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     origin = get_origin(hint)
     if isinstance(hint, type) and is_dataclass(hint):
         if isinstance(value, dict):
-            return _build(hint, value, path + ".")
+            return build_config(hint, value, path + ".")
         matches = isinstance(value, hint)
     elif origin in (Union, UnionType):
         options = [option for option in get_args(hint) if option is not type(None)]

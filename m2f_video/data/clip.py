@@ -114,6 +114,10 @@ class AnnotatedVideos(Protocol):
     def labels(self) -> tuple[str, ...]:
         """Class names by class index."""
 
+    @property
+    def fingerprint(self) -> str:
+        """Another one if videos, labels or annotations are others."""
+
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> AnnotatedVideo: ...

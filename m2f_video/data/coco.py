@@ -6,6 +6,7 @@ with it. Annotations are in COCO's format for instances; only categories that a 
 Shape letters: N instances, T frames of a clip, H height, W width.
 """
 
+import hashlib
 import math
 import os
 from collections.abc import Sequence
@@ -190,6 +191,8 @@ class CocoVideos:
                 raise FileNotFoundError(f"{path}: there is no such file or folder")
         self.labels = LABEL_SETS[label_set]
         motion = motion or CameraMotion()
+        self._file = file
+        self._options = (label_set, num_frames, motion, seed)
         data = read_annotations(file, "images")
         instances = _read_instances(data, COCO_TO_VIS[label_set], self.labels, file)
         self._videos = tuple(
@@ -197,6 +200,13 @@ class CocoVideos:
             for row in data["images"]
             if instances.get(get_field(row, "id", int, f"{file}: an image"))
         )
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the annotation file and the options; it does not read the images."""
+        digest = hashlib.sha256(self._file.read_bytes())
+        digest.update(repr(self._options).encode())
+        return digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self._videos)

@@ -50,7 +50,7 @@ Shape letters: T frames, N objects, H height, W width.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -61,10 +61,25 @@ from m2f_video.data.synthetic_render import Renderer
 from m2f_video.data.synthetic_scene import Scene, sample_scene
 from m2f_video.data.synthetic_shapes import SHAPES
 
-__all__ = ["DIFFICULTIES", "SHAPES", "VERSION", "Difficulty", "SyntheticVideo", "SyntheticVideos"]
+__all__ = ["DIFFICULTIES", "SHAPES", "STANDARD_SPLITS", "VERSION", "Difficulty", "SyntheticVideo", "SyntheticVideos"]
 
 VERSION = 1
 """Of the benchmark: it changes when any video changes."""
+
+
+class StandardSplit(TypedDict):
+    """Arguments of `SyntheticVideos` that make a standard split."""
+
+    num_videos: int
+    seed: int
+
+
+STANDARD_SPLITS: dict[str, StandardSplit] = {
+    "train": {"num_videos": 2000, "seed": 0},
+    "val": {"num_videos": 100, "seed": 1000},
+    "test": {"num_videos": 100, "seed": 2000},
+}
+"""What results are reported on, at each difficulty, such as `SyntheticVideos(**STANDARD_SPLITS["test"])`."""
 
 
 class SyntheticVideos:
@@ -121,6 +136,12 @@ class SyntheticVideos:
             "seed": self.seed,
             "difficulty": names[0] if names else repr(self.difficulty),
         }
+
+    @property
+    def fingerprint(self) -> str:
+        """What it takes to make these videos again, in words."""
+        size = (self.num_videos, self.num_frames, self.height, self.width)
+        return repr((VERSION, self.seed, self.difficulty, size))
 
     def __len__(self) -> int:
         return self.num_videos

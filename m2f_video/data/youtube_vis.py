@@ -7,6 +7,7 @@ A dataset is an annotation file and a folder with a folder of frames per video. 
 Shape letters: N instances, T frames of a clip, H height, W width.
 """
 
+import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -125,10 +126,16 @@ class YouTubeVis:
         frames: folder of the videos' folders of frames; None looks for `JPEGImages` (see `find_frames`).
         labels: class names of the model to train or test; categories are matched to them by name. None takes the
             file's categories by rising id, as the original does.
+        num_videos: only the first so many videos; None takes all.
+
+    Attributes:
+        file: the annotation file.
+        category_ids: ids of the file's categories by name, rising.
 
     Raises:
         FileNotFoundError: there is no such dataset.
         DatasetError: the file is not in the format; or a category is not among `labels`.
+        ValueError: `num_videos` is not positive.
     """
 
     def __init__(
@@ -136,17 +143,28 @@ class YouTubeVis:
         path: str | os.PathLike[str],
         frames: str | os.PathLike[str] | None = None,
         labels: Sequence[str] | None = None,
+        num_videos: int | None = None,
     ) -> None:
+        if num_videos is not None and num_videos < 1:
+            raise ValueError(f"num_videos must be positive, got {num_videos}")
         self.file = find_annotations(path)
         folder = find_frames(self.file, frames)
         data = read_annotations(self.file)
         names = category_names(data["categories"], self.file)
+        self.category_ids = {name: id_ for id_, name in names.items()}
         self.labels = tuple(names.values()) if labels is None else tuple(labels)
         unknown = [name for name in names.values() if name not in self.labels]
         if unknown:
             raise DatasetError(f"{self.file}: categories that are not among the labels: {', '.join(unknown)}")
         label_of = {id_: self.labels.index(name) for id_, name in names.items()}
-        self._videos = _build_videos(data, label_of, folder, self.file)
+        self._videos = _build_videos(data, label_of, folder, self.file)[:num_videos]
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the annotation file, the labels and the number of videos; it does not read the frames."""
+        digest = hashlib.sha256(self.file.read_bytes())
+        digest.update(repr((self.labels, len(self))).encode())
+        return digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self._videos)

@@ -203,7 +203,8 @@ class VideoMask2Former(
         """
         _check_pixel_values(frames, ndim=4, layout="(F, 3, H, W)")
         maps = self.backbone(frames.to(self.dtype))
-        decoded = self.pixel_decoder(maps, output_hidden)
+        with torch.autocast(frames.device.type, enabled=False):  # as in the original, whose pixel decoder is float32
+            decoded = self.pixel_decoder(tuple(level.to(self.dtype) for level in maps), output_hidden)
         return FrameFeatures(
             decoded.mask_features, decoded.multi_scale, maps if output_hidden else None, decoded.encoder_layers
         )

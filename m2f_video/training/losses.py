@@ -7,7 +7,7 @@ instances of the batch, R = N*T masks (instances outermost, then frames), P poin
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
@@ -100,8 +100,21 @@ class LossOutput:
     matches: tuple[tuple[Match, ...], ...]
 
 
+class LossNorms(NamedTuple):
+    """What losses are divided by; given to each part of a batch, the parts' losses add up to the whole batch's."""
+
+    num_instances: float
+    """Instances of the batch; 1 where there are none."""
+    class_weight: float
+    """Weights of the classes that the batch's queries are to predict, added up."""
+
+
 def class_loss(
-    class_logits: Tensor, targets: Sequence[ClipTarget], matches: Sequence[Match], no_object_weight: float
+    class_logits: Tensor,
+    targets: Sequence[ClipTarget],
+    matches: Sequence[Match],
+    no_object_weight: float,
+    total_weight: float | None = None,
 ) -> Tensor:
     """Cross-entropy of all queries, averaged by the weights of their classes; unmatched ones are "no object".
 
@@ -110,6 +123,7 @@ def class_loss(
         targets: of each clip.
         matches: of each clip.
         no_object_weight: weight of class K; the others have 1.
+        total_weight: what the weighted sum is divided by; None adds up the weights of these queries.
     """
     num_labels = class_logits.shape[2] - 1
     expected = torch.full(class_logits.shape[:2], num_labels, device=class_logits.device)  # (B, Q)
@@ -117,7 +131,10 @@ def class_loss(
         row[match.queries] = target.labels[match.targets]
     weight = class_logits.new_ones(num_labels + 1)
     weight[-1] = no_object_weight
-    return F.cross_entropy(class_logits.flatten(0, 1), expected.flatten(), weight)
+    logits, labels = class_logits.flatten(0, 1), expected.flatten()
+    if total_weight is None:
+        return F.cross_entropy(logits, labels, weight)
+    return F.cross_entropy(logits, labels, weight, reduction="sum") / total_weight
 
 
 def mask_loss(logits: Tensor, masks: Tensor, num_instances: float) -> Tensor:
@@ -138,17 +155,38 @@ def dice_loss(logits: Tensor, masks: Tensor, num_instances: float) -> Tensor:
     return (1 - overlap / (probabilities.sum(1) + masks.sum(1) + 1)).sum() / num_instances
 
 
-def count_instances(targets: Sequence[ClipTarget], device: torch.device) -> float:
-    """Instances of the batch, averaged over workers when `torch.distributed` runs, at least 1.
+def loss_norms(
+    targets: Sequence[ClipTarget],
+    *,
+    num_queries: int,
+    num_labels: int,
+    no_object_weight: float,
+    device: torch.device | None = None,
+) -> LossNorms:
+    """The norms of a batch, known before anything is predicted.
 
-    Every worker must call it, as often as the others.
+    When `torch.distributed` runs, the batch is that of all workers, and the norms are its own divided by the number of
+    workers: the average of the workers' losses is the loss of the whole batch. Every worker must call it then, as often
+    as the others. Where a clip has more instances than queries, each query counts as matched to a known class.
+
+    Args:
+        targets: of this worker's clips.
+        num_queries: Q.
+        num_labels: K.
+        no_object_weight: weight of class K; the others have 1.
+        device: where the workers exchange numbers; None is the CPU.
     """
-    count = float(sum(len(target.labels) for target in targets))
+    count = sum(len(target.labels) for target in targets)
+    known = sum(min(int((target.labels < num_labels).sum()), num_queries) for target in targets)
+    unknown = len(targets) * num_queries - known
+    totals = torch.tensor([count, known + unknown * no_object_weight], dtype=torch.float64)
+    workers = 1
     if dist.is_available() and dist.is_initialized():
-        total = torch.tensor(count, device=device)
-        dist.all_reduce(total)
-        count = total.item() / dist.get_world_size()
-    return max(count, 1.0)
+        workers = dist.get_world_size()
+        totals = totals.to(device)
+        dist.all_reduce(totals)
+    num_instances, class_weight = totals.tolist()
+    return LossNorms(max(num_instances, 1.0) / workers, class_weight / workers)
 
 
 class VideoMask2FormerLoss:
@@ -168,7 +206,11 @@ class VideoMask2FormerLoss:
         self.num_labels = num_labels
 
     def __call__(
-        self, output: VideoMask2FormerOutput, targets: Sequence[ClipTarget], generator: RandomSource = None
+        self,
+        output: VideoMask2FormerOutput,
+        targets: Sequence[ClipTarget],
+        generator: RandomSource = None,
+        norms: LossNorms | None = None,
     ) -> LossOutput:
         """Match and compare.
 
@@ -180,6 +222,7 @@ class VideoMask2FormerLoss:
             generator: where random points come from. Draws are made in this order: for the final prediction, then
                 for each other one from the first on: one per clip for matching (1, P, 2), then those of
                 `uncertain_points` for the mask losses.
+            norms: of the whole batch, where these clips are a part of one; None takes them for all of it.
 
         Returns:
             Loss, its parts and the matches. Where a clip has more instances than there are queries, the ones that
@@ -192,12 +235,13 @@ class VideoMask2FormerLoss:
         predictions = _checked_predictions(output, self.num_labels)
         last = len(predictions) - 1
         targets = _on_canvas(targets, predictions[last])
-        num_instances = count_instances(targets, predictions[last].masks_queries_logits.device)
+        num_instances = max(float(sum(len(target.labels) for target in targets)), 1.0)
+        divisors = (num_instances, None) if norms is None else norms
         parts: dict[str, Tensor] = {}
         matches: dict[int, tuple[Match, ...]] = {}
         for index in (last, *range(last)):
             matches[index] = self._match(predictions[index], targets, generator)
-            losses = self._losses(predictions[index], targets, matches[index], num_instances, generator)
+            losses = self._losses(predictions[index], targets, matches[index], divisors, generator)
             suffix = "" if index == last else f"_{index}"
             parts |= {name + suffix: loss for name, loss in losses.items()}
         total = torch.stack(tuple(parts.values())).sum()
@@ -231,11 +275,12 @@ class VideoMask2FormerLoss:
         prediction: Prediction,
         targets: Sequence[ClipTarget],
         matches: Sequence[Match],
-        num_instances: float,
+        divisors: tuple[float, float | None],
         generator: RandomSource,
     ) -> dict[str, Tensor]:
         """Weighted losses of one prediction."""
         config = self.config
+        num_instances, total_weight = divisors
         clips = torch.cat([torch.full_like(match.queries, clip) for clip, match in enumerate(matches)])
         queries = torch.cat([match.queries for match in matches])
         logits = at_least_float32(prediction.masks_queries_logits[clips, queries])  # (N, T, h, w)
@@ -243,7 +288,8 @@ class VideoMask2FormerLoss:
         logits, masks = self._samples(logits.flatten(0, 1)[:, None], masks.flatten(0, 1)[:, None], generator)
         class_logits = at_least_float32(prediction.class_queries_logits)
         return {
-            "loss_ce": config.class_weight * class_loss(class_logits, targets, matches, config.no_object_weight),
+            "loss_ce": config.class_weight
+            * class_loss(class_logits, targets, matches, config.no_object_weight, total_weight),
             "loss_mask": config.mask_weight * mask_loss(logits, masks, num_instances),
             "loss_dice": config.dice_weight * dice_loss(logits, masks, num_instances),
         }

@@ -26,7 +26,7 @@ from m2f_video.hub import load_state_dict_strictly
 from m2f_video.modeling.transformer_decoder import Prediction
 from m2f_video.modeling.video_mask2former import VideoMask2Former, VideoMask2FormerOutput
 from m2f_video.training import LossConfig, VideoMask2FormerLoss, prepare_target
-from m2f_video.training.losses import count_instances
+from m2f_video.training.losses import loss_norms
 from m2f_video.training.matcher import matching_cost
 from m2f_video.training.point_sampling import uncertain_points
 from tests.golden_files import original_weights, read_info, sha256
@@ -154,7 +154,8 @@ def test_loss_of_the_original_predictions(case: str, golden: Golden) -> None:
 
 def test_normaliser_is_the_number_of_instances(case: str, golden: Golden) -> None:
     expected = read_info("train")["cases"][case]["num_masks_normaliser"]
-    assert count_instances(golden_targets(golden), torch.device("cpu")) == expected
+    norms = loss_norms(golden_targets(golden), num_queries=10, num_labels=5, no_object_weight=0.1)
+    assert norms.num_instances == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

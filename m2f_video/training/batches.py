@@ -1,0 +1,170 @@
+"""Which clips make a batch, and how they become one.
+
+B clips, T frames, N instances, H W height and width, padded to what the model takes.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from m2f_video.config import PreprocessingConfig
+from m2f_video.data.clip import Clip, ClipDataset
+from m2f_video.training.targets import ClipTarget, LabelSource, prepare_target
+
+Batch = tuple[Tensor, list[ClipTarget]]
+"""Frames (B, T, 3, H, W), normalised and padded, and the target of each clip."""
+
+
+class ClipOrder:
+    """The clips of every step, as the keys of a `ClipDataset`: an iterable of one worker's lists, step by step.
+
+    All videos are gone through in a random order, then again in another. The clips of a step are a function of seed
+    and step, and the workers divide them among themselves, so that neither the number of workers nor that of the parts
+    of a step changes what is learned.
+
+    Args:
+        num_videos: of the dataset.
+        batch_size: clips of a step, of all workers together.
+        steps: (first, one after the last) to give.
+        seed: of the order.
+        rank: number of this worker.
+        world_size: number of workers.
+        parts: lists that a worker gets for each step.
+
+    Raises:
+        ValueError: there are no videos, or a batch cannot be divided evenly.
+    """
+
+    def __init__(
+        self,
+        num_videos: int,
+        *,
+        batch_size: int,
+        steps: tuple[int, int],
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        parts: int = 1,
+    ) -> None:
+        if num_videos < 1:
+            raise ValueError("there are no videos to train on")
+        if batch_size % (world_size * parts):
+            raise ValueError(
+                f"batch_size={batch_size} cannot be divided among {world_size} workers and {parts} parts; "
+                f"make it a multiple of {world_size * parts}"
+            )
+        self.num_videos = num_videos
+        self.batch_size = batch_size
+        self.steps = steps
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.parts = parts
+        self._epoch: tuple[int, np.ndarray] | None = None
+
+    def __len__(self) -> int:
+        return (self.steps[1] - self.steps[0]) * self.parts
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        size = self.batch_size // (self.world_size * self.parts)
+        for step in range(*self.steps):
+            for part in range(self.parts):
+                first = step * self.batch_size + (part * self.world_size + self.rank) * size
+                yield [self._key(number) for number in range(first, first + size)]
+
+    def _key(self, number: int) -> tuple[int, int]:
+        """Video and draw of the clip that has this number in the whole run."""
+        epoch, position = divmod(number, self.num_videos)
+        if self._epoch is None or self._epoch[0] != epoch:
+            self._epoch = (epoch, np.random.default_rng((self.seed, epoch)).permutation(self.num_videos))
+        return int(self._epoch[1][position]), epoch
+
+
+class Collate:
+    """Makes a batch of clips: frames are normalised and padded as `VideoProcessor` does, instances become targets.
+
+    Args:
+        preprocessing: of the model; frames keep their size, which augmentation has chosen.
+        num_labels: classes K.
+        label_source: see `prepare_target`.
+    """
+
+    def __init__(self, preprocessing: PreprocessingConfig, num_labels: int, label_source: LabelSource) -> None:
+        self.preprocessing = preprocessing
+        self.num_labels = num_labels
+        self.label_source = label_source
+
+    def __call__(self, clips: Sequence[Clip]) -> Batch:
+        """Clips of as many frames each, of any sizes, to frames of one size and targets."""
+        divisor = self.preprocessing.size_divisor
+        height, width = (max(-(-clip.frames.shape[axis] // divisor) * divisor for clip in clips) for axis in (-2, -1))
+        targets = [
+            prepare_target(clip.labels, clip.masks, num_labels=self.num_labels, label_source=self.label_source)
+            for clip in clips
+        ]
+        return torch.stack([self._frames(clip.frames, height, width) for clip in clips]), targets
+
+    def _frames(self, frames: Tensor, height: int, width: int) -> Tensor:
+        """uint8 (T, 3, h, w) -> float32 (T, 3, height, width)."""
+        mean = torch.tensor(self.preprocessing.image_mean).view(3, 1, 1)
+        std = torch.tensor(self.preprocessing.image_std).view(3, 1, 1)
+        normalised = (frames.float() / 255 - mean) / std
+        return F.pad(normalised, (0, width - frames.shape[-1], 0, height - frames.shape[-2]))
+
+
+class ClipBatches(Dataset[Batch | Exception]):
+    """Batches by the lists of a `ClipOrder`, for a `DataLoader` without batching of its own.
+
+    A clip that cannot be read gives its error instead of a batch: raised in a worker process, it would reach the
+    training process wrapped in that process's traceback.
+
+    Args:
+        clips: to draw from.
+        collate: makes them a batch.
+    """
+
+    def __init__(self, clips: ClipDataset, collate: Collate) -> None:
+        self.clips = clips
+        self.collate = collate
+
+    def __getitem__(self, keys: list[tuple[int, int]]) -> Batch | Exception:
+        try:
+            return self.collate([self.clips[key] for key in keys])
+        except (ValueError, OSError) as error:
+            return error
+
+
+def load_batches(batches: ClipBatches, order: ClipOrder, num_workers: int, pin_memory: bool = False) -> Iterator[Batch]:
+    """Batches in order, prepared ahead by other processes.
+
+    Args:
+        batches: by key.
+        order: of the keys.
+        num_workers: processes; 0 prepares each batch when it is asked for.
+        pin_memory: for faster copies to a GPU.
+
+    Raises:
+        ValueError: a clip is damaged or does not fit the model.
+        OSError: a clip cannot be read.
+    """
+    loader = DataLoader(
+        batches,
+        batch_size=None,
+        sampler=order,
+        num_workers=num_workers,
+        collate_fn=_unchanged,
+        pin_memory=pin_memory,
+    )
+    for batch in loader:
+        if isinstance(batch, Exception):
+            raise batch
+        yield batch
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch

@@ -1,0 +1,193 @@
+"""What a training run is made from: one nested dataclass, its presets, JSON both ways."""
+
+import json
+import os
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from m2f_video.config import (
+    MODEL_TYPE,
+    PRESETS,
+    CheckedConfig,
+    ConfigError,
+    PixelDecoderConfig,
+    PreprocessingConfig,
+    TimmBackboneConfig,
+    TransformerDecoderConfig,
+    VideoMask2FormerConfig,
+    build_config,
+)
+from m2f_video.data.augment import AugmentConfig
+from m2f_video.data.clip import ClipSampling
+from m2f_video.training.losses import LossConfig
+from m2f_video.training.optim import OptimConfig
+from m2f_video.training.targets import LabelSource
+
+CHANGEABLE = frozenset({"checkpoint_every", "keep_checkpoints", "evaluate_every", "log_every", "num_workers"})
+"""Fields that do not change the weights a run ends with, so that it may be resumed with other values."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(CheckedConfig):
+    """A training run; the defaults are the published recipe for YouTubeVIS 2019 with Swin-tiny.
+
+    Raises:
+        ConfigError: a field has a value no run can be made from; the message names it.
+    """
+
+    model: VideoMask2FormerConfig = field(default_factory=VideoMask2FormerConfig)
+    """What is trained. Its labels become those of the data."""
+    loss: LossConfig = field(default_factory=LossConfig)
+    """How predictions are matched, and what is minimised."""
+    sampling: ClipSampling = field(default_factory=ClipSampling)
+    """Which frames of a video make a clip."""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    """How clips are varied."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """How weights are updated."""
+    label_source: LabelSource = "any_frame"
+    """`any_frame` trains an instance seen in any frame of a clip with its class; `last_frame` as the original does: one
+    that is absent from the last frame as no object."""
+    steps: int = 6000
+    """Updates of the weights."""
+    batch_size: int = 16
+    """Clips of an update, over all workers and accumulated parts together."""
+    accumulation: int = 1
+    """Parts into which a worker's share of the batch is split to save memory; the update stays the same."""
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of the matrix products; weights, losses and the optimiser stay in float32. float16 scales the loss."""
+    activation_checkpointing: bool = False
+    """Compute the activations of each block again in the backward pass rather than keep them."""
+    seed: int = 0
+    """Of the weights, the clips, the points and what is dropped."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints; the last step always has one."""
+    keep_checkpoints: int = 2
+    """How many of the latest checkpoints stay."""
+    evaluate_every: int = 0
+    """Steps between evaluations on the validation videos, where there are any; 0 evaluates after the last step only."""
+    log_every: int = 20
+    """Steps between lines on the console."""
+    num_workers: int = 2
+    """Processes that prepare clips; 0 prepares them in the training process."""
+
+    def _check(self) -> None:
+        for name in ("steps", "batch_size", "accumulation", "checkpoint_every", "keep_checkpoints", "log_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"TrainConfig.{name} must be positive, got {getattr(self, name)}")
+        for name in ("seed", "evaluate_every", "num_workers"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"TrainConfig.{name} must not be negative, got {getattr(self, name)}")
+        if self.batch_size % self.accumulation:
+            raise ConfigError(
+                f"TrainConfig.batch_size={self.batch_size} is not divisible by accumulation={self.accumulation}"
+            )
+        if self.model.temporal != "joint":
+            raise ConfigError("TrainConfig.model.temporal must be 'joint'; an image model has no clips to learn from")
+
+    @classmethod
+    def preset(cls, name: str) -> Self:
+        """The recipe of a preset, by name (one of `TRAIN_PRESETS`).
+
+        Raises:
+            ConfigError: no such preset; the message lists them.
+        """
+        if name == "demo":
+            return replace(cls(), **_demo())
+        if name not in PRESETS:
+            raise ConfigError(f"unknown preset {name!r}; presets: {', '.join(TRAIN_PRESETS)}")
+        steps, milestone = (6000, 4000) if name.endswith("2019") else (8000, 5500)
+        return cls(model=VideoMask2FormerConfig.preset(name), optim=OptimConfig(milestones=(milestone,)), steps=steps)
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with the given fields changed; it is validated again."""
+        return replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain containers only; `from_dict` is its inverse."""
+        return {**json.loads(json.dumps(asdict(self))), "model": self.model.to_dict()}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        """Build from plain containers; fields left out keep their defaults.
+
+        Raises:
+            ConfigError: an unknown field or a value of the wrong type; the message names it.
+        """
+        if not isinstance(data, dict):
+            raise ConfigError(f"a training config must be a JSON object, got {type(data).__name__}")
+        if data.get("model_type") == MODEL_TYPE:
+            raise ConfigError('this is the config of a model; a training config holds it as {"model": {...}}')
+        data = dict(data)
+        if isinstance(data.get("model"), dict):
+            data["model"] = VideoMask2FormerConfig.from_dict(data["model"])
+        return build_config(cls, data, path="")
+
+    def to_json(self) -> str:
+        """The text of a config file."""
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read the text of a config file.
+
+        Raises:
+            ConfigError: not JSON, or not a valid config.
+        """
+        try:
+            return cls.from_dict(json.loads(text))
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"the config is not valid JSON: {error}") from error
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str]) -> Self:
+        """Read a JSON file.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ConfigError: not JSON, or not a valid config; the message names the file.
+        """
+        try:
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        except (ConfigError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: {error}") from error
+
+    def differences(self, other: "TrainConfig") -> list[str]:
+        """Dotted names of the fields that differ, but those of `CHANGEABLE`."""
+        mine, theirs = _flatten(self.to_dict()), _flatten(other.to_dict())
+        names = [name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name)]
+        return [name for name in names if name.split(".")[0] not in CHANGEABLE]
+
+
+def _flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in data.items():
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def _demo() -> dict[str, Any]:
+    """A small model for the synthetic benchmark, trained from random weights on a CPU."""
+    return {
+        "model": VideoMask2FormerConfig(
+            backbone=TimmBackboneConfig(name="regnetx_002"),
+            pixel_decoder=PixelDecoderConfig(hidden_dim=64, mask_dim=64, num_layers=2, ffn_dim=256, num_heads=4),
+            transformer_decoder=TransformerDecoderConfig(
+                hidden_dim=128, num_queries=20, num_layers=6, num_heads=4, ffn_dim=512
+            ),
+            preprocessing=PreprocessingConfig(shortest_edge=192),
+        ),
+        "loss": LossConfig(num_points=1024),
+        "augment": AugmentConfig(shortest_edges=()),
+        "optim": OptimConfig(
+            learning_rate=5e-4, backbone_factor=1.0, clip_norm=1.0, schedule="cosine", warmup_steps=200, ema_decay=0.999
+        ),
+        "steps": 8000,
+        "batch_size": 4,
+        "num_workers": 1,
+    }
+
+
+TRAIN_PRESETS: tuple[str, ...] = ("demo", *PRESETS)
+"""Names that `TrainConfig.preset` knows: `demo`, and the published recipes."""

@@ -1,0 +1,72 @@
+"""Workers: the processes that train or evaluate together, as `torchrun` starts them."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from m2f_video.hub import parse_device
+
+
+@dataclass(frozen=True)
+class Worker:
+    """This process among those that work together; alone, it is number 0 of 1.
+
+    Attributes:
+        rank: its number, from 0.
+        world_size: how many there are.
+        device: where its tensors live.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the one that writes files and prints."""
+        return self.rank == 0
+
+
+@contextmanager
+def join_workers(device: str | torch.device | None = None) -> Iterator[Worker]:
+    """Join the process group that `torchrun` has announced in the environment; without one, work alone.
+
+    Args:
+        device: such as cpu or cuda; None is cuda where there is one, else cpu. Of several GPUs each worker of a machine
+            takes its own.
+
+    Raises:
+        ValueError: the device is not there, or the environment names a group it does not fully describe.
+    """
+    name = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if "WORLD_SIZE" not in os.environ:
+        yield Worker(0, 1, parse_device(name))
+        return
+    try:
+        rank, world_size, local_rank = (int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    except (KeyError, ValueError) as error:
+        raise ValueError(
+            f"WORLD_SIZE is set, but RANK and LOCAL_RANK are not all numbers ({error}); start with torchrun"
+        ) from error
+    on_gpu = name.startswith("cuda")
+    worker_device = parse_device(f"cuda:{local_rank}" if name == "cuda" else name)
+    if on_gpu:
+        torch.cuda.set_device(worker_device)
+    dist.init_process_group("nccl" if on_gpu else "gloo", rank=rank, world_size=world_size)
+    try:
+        yield Worker(rank, world_size, worker_device)
+    finally:
+        dist.destroy_process_group()
+
+
+def mean_over_workers(values: torch.Tensor) -> torch.Tensor:
+    """The average of a tensor over all workers, on each of them; alone, the tensor itself."""
+    if dist.is_available() and dist.is_initialized():
+        values = values.clone()
+        dist.all_reduce(values)
+        values /= dist.get_world_size()
+    return values

@@ -1,0 +1,131 @@
+"""Optimiser, learning rate and weight averaging (arXiv 2112.01527, section 4.1; arXiv 2112.10764, section 4.1)."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from m2f_video.config import CheckedConfig, ConfigError
+
+_NORMS = (
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.modules.batchnorm._NormBase,  # batch and instance norms of timm backbones
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig(CheckedConfig):
+    """How weights are updated; the defaults are the published recipe for YouTubeVIS 2019.
+
+    Raises:
+        ConfigError: a field is out of its range; the message names it.
+    """
+
+    learning_rate: float = 1e-4
+    """Of AdamW, before schedule and backbone factor."""
+    backbone_factor: float = 0.1
+    """Learning rate of the backbone over that of the rest; 1 suits a backbone that starts from random weights."""
+    weight_decay: float = 0.05
+    """Of AdamW; norms, embeddings and relative position biases have none."""
+    clip_norm: float = 0.01
+    """Largest norm of all gradients together; larger ones are scaled down to it. 0 does not clip."""
+    schedule: Literal["step", "cosine"] = "step"
+    """`step` multiplies the learning rate by `gamma` at each milestone; `cosine` lowers it to 0 over the run."""
+    milestones: tuple[int, ...] = (4000,)
+    """Steps at which `step` lowers the learning rate."""
+    gamma: float = 0.1
+    """Factor at each milestone."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate first rises, linearly from 0."""
+    ema_decay: float = 0.0
+    """Share of its past that the moving average of the weights keeps at each step (early in the run less); 0 keeps no
+    average. Where there is one, it is what is evaluated and what is left at the end."""
+
+    def _check(self) -> None:
+        checks = {
+            "learning_rate": self.learning_rate > 0,
+            "backbone_factor": self.backbone_factor >= 0,
+            "weight_decay": self.weight_decay >= 0,
+            "clip_norm": self.clip_norm >= 0,
+            "milestones": all(step > 0 for step in self.milestones),
+            "gamma": 0 < self.gamma <= 1,
+            "warmup_steps": self.warmup_steps >= 0,
+            "ema_decay": 0 <= self.ema_decay < 1,
+        }
+        for name, good in checks.items():
+            if not good:
+                raise ConfigError(f"OptimConfig.{name} is out of its range: {getattr(self, name)}")
+
+
+def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, object]]:
+    """The paper's groups: backbone or not, decayed or not.
+
+    Parameters of norms, of `nn.Embedding` and relative position bias tables are not decayed; biases of other layers and
+    the pixel decoder's level embedding (a plain parameter) are, as in the original.
+
+    Returns:
+        For an optimiser: up to four groups with `params`, `weight_decay`, and `lr_factor`, the learning rate of the
+        group over the run's.
+    """
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if not parameter.requires_grad:
+                continue
+            in_backbone = prefix == "backbone" or prefix.startswith("backbone.")
+            decayed = not isinstance(module, (*_NORMS, nn.Embedding)) and name != "relative_position_bias_table"
+            groups.setdefault((in_backbone, decayed), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "weight_decay": config.weight_decay if decayed else 0.0,
+            "lr_factor": config.backbone_factor if in_backbone else 1.0,
+        }
+        for (in_backbone, decayed), parameters in groups.items()
+    ]
+
+
+def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:
+    """The learning rate of a step, counted from 0: it depends on nothing else, so a schedule has no state."""
+    rate = config.learning_rate
+    if config.schedule == "cosine":
+        rate *= 0.5 * (1 + math.cos(math.pi * min(step / num_steps, 1)))
+    else:
+        rate *= config.gamma ** sum(step >= milestone for milestone in config.milestones)
+    if step < config.warmup_steps:
+        rate *= (step + 1) / config.warmup_steps
+    return rate
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW over the paper's parameter groups."""
+    return torch.optim.AdamW(parameter_groups(model, config), lr=config.learning_rate)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give every group its share of the run's learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["lr_factor"]
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
+    """Move an average of a model's weights towards what they are after a step.
+
+    Args:
+        average: a copy of the model, changed in place. Buffers such as running statistics are averaged too; what is
+            not floating point is copied.
+        model: the model.
+        decay: share of the past that is kept; at most (1 + step) / (10 + step), so that the first weights fade fast.
+        step: counted from 0.
+    """
+    kept = min(decay, (1 + step) / (10 + step))
+    state: dict[str, Tensor] = model.state_dict()
+    for name, mean in average.state_dict().items():
+        if mean.is_floating_point():
+            mean.lerp_(state[name], 1 - kept)
+        else:
+            mean.copy_(state[name])
