@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from m2f_video.modeling.transformer_decoder import predict_masks
-from m2f_video.modeling.video_mask2former import FrameFeatures, VideoMask2Former
+from m2f_video.modeling.video_mask2former import FeatureBuffer, FrameFeatures, VideoMask2Former
 from m2f_video.postprocess import resize_masks, select_top_k
 from m2f_video.processor import VideoProcessor
 from m2f_video.results import Rle, Track, VideoSegmentation, encode_mask
 from m2f_video.video_io import VideoReader, VideoSource, open_video
+
+UNKNOWN_LENGTH = 64  # frames to make room for where a video does not say how many it has
 
 Progress = Callable[[str, int, int | None], None]
 """Called with a stage ("frames" or "masks"), how many frames it has done, and of how many (None: not known yet)."""
@@ -132,13 +134,13 @@ def _encode(
     progress: Progress | None,
 ) -> FrameFeatures:
     """Features of all frames of a video, read and encoded chunk by chunk."""
-    parts, count = [], 0
+    buffer, count = FeatureBuffer(reader.num_frames_hint or UNKNOWN_LENGTH), 0
     for chunk in _chunks(reader, chunk_size):
-        parts.append(model.encode_frames(processor.process_frames(chunk).to(model.device)))
+        buffer.append(model.encode_frames(processor.process_frames(chunk).to(model.device)))
         count += len(chunk)
         if progress is not None:
             progress("frames", count, reader.num_frames_hint)
-    return FrameFeatures.concatenate(parts)
+    return buffer.features()
 
 
 def _chunks(reader: VideoReader, size: int) -> Iterator[np.ndarray]:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m2f_video.modeling.pixel_decoder import NUM_LEVELS
-from m2f_video.modeling.position_encoding import position_dtype, sine_3d
+from m2f_video.modeling.position_encoding import position_dtype, sine_1d, sine_2d
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,27 @@ def _input_projection(in_channels: int, out_channels: int) -> nn.Conv2d:
     return convolution
 
 
+@dataclass(frozen=True)
+class Level:
+    """One level of a batch of clips, as cross-attention reads it: S = T*H*W keys and values.
+
+    A value is token plus embedding, a key is that plus its position (arXiv 2112.10764, section 3.1), which is that of
+    the pixel in its frame plus that of the frame in the clip. They are kept apart: layers project them one by one, and
+    neither keys nor values of a long clip are ever held beside their projections.
+
+    Attributes:
+        tokens: (B, T, H*W, C).
+        embedding: (C,), of the level.
+        pixel_position: (H*W, C).
+        frame_position: (T, C).
+    """
+
+    tokens: Tensor
+    embedding: Tensor
+    pixel_position: Tensor
+    frame_position: Tensor
+
+
 class Attention(nn.Module):
     """Multi-head attention with the query, key and value projections in one parameter.
 
@@ -103,25 +124,44 @@ class Attention(nn.Module):
         nn.init.xavier_uniform_(self.out_proj.weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """Attention of projected queries (B, Q, C) to projected keys and values (B, S, C)."""
+        q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, M, Q or S, C/M)
+        output = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None])
+        return self.out_proj(output.transpose(1, 2).flatten(2))
+
+
+class SelfAttention(Attention):
+    """Queries attend to each other; positions take part in queries and keys."""
+
+    def forward(self, x: Tensor, position: Tensor) -> Tensor:
+        """Queries (B, Q, C) and their positions (Q, C) -> (B, Q, C)."""
+        (wq, wk, wv), (bq, bk, bv) = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
+        positioned = x + position
+        return self._attend(F.linear(positioned, wq, bq), F.linear(positioned, wk, bk), F.linear(x, wv, bv), None)
+
+
+class CrossAttention(Attention):
+    """Queries attend to the pixels of a clip."""
+
+    def forward(self, query: Tensor, level: Level, mask: Tensor | None = None) -> Tensor:
         """Attend.
 
         Args:
-            query: (B, Q, C).
-            key: (B, S, C).
-            value: (B, S, C).
+            query: (B, Q, C), positions included.
+            level: what is attended to.
             mask: (B, Q, S) bool, true where a query may attend; None lets every query attend everywhere.
 
         Returns:
             (B, Q, C).
         """
-        projections = zip((query, key, value), self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3), strict=True)
-        q, k, v = (
-            F.linear(x, weight, bias).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, M, Q or S, C/M)
-            for x, weight, bias in projections
-        )
-        output = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None])
-        return self.out_proj(output.transpose(1, 2).flatten(2))
+        (wq, wk, wv), (bq, bk, bv) = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
+        # projections are linear: those of embedding and positions are added to those of the tokens
+        k = F.linear(level.tokens, wk, F.linear(level.embedding, wk, bk))  # (B, T, H*W, C)
+        k += F.linear(level.pixel_position, wk)
+        k += F.linear(level.frame_position, wk)[:, None]
+        v = F.linear(level.tokens, wv, F.linear(level.embedding, wv, bv))
+        return self._attend(F.linear(query, wq, bq), k.flatten(1, 2), v.flatten(1, 2), mask)
 
 
 class DecoderLayer(nn.Module):
@@ -135,9 +175,9 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, *, dim: int, num_heads: int, ffn_dim: int) -> None:
         super().__init__()
-        self.cross_attn = Attention(dim=dim, num_heads=num_heads)
+        self.cross_attn = CrossAttention(dim=dim, num_heads=num_heads)
         self.cross_attn_norm = nn.LayerNorm(dim)
-        self.self_attn = Attention(dim=dim, num_heads=num_heads)
+        self.self_attn = SelfAttention(dim=dim, num_heads=num_heads)
         self.self_attn_norm = nn.LayerNorm(dim)
         self.linear1 = nn.Linear(dim, ffn_dim)
         self.linear2 = nn.Linear(ffn_dim, dim)
@@ -145,22 +185,20 @@ class DecoderLayer(nn.Module):
         nn.init.xavier_uniform_(self.linear1.weight)
         nn.init.xavier_uniform_(self.linear2.weight)
 
-    def forward(self, x: Tensor, query_position: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, query_position: Tensor, level: Level, mask: Tensor) -> Tensor:
         """Update the queries.
 
         Args:
             x: queries (B, Q, C).
             query_position: (Q, C), added to queries and to the keys of the self-attention.
-            key: (B, S, C), positions included.
-            value: (B, S, C).
+            level: of the clips, to attend to.
             mask: (B, Q, S) bool, true where a query may attend.
 
         Returns:
             (B, Q, C).
         """
-        x = self.cross_attn_norm(x + self.cross_attn(x + query_position, key, value, mask))
-        positioned = x + query_position
-        x = self.self_attn_norm(x + self.self_attn(positioned, positioned, x))
+        x = self.cross_attn_norm(x + self.cross_attn(x + query_position, level, mask))
+        x = self.self_attn_norm(x + self.self_attn(x, query_position))
         return self.ffn_norm(x + self.linear2(F.relu(self.linear1(x))))
 
 
@@ -225,10 +263,9 @@ class MaskedTransformerDecoder(nn.Module):
             output_auxiliary: also give the predictions at every depth.
             output_hidden: also give the queries and attention masks at every depth.
         """
-        levels = [self._keys_and_values(features, level) for level, features in enumerate(multi_scale)]
+        levels = [self._level(features, index) for index, features in enumerate(multi_scale)]
         sizes = [(features.shape[-2], features.shape[-1]) for features in multi_scale]
-        used = range(min(NUM_LEVELS, len(self.layers)))
-        resized = [] if output_auxiliary else [resize_frames(mask_features.detach(), sizes[level]) for level in used]
+        resized: dict[int, Tensor] = {}  # mask features at the size of a level
 
         x = self.query_features.weight.expand(mask_features.shape[0], -1, -1)
         queries, attention_masks, auxiliary = [x], [], []
@@ -240,9 +277,14 @@ class MaskedTransformerDecoder(nn.Module):
                 auxiliary.append(Prediction(class_logits, masks))
                 mask_logits = resize_frames(masks.detach(), sizes[level])
             else:
+                if level not in resized:
+                    resized[level] = resize_frames(mask_features.detach(), sizes[level])
                 mask_logits = predict_masks(mask_embeddings.detach(), resized[level])
+                if level == NUM_LEVELS - 1:  # the finest is large: over a long clip it costs less to make than to keep
+                    del resized[level]
             mask = attention_mask(mask_logits.flatten(2))
-            x = layer(x, self.query_positions.weight, *levels[level], mask)
+            del mask_logits
+            x = layer(x, self.query_positions.weight, levels[level], mask)
             if output_hidden:
                 queries.append(x)
                 attention_masks.append(mask)
@@ -267,12 +309,13 @@ class MaskedTransformerDecoder(nn.Module):
             x = F.relu(linear(x))
         return class_logits, last(x)
 
-    def _keys_and_values(self, features: Tensor, level: int) -> tuple[Tensor, Tensor]:
-        """What cross-attention to one level reads, (B, T, C', H, W) -> two (B, S, C): with and without positions."""
+    def _level(self, features: Tensor, index: int) -> Level:
+        """A level (B, T, C', H, W) as cross-attention reads it."""
         T, H, W = features.shape[1], *features.shape[-2:]
         if self.input_projections:
-            features = self.input_projections[level](features.flatten(0, 1)).unflatten(0, features.shape[:2])
-        tokens = features.flatten(3).transpose(2, 3).flatten(1, 2)  # (B, S, C)
-        value = tokens + self.level_embed.weight[level]
-        position = sine_3d(T, H, W, value.shape[-1], dtype=position_dtype(value), device=value.device)
-        return value + position.flatten(0, 2).to(value.dtype), value
+            features = self.input_projections[index](features.flatten(0, 1)).unflatten(0, features.shape[:2])
+        tokens = features.flatten(3).transpose(2, 3)  # (B, T, H*W, C)
+        dim, dtype, device = tokens.shape[-1], position_dtype(tokens), tokens.device
+        pixel_position = sine_2d(H, W, dim, dtype=dtype, device=device).flatten(0, 1)
+        frame_position = sine_1d(T, dim, dtype=dtype, device=device)
+        return Level(tokens, self.level_embed.weight[index], pixel_position.to(tokens), frame_position.to(tokens))

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,8 +9,11 @@ from torch import Tensor, nn
 from m2f_video.modeling.position_encoding import sine_3d
 from m2f_video.modeling.transformer_decoder import (
     Attention,
+    CrossAttention,
     DecoderLayer,
+    Level,
     MaskedTransformerDecoder,
+    SelfAttention,
     attention_mask,
     predict_masks,
     resize_frames,
@@ -71,38 +76,71 @@ def test_every_query_sees_something(batch: int, queries: int, keys: int, seed: i
     assert not seen[partly][logits[partly] < 0].any()
 
 
-def test_attention_equals_torch_multi_head_attention() -> None:
+def make_level(batch: int = 2, frames: int = 3, pixels: int = 4, dim: int = 12) -> Level:
+    shapes = ((batch, frames, pixels, dim), (dim,), (pixels, dim), (frames, dim))
+    return Level(*(torch.randn(shape, dtype=torch.float64) for shape in shapes))
+
+
+def keys_and_values(level: Level) -> tuple[Tensor, Tensor]:
+    """As the paper has them: frames outermost, positions in the keys alone."""
+    value = level.tokens + level.embedding
+    key = value + level.pixel_position + level.frame_position[:, None]
+    return key.flatten(1, 2), value.flatten(1, 2)
+
+
+def random_biases(attention: Attention) -> None:
+    nn.init.normal_(attention.in_proj_bias)
+    nn.init.normal_(attention.out_proj.bias)
+
+
+def torch_attention(attention: Attention) -> nn.MultiheadAttention:
+    reference = nn.MultiheadAttention(attention.out_proj.in_features, attention.num_heads, batch_first=True).double()
+    reference.load_state_dict(attention.state_dict())
+    return reference
+
+
+def test_cross_attention_equals_torch_multi_head_attention() -> None:
     torch.manual_seed(0)
-    ours = Attention(dim=12, num_heads=3).double()
-    nn.init.normal_(ours.in_proj_bias)
-    nn.init.normal_(ours.out_proj.bias)
-    reference = nn.MultiheadAttention(12, 3, batch_first=True).double()
-    reference.load_state_dict(ours.state_dict())
-    query, key, value = (torch.randn(2, n, 12, dtype=torch.float64) for n in (5, 7, 7))
-    mask = attention_mask(torch.randn(2, 5, 7, dtype=torch.float64))
-    assert_close(ours(query, key, value), reference(query, key, value)[0].detach())
+    ours = CrossAttention(dim=12, num_heads=3).double()
+    random_biases(ours)
+    reference = torch_attention(ours)
+    query, level = torch.randn(2, 5, 12, dtype=torch.float64), make_level()
+    key, value = keys_and_values(level)
+    mask = attention_mask(torch.randn(2, 5, 12, dtype=torch.float64))
+    assert_close(ours(query, level), reference(query, key, value)[0].detach())
     blocked = ~mask.repeat_interleave(3, 0)
-    assert_close(ours(query, key, value, mask), reference(query, key, value, attn_mask=blocked)[0].detach())
+    assert_close(ours(query, level, mask), reference(query, key, value, attn_mask=blocked)[0].detach())
+
+
+def test_self_attention_equals_torch_multi_head_attention() -> None:
+    torch.manual_seed(0)
+    ours = SelfAttention(dim=12, num_heads=3).double()
+    random_biases(ours)
+    x, position = torch.randn(2, 5, 12, dtype=torch.float64), torch.randn(5, 12, dtype=torch.float64)
+    assert_close(ours(x, position), torch_attention(ours)(x + position, x + position, x)[0].detach())
 
 
 def test_a_layer_is_cross_then_self_attention_then_ffn_all_post_norm() -> None:
     torch.manual_seed(0)
     layer = DecoderLayer(dim=8, num_heads=2, ffn_dim=6).double()
-    x, key, value = (torch.randn(2, n, 8, dtype=torch.float64) for n in (5, 7, 7))
-    position, mask = torch.randn(5, 8, dtype=torch.float64), torch.rand(2, 5, 7) > 0.3
-    crossed = layer.cross_attn_norm(x + layer.cross_attn(x + position, key, value, mask))
-    itself = layer.self_attn_norm(crossed + layer.self_attn(crossed + position, crossed + position, crossed))
+    x, level = torch.randn(2, 5, 8, dtype=torch.float64), make_level(dim=8)
+    position, mask = torch.randn(5, 8, dtype=torch.float64), torch.rand(2, 5, 12) > 0.3
+    crossed = layer.cross_attn_norm(x + layer.cross_attn(x + position, level, mask))
+    itself = layer.self_attn_norm(crossed + layer.self_attn(crossed, position))
     expected = layer.ffn_norm(itself + layer.linear2(layer.linear1(itself).relu()))
-    assert_close(layer(x, position, key, value, mask), expected.detach())
+    assert_close(layer(x, position, level, mask), expected.detach())
 
 
 def test_gradcheck_of_a_layer() -> None:
     torch.manual_seed(0)
     layer = DecoderLayer(dim=4, num_heads=2, ffn_dim=6).double()
-    inputs = [torch.randn(*size, dtype=torch.float64, requires_grad=True) for size in ((1, 3, 4), (3, 4), (1, 5, 4))]
-    value = torch.randn(1, 5, 4, dtype=torch.float64, requires_grad=True)
-    mask = attention_mask(torch.randn(1, 3, 5))
-    assert torch.autograd.gradcheck(layer, (*inputs, value, mask), fast_mode=True)
+    level = make_level(1, 2, 3, 4)
+    inputs = [torch.randn(*size, dtype=torch.float64) for size in ((1, 3, 4), (3, 4))]
+    inputs += [level.tokens, level.embedding, level.pixel_position, level.frame_position]
+    for tensor in inputs:
+        tensor.requires_grad_()
+    mask = attention_mask(torch.randn(1, 3, 6))
+    assert torch.autograd.gradcheck(lambda x, p, *parts: layer(x, p, Level(*parts), mask), inputs, fast_mode=True)
 
 
 # --- masks
@@ -180,16 +218,17 @@ def test_the_first_prediction_does_not_depend_on_the_input() -> None:
     assert not torch.equal(first.masks_queries_logits, other.masks_queries_logits)
 
 
-def test_keys_have_positions_and_values_have_not() -> None:
+def test_layers_read_tokens_and_positions_of_their_level() -> None:
     decoder, (pixels, multi_scale) = transformer_decoder(num_layers=3), features()
-    calls: list[tuple[Tensor, ...]] = []
+    calls: list[tuple[Any, ...]] = []
     for layer in decoder.layers:
         layer.register_forward_pre_hook(lambda _module, arguments: calls.append(arguments))
     decoder(pixels, multi_scale)
-    for level, (_, _, key, value, _) in enumerate(calls):
-        tokens = multi_scale[level].permute(0, 1, 3, 4, 2).flatten(1, 3)  # frames outermost, then rows, then columns
-        assert_close(value, (tokens + decoder.level_embed.weight[level]).detach())
-        position = sine_3d(3, *SIZES[level], 16, dtype=torch.float64).flatten(0, 2)
+    for index, (_, _, level, _) in enumerate(calls):
+        tokens = multi_scale[index].permute(0, 1, 3, 4, 2).flatten(1, 3)  # frames outermost, then rows, then columns
+        key, value = keys_and_values(level)
+        assert_close(value, (tokens + decoder.level_embed.weight[index]).detach())
+        position = sine_3d(3, *SIZES[index], 16, dtype=torch.float64).flatten(0, 2)
         assert_close(key - value, position.expand(2, -1, -1))
 
 

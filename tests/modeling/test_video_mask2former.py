@@ -9,7 +9,7 @@ from torch import Tensor
 
 from m2f_video.config import PixelDecoderConfig, SwinConfig, TransformerDecoderConfig, VideoMask2FormerConfig
 from m2f_video.modeling.transformer_decoder import predict_masks
-from m2f_video.modeling.video_mask2former import FrameFeatures, VideoMask2Former, VideoMask2FormerOutput
+from m2f_video.modeling.video_mask2former import FeatureBuffer, FrameFeatures, VideoMask2Former, VideoMask2FormerOutput
 from m2f_video.parity import random_frames, random_model
 from tests.tolerances import assert_close, differences, relative_error
 
@@ -386,6 +386,30 @@ def test_a_count_of_frames_must_be_positive(model: VideoMask2Former, count: int)
 def test_no_features_cannot_be_joined() -> None:
     with pytest.raises(ValueError, match="no frame features"):
         FrameFeatures.concatenate([])
+
+
+@pytest.mark.parametrize("capacity", [1, 2, 5, 6, 20])
+def test_a_buffer_joins_features_whatever_its_room(model: VideoMask2Former, capacity: int) -> None:
+    frames = clips(1, 6)[0]
+    whole, buffer = model.encode_frames(frames), FeatureBuffer(capacity)
+    for part in frames.split((1, 3, 2)):
+        buffer.append(model.encode_frames(part))
+    joined = buffer.features()
+    assert_close(joined.mask_features, whole.mask_features)
+    for ours, expected in zip(joined.multi_scale, whole.multi_scale, strict=True):
+        assert_close(ours, expected)
+        assert ours.flatten(2).transpose(1, 2).is_contiguous()  # tokens, as the decoder reads them
+
+
+def test_a_buffer_without_features_or_with_two_sizes(model: VideoMask2Former) -> None:
+    with pytest.raises(ValueError, match="capacity"):
+        FeatureBuffer(0)
+    buffer = FeatureBuffer(2)
+    with pytest.raises(ValueError, match="no frame features"):
+        buffer.features()
+    buffer.append(model.encode_frames(clips(1, 1, 32, 32)[0]))
+    with pytest.raises(ValueError, match="one size"):
+        buffer.append(model.encode_frames(clips(1, 1, 32, 64)[0]))
 
 
 def test_features_with_and_without_hidden_states_cannot_be_joined(model: VideoMask2Former) -> None:
