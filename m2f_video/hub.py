@@ -27,6 +27,9 @@ DTYPES = {
     str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 }
 CONFIG_NAME = "config.json"
+DEMO_NAME = "demo"
+"""Names the small trained model that is part of the package, wherever a checkpoint is asked for."""
+_DEMO_FOLDER = Path(__file__).parent / "demo_model"
 _CONFIG_FILES = [CONFIG_NAME, "preprocessor_config.json"]
 _SAFETENSORS = ["model*.safetensors", "model.safetensors.index.json"]
 _PICKLES = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
@@ -79,7 +82,7 @@ def load_config(
     """The config of a checkpoint, without its weights; arguments and errors as `VideoMask2Former.from_pretrained`."""
     if config is not None:
         return _with_temporal(resolve_config(config), temporal)
-    path = Path(source)
+    path = _local_path(source)
     if not path.exists():
         hub_options = _hub_options(revision, token, cache_dir, local_files_only, force_download)
         path = _download(str(source), _CONFIG_FILES, hub_options)
@@ -98,7 +101,7 @@ def load_checkpoint(
     force_download: bool = False,
 ) -> tuple[VideoMask2FormerConfig, dict[str, Tensor]]:
     """Config and native weights of a checkpoint; arguments and errors as `VideoMask2Former.from_pretrained`."""
-    path = Path(source)
+    path = _local_path(source)
     if not path.exists():
         hub_options = _hub_options(revision, token, cache_dir, local_files_only, force_download)
         path = _download(str(source), _CONFIG_FILES + _SAFETENSORS, hub_options)
@@ -107,6 +110,11 @@ def load_checkpoint(
     model_config = load_config(path, config=config, temporal=temporal)
     checkpoint = read_checkpoint(path)
     return model_config, to_native(checkpoint.state_dict, checkpoint.format)
+
+
+def _local_path(source: str | os.PathLike[str]) -> Path:
+    """Where a checkpoint is, unless it is on the hub."""
+    return _DEMO_FOLDER if source == DEMO_NAME else Path(source)
 
 
 def load_state_dict_strictly(model: nn.Module, state_dict: Mapping[str, Tensor], source: str) -> None:

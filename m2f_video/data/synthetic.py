@@ -39,7 +39,7 @@ noise, of 255         2               6               14
 
 (1) in shorter sides of the frame, speed and rotation per frame; (2) but two of a class may meet by chance.
 
-**Standard splits.** 320 x 192 pixels, 16 frames, at each difficulty: train = 2000 videos of seed 0, val = 100 of seed
+**Standard splits.** 320 x 192 pixels, 16 frames, at each difficulty: train = 20000 videos of seed 0, val = 100 of seed
 1000, test = 100 of seed 2000, such as ``SyntheticVideos(100, seed=1000, difficulty="medium")`` or
 ``m2f-video data synthesize val --videos 100 --seed 1000 --difficulty medium``. With the other arguments equal, video i
 depends on seed and i alone, so a smaller set is the beginning of a larger one. Results should name version,
@@ -75,7 +75,7 @@ class StandardSplit(TypedDict):
 
 
 STANDARD_SPLITS: dict[str, StandardSplit] = {
-    "train": {"num_videos": 2000, "seed": 0},
+    "train": {"num_videos": 20000, "seed": 0},
     "val": {"num_videos": 100, "seed": 1000},
     "test": {"num_videos": 100, "seed": 2000},
 }

@@ -278,7 +278,8 @@ class MaskedTransformerDecoder(nn.Module):
                 mask_logits = resize_frames(masks.detach(), sizes[level])
             else:
                 if level not in resized:
-                    resized[level] = resize_frames(mask_features.detach(), sizes[level])
+                    frames = mask_features.detach().split(1, dim=1)  # one by one: resizing copies what it reads
+                    resized[level] = torch.cat([resize_frames(frame, sizes[level]) for frame in frames], dim=1)
                 mask_logits = predict_masks(mask_embeddings.detach(), resized[level])
                 if level == NUM_LEVELS - 1:  # the finest is large: over a long clip it costs less to make than to keep
                     del resized[level]

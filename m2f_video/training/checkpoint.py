@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from m2f_video.video_io import atomic_path
 FORMAT = 1
 FOLDER = "checkpoints"
 _NAME = re.compile(r"step-(\d{8})\.pt")
-_UNREADABLE = (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError)  # what torch.load says
+_UNREADABLE = (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile)
 
 
 class CheckpointWarning(UserWarning):
@@ -33,10 +34,14 @@ def list_checkpoints(output: Path) -> list[tuple[int, Path]]:
 
 
 def save_checkpoint(output: Path, step: int, state: dict[str, Any], keep: int) -> Path:
-    """Write the state after `step` steps, then remove all but the latest `keep` checkpoints.
+    """Write the state after `step` steps, then remove all but the latest `keep` checkpoints up to this one.
 
     The file is on disk under a temporary name before it gets its own: a process killed at any moment leaves the earlier
-    checkpoints and, at most, a temporary file, which the next call removes.
+    checkpoints and, at most, a temporary file, which the next call removes. Checkpoints of later steps are damaged
+    ones that were passed over; they go too.
+
+    Raises:
+        OSError: the file cannot be written.
     """
     folder = output / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
@@ -44,11 +49,16 @@ def save_checkpoint(output: Path, step: int, state: dict[str, Any], keep: int) -
         leftover.unlink()
     path = folder / f"step-{step:08d}.pt"
     with atomic_path(path) as temporary, temporary.open("wb") as file:
-        torch.save({"format": FORMAT, "step": step, **state}, file)
+        try:
+            torch.save({"format": FORMAT, "step": step, **state}, file)
+        except RuntimeError as error:  # so PyTorch ends when only a part could be written
+            raise OSError(f"{path} cannot be written, the disk may be full: {_first_line(error)}") from error
         file.flush()
         os.fsync(file.fileno())
-    for _, old in list_checkpoints(output)[:-keep]:
-        old.unlink()
+    kept = [old for number, old in list_checkpoints(output) if number <= step][-keep:]
+    for _, old in list_checkpoints(output):
+        if old not in kept:
+            old.unlink()
     return path
 
 
@@ -63,12 +73,9 @@ def load_latest_checkpoint(output: Path) -> dict[str, Any] | None:
     checkpoints = list_checkpoints(output)
     for step, path in reversed(checkpoints):
         try:
-            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-            if state["step"] != step:
-                raise ValueError(f"it holds step {state['step']}")
+            state = _read(path, step)
         except _UNREADABLE as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            warnings.warn(f"{path} is damaged and passed over ({reason[:120]})", CheckpointWarning, stacklevel=2)
+            warnings.warn(f"{path} is damaged and passed over ({_first_line(error)})", CheckpointWarning, stacklevel=2)
             continue
         if state["format"] != FORMAT:
             raise ValueError(f"{path} has format {state['format']}, not {FORMAT}; a newer m2f-video wrote it: upgrade")
@@ -78,3 +85,21 @@ def load_latest_checkpoint(output: Path) -> dict[str, Any] | None:
             f"none of the {len(checkpoints)} checkpoints in {output / FOLDER} can be read; start a new run"
         )
     return None
+
+
+def _read(path: Path, step: int) -> dict[str, Any]:
+    """Load a file once its checksums, at which `torch.load` does not look, are found right."""
+    with zipfile.ZipFile(path) as archive:
+        if damaged := archive.testzip():
+            raise ValueError(f"the checksum of {damaged} in it is wrong")
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(state, dict) or "format" not in state:
+        raise ValueError("it is no checkpoint of a run")
+    if state["step"] != step:
+        raise ValueError(f"it holds step {state['step']}")
+    return state
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:120] if lines else type(error).__name__

@@ -121,8 +121,14 @@ class TrainConfig(CheckedConfig):
             raise ConfigError('this is the config of a model; a training config holds it as {"model": {...}}')
         data = dict(data)
         if isinstance(data.get("model"), dict):
-            data["model"] = VideoMask2FormerConfig.from_dict(data["model"])
-        return build_config(cls, data, path="")
+            try:
+                data["model"] = VideoMask2FormerConfig.from_dict(data["model"])
+            except ConfigError as error:
+                raise ConfigError(f"model: {error}") from error
+        try:
+            return build_config(cls, data, path="")
+        except ValueError as error:  # augmentation and sampling raise plain ones
+            raise ConfigError(str(error)) from error
 
     def to_json(self) -> str:
         """The text of a config file."""
@@ -176,15 +182,16 @@ def _demo() -> dict[str, Any]:
             transformer_decoder=TransformerDecoderConfig(
                 hidden_dim=128, num_queries=20, num_layers=6, num_heads=4, ffn_dim=512
             ),
-            preprocessing=PreprocessingConfig(shortest_edge=192),
+            preprocessing=PreprocessingConfig(shortest_edge=128),
         ),
-        "loss": LossConfig(num_points=1024),
-        "augment": AugmentConfig(shortest_edges=()),
+        "loss": LossConfig(class_weight=4.0, num_points=512),
+        "sampling": ClipSampling(frame_range=15),
+        "augment": AugmentConfig(shortest_edges=(128,)),
         "optim": OptimConfig(
-            learning_rate=5e-4, backbone_factor=1.0, clip_norm=1.0, schedule="cosine", warmup_steps=200, ema_decay=0.999
+            learning_rate=8e-4, backbone_factor=1.0, clip_norm=1.0, schedule="cosine", warmup_steps=200, ema_decay=0.999
         ),
-        "steps": 8000,
-        "batch_size": 4,
+        "steps": 6000,
+        "batch_size": 8,
         "num_workers": 1,
     }
 

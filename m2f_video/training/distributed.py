@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from m2f_video.hub import parse_device
 
@@ -70,3 +71,10 @@ def mean_over_workers(values: torch.Tensor) -> torch.Tensor:
         dist.all_reduce(values)
         values /= dist.get_world_size()
     return values
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Give every worker the first one's buffers, as batch norms gather running statistics of a worker's own clips."""
+    if dist.is_available() and dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)

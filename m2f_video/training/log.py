@@ -108,7 +108,7 @@ def _append_row(path: Path, row: Mapping[str, float]) -> None:
     """Add a row in one write; the first brings the header along."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(row), lineterminator="\n")
-    if not path.exists():
+    if not path.exists() or not path.stat().st_size:
         writer.writeheader()
     writer.writerow(row)
     with path.open("a", encoding="utf-8") as file:
@@ -116,10 +116,10 @@ def _append_row(path: Path, row: Mapping[str, float]) -> None:
 
 
 def _keep_rows(path: Path, last_step: int) -> None:
-    """Keep the header and the rows up to a step; a row cut short by a kill is one of those that go."""
+    """Keep the header and the rows up to a step; a line cut short by a kill or a full disk is one of those that go."""
     if not path.exists():
         return
-    header, *rows = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [row for row in rows if row.endswith("\n") and int(row.split(",", 1)[0]) <= last_step]
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    kept = lines[:1] + [row for row in lines[1:] if int(row.split(",", 1)[0]) <= last_step]
     with atomic_path(path) as temporary:
-        temporary.write_text("".join([header, *kept]), encoding="utf-8")
+        temporary.write_text("".join(kept), encoding="utf-8")

@@ -22,6 +22,8 @@ from torch.utils.checkpoint import checkpoint
 from m2f_video.config import VideoMask2FormerConfig
 from m2f_video.data.augment import Augmentation
 from m2f_video.data.clip import AnnotatedVideos, ClipDataset
+from m2f_video.evaluation.annotations import GroundTruth
+from m2f_video.evaluation.predict import evaluate_model, prepare_ground_truth
 from m2f_video.hub import load_checkpoint, load_state_dict_strictly
 from m2f_video.modeling.pixel_decoder import DeformableEncoderLayer
 from m2f_video.modeling.swin import SwinBlock
@@ -30,7 +32,7 @@ from m2f_video.modeling.video_mask2former import VideoMask2Former
 from m2f_video.training.batches import Batch, ClipBatches, ClipOrder, Collate, load_batches
 from m2f_video.training.checkpoint import list_checkpoints, load_latest_checkpoint, save_checkpoint
 from m2f_video.training.config import TrainConfig
-from m2f_video.training.distributed import Worker, mean_over_workers
+from m2f_video.training.distributed import Worker, mean_over_workers, share_buffers
 from m2f_video.training.log import TrainingLog
 from m2f_video.training.losses import LossNorms, NonFinitePredictionError, VideoMask2FormerLoss, loss_norms
 from m2f_video.training.optim import build_optimizer, learning_rate, set_learning_rate, update_average
@@ -60,7 +62,8 @@ class Trainer:
 
     Raises:
         ValueError: the folder holds a run and `resume` was not asked for; the run in it had another config or other
-            data; no checkpoint can be read; or a batch cannot be divided among the workers.
+            data; no checkpoint can be read; a batch cannot be divided among the workers; or the validation videos have
+            other classes or no annotations.
         OSError: files cannot be read or written.
     """
 
@@ -80,8 +83,9 @@ class Trainer:
         self.output = output
         self.validation = validation
         self.worker = worker or Worker(0, 1, torch.device("cpu"))
-        state = _checked_state(output, config, videos.fingerprint, resume)
         self._data = videos.fingerprint
+        state = _checked_state(output, config, self._data, resume)
+        self._truth = self._prepare_truth()
 
         torch.manual_seed(config.seed)
         model = VideoMask2Former(config.model)
@@ -108,6 +112,8 @@ class Trainer:
         if resume:
             begun = f"resume after step {self.steps_done}" if state else "there is no checkpoint yet; begin"
             self.log.say(f"{output}: {begun}")
+        if init is not None and state is None:
+            self._save()  # a run that is killed before its first checkpoint must not be resumed from random weights
 
     @property
     def result(self) -> VideoMask2Former:
@@ -193,10 +199,10 @@ class Trainer:
         self.scaler.unscale_(self.optimizer)
         limit = self.config.optim.clip_norm or float("inf")
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit).item()
-        if not np.isfinite(norm) and not self.scaler.is_enabled():  # the scaler leaves such a step out by itself
-            bad = next(
-                name for name, p in self.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()
-            )
+        # the scaler leaves such a step out and lowers the scale; once it is below 1, it is not what overflows
+        if not np.isfinite(norm) and not (self.scaler.is_enabled() and self.scaler.get_scale() >= 1):
+            parameters = ((name, p.grad) for name, p in self.model.named_parameters() if p.grad is not None)
+            bad = next((name for name, grad in parameters if not grad.isfinite().all()), "all parameters together")
             raise ValueError(
                 f"step {step + 1}: the gradient of {bad} is not finite; lower the learning rate, or go back to an "
                 "earlier checkpoint"
@@ -206,13 +212,27 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
+    def _prepare_truth(self) -> GroundTruth | None:
+        """What all evaluations measure by; a fault of the validation videos comes up here, before any training."""
+        if self.validation is None:
+            return None
+        if other := set(self.validation.labels) ^ set(self.config.model.labels):
+            raise ValueError(
+                f"training and validation videos must have the same classes; only one of them has {min(other)!r}"
+            )
+        if not self.worker.is_main:
+            return None
+        truth = prepare_ground_truth(self.validation)
+        if truth is None:
+            raise ValueError("the validation videos have no annotations: there is no truth to measure by")
+        return truth
+
     def _evaluate(self) -> None:
         """Measure on the validation videos; keep the best weights apart."""
         if self.validation is None:
             return
-        from m2f_video.evaluation.predict import evaluate_model
-
-        stats = evaluate_model(self.result, self.validation).stats
+        share_buffers(self.result)
+        stats = evaluate_model(self.result, self.validation, ground_truth=self._truth).stats
         self.log.evaluation(self.steps_done, stats)
         if self.best is None or stats["AP"] > self.best["AP"]:
             self.best = {"step": self.steps_done, "AP": stats["AP"]}
@@ -277,9 +297,10 @@ def load_initial_weights(model: VideoMask2Former, source: str) -> None:
         FileNotFoundError: no such checkpoint.
     """
     config, weights = load_checkpoint(source, config=_config_for_bare_file(source, model.config))
-    own = model.state_dict()
-    if config.labels != model.config.labels:
-        weights |= {name: own[name] for name in own if name.startswith("transformer_decoder.class_head.")}
+    head = {name: own for name, own in model.state_dict().items() if name.startswith("transformer_decoder.class_head.")}
+    fits = all(name not in weights or weights[name].shape == own.shape for name, own in head.items())
+    if config.labels != model.config.labels or not fits:  # a bare file says its number of labels by its shapes alone
+        weights |= head
     load_state_dict_strictly(model, weights, source)
 
 

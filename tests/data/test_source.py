@@ -37,7 +37,7 @@ def test_the_standard_splits(split):
 
 def test_splits_share_no_seed():
     assert STANDARD_SPLITS == {
-        "train": {"num_videos": 2000, "seed": 0},
+        "train": {"num_videos": 20000, "seed": 0},
         "val": {"num_videos": 100, "seed": 1000},
         "test": {"num_videos": 100, "seed": 2000},
     }

@@ -1,0 +1,85 @@
+"""A training run so small that a step takes tens of milliseconds."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from m2f_video.config import (
+    PixelDecoderConfig,
+    PreprocessingConfig,
+    SwinConfig,
+    TransformerDecoderConfig,
+    VideoMask2FormerConfig,
+)
+from m2f_video.data import AugmentConfig, SyntheticVideos
+from m2f_video.training import LossConfig, OptimConfig, TrainConfig, Trainer
+
+MODEL = VideoMask2FormerConfig(
+    backbone=SwinConfig(embed_dim=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8), window_size=4, drop_path_rate=0.2),
+    pixel_decoder=PixelDecoderConfig(hidden_dim=32, mask_dim=32, num_layers=1, ffn_dim=64, num_heads=4, num_points=2),
+    transformer_decoder=TransformerDecoderConfig(hidden_dim=32, num_queries=5, num_layers=2, num_heads=4, ffn_dim=64),
+    labels=SyntheticVideos.labels,
+    preprocessing=PreprocessingConfig(shortest_edge=32),
+)
+CONFIG = TrainConfig(
+    model=MODEL,
+    loss=LossConfig(num_points=32),
+    augment=AugmentConfig(shortest_edges=()),
+    optim=OptimConfig(ema_decay=0.9, milestones=(3,), warmup_steps=2),
+    steps=4,
+    batch_size=2,
+    checkpoint_every=1,
+    log_every=2,
+    num_workers=0,
+)
+"""Everything that is random or has a state takes part: dropped paths, points, the average of the weights."""
+
+EXACT = CONFIG.replace(
+    model=MODEL.replace(backbone=SwinConfig(**{**vars(MODEL.backbone), "drop_path_rate": 0.0})),
+    loss=LossConfig(matching="masks", mask_loss="masks"),
+)
+"""Nothing is drawn but the clips, so that it does not matter how a batch is divided."""
+
+VIDEOS = SyntheticVideos(4, num_frames=4, height=32, width=64)
+
+
+class Stopped(BaseException):
+    """What ends a run in the middle, as an interrupt does."""
+
+
+def train(output: Path, config: TrainConfig = CONFIG, **options: Any) -> Trainer:
+    """Train to the end; the trainer is given back to look at."""
+    trainer = Trainer(config, options.pop("videos", VIDEOS), output, **options)
+    trainer.train()
+    return trainer
+
+
+def train_until(step: int, output: Path, config: TrainConfig = CONFIG, **options: Any) -> None:
+    """Train, but end like a killed process right after a step's checkpoint."""
+    with pytest.MonkeyPatch.context() as patch:
+        save = Trainer._save
+
+        def stopping(trainer: Trainer) -> None:
+            save(trainer)
+            if trainer.steps_done == step:
+                raise Stopped
+
+        patch.setattr(Trainer, "_save", stopping)
+        with pytest.raises(Stopped):
+            train(output, config, **options)
+
+
+def rows(output: Path, name: str = "log.csv") -> list[dict[str, str]]:
+    """Of a run's log, without the times."""
+    with (output / name).open(encoding="utf-8") as file:
+        return [{key: value for key, value in row.items() if key != "seconds"} for row in csv.DictReader(file)]
+
+
+def column(output: Path, name: str) -> list[float]:
+    return [float(row[name]) for row in rows(output)]
+
+
+def final_weights(output: Path) -> bytes:
+    return (output / "final" / "model.safetensors").read_bytes()
