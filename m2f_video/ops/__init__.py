@@ -3,7 +3,9 @@
 B batch, N tokens of all levels, Q queries, M heads, D channels of a head, L levels, P points.
 """
 
-from typing import Literal, get_args
+import importlib.util
+import os
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -11,9 +13,17 @@ from torch import Tensor
 from m2f_video.ops.embedding_bag import ms_deform_attn_embedding_bag
 from m2f_video.ops.reference import ms_deform_attn_reference, sampling_locations_from_offsets
 
-__all__ = ["Backend", "ms_deform_attn", "resolve_backend", "sampling_locations_from_offsets"]
+__all__ = ["Backend", "available_backends", "ms_deform_attn", "resolve_backend", "sampling_locations_from_offsets"]
 
-Backend = Literal["auto", "reference", "embedding_bag"]
+Backend = Literal["auto", "reference", "embedding_bag", "triton"]
+
+BACKEND_VARIABLE = "M2F_VIDEO_MS_DEFORM_ATTN"
+"""Environment variable with the backend that `auto` stands for."""
+
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None  # finds it, does not import it
+_NO_TRITON = "triton is not installed; it comes with torch's CUDA builds for Linux"
 
 
 def ms_deform_attn(
@@ -33,16 +43,23 @@ def ms_deform_attn(
         sampling_locations: (B, Q, M, L, P, 2) as (x, y), 0 and 1 being the level's outer edges.
         attention_weights: (B, Q, M, L, P).
         backend: which implementation computes it; `auto` is `resolve_backend`'s rule. `embedding_bag` has no gradient
-            of the locations.
+            of the locations; `triton` runs on CUDA devices, in float32, bfloat16 and float16, and is reproducible bit
+            by bit after `torch.use_deterministic_algorithms(True)`.
 
     Returns:
         (B, Q, M * D), in the dtype of `value`.
 
     Raises:
-        ValueError: shapes that do not fit together, an unknown backend, or one without the gradient asked for.
+        ValueError: shapes that do not fit together, an unknown backend, one that cannot run here or on these inputs,
+            or one without the gradient asked for.
     """
     _check_shapes(value, spatial_shapes, sampling_locations, attention_weights)
-    if resolve_backend(backend, value, sampling_locations, attention_weights) == "embedding_bag":
+    resolved = resolve_backend(backend, value, sampling_locations, attention_weights)
+    if resolved == "triton":
+        from m2f_video.ops.triton_kernels import ms_deform_attn_triton
+
+        return ms_deform_attn_triton(value, spatial_shapes, sampling_locations, attention_weights)
+    if resolved == "embedding_bag":
         if torch.is_grad_enabled() and sampling_locations.requires_grad:
             raise ValueError(
                 "backend 'embedding_bag' gives no gradient of the locations; train with 'auto' or 'reference'"
@@ -51,21 +68,76 @@ def ms_deform_attn(
     return ms_deform_attn_reference(value, spatial_shapes, sampling_locations, attention_weights)
 
 
-def resolve_backend(backend: Backend, *inputs: Tensor) -> Literal["reference", "embedding_bag"]:
-    """The backend that will run: `auto` takes `embedding_bag` on a CPU when no gradient is asked for.
+def resolve_backend(backend: Backend, *inputs: Tensor) -> Literal["reference", "embedding_bag", "triton"]:
+    """The backend that will run.
 
-    The backward of `embedding_bag` is many times slower than grid_sample's, and on other devices it is not the
-    faster one, so everywhere else `auto` is `reference`.
+    A named backend is taken as it is. `auto` is the one that the environment variable M2F_VIDEO_MS_DEFORM_ATTN names.
+    Without it, or where it says `auto`, the first of these that holds:
+
+    - on a CPU, when no gradient is asked for: `embedding_bag`, whose backward is many times slower than grid_sample's;
+    - `reference`. (`triton` has to be asked for: its kernels pass their tests in Triton's interpreter and compile for
+      sm_75 to sm_120, but have not run on a GPU yet.)
 
     Raises:
-        ValueError: an unknown backend.
+        ValueError: an unknown backend, named by the argument or the environment, or `triton` where it cannot run.
     """
     if backend not in get_args(Backend):
         raise ValueError(f"unknown deformable attention backend {backend!r}; choose one of {get_args(Backend)}")
-    if backend != "auto":
-        return backend
-    needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
-    return "reference" if needs_grad or inputs[0].device.type != "cpu" else "embedding_bag"
+    if backend == "auto":
+        backend = _backend_of_environment()
+    if backend == "auto":
+        device = inputs[0].device.type
+        if device == "cpu" and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)):
+            backend = "embedding_bag"
+        else:
+            backend = "reference"
+    if backend == "triton" and (reason := _why_not_triton(*inputs)):
+        raise ValueError(f"deformable attention backend 'triton' cannot run: {reason}")
+    return backend
+
+
+def available_backends() -> dict[str, str | None]:
+    """Every backend but `auto`, and why it cannot run on this machine: None where it can."""
+    reasons: dict[str, str | None] = dict.fromkeys(get_args(Backend)[1:])
+    if not _TRITON_INSTALLED:
+        reasons["triton"] = _NO_TRITON
+    elif not (torch.cuda.is_available() or _triton_interpreted()):
+        reasons["triton"] = "there is no CUDA device"
+    return reasons
+
+
+def _backend_of_environment() -> Backend:
+    name = os.environ.get(BACKEND_VARIABLE) or "auto"
+    if name not in get_args(Backend):
+        raise ValueError(
+            f"unknown deformable attention backend {name!r} in the environment variable {BACKEND_VARIABLE}; "
+            f"choose one of {get_args(Backend)}"
+        )
+    return cast("Backend", name)
+
+
+def _why_not_triton(*inputs: Tensor) -> str | None:
+    if not _TRITON_INSTALLED:
+        return _NO_TRITON
+    dtypes = [tensor.dtype for tensor in inputs]
+    if not all(dtype in TRITON_DTYPES for dtype in dtypes):
+        return f"it takes float32, bfloat16 and float16, got {dtypes}; cast the inputs or take 'reference'"
+    devices = {tensor.device for tensor in inputs}
+    if len(devices) > 1:
+        return f"the inputs are on different devices, {sorted(map(str, devices))}"
+    device = inputs[0].device.type
+    if device != "cuda" and not (device == "cpu" and _triton_interpreted()):
+        return (
+            f"it needs CUDA tensors, got {device} (to try it on a CPU, slowly, set TRITON_INTERPRET=1 before the start)"
+        )
+    return None
+
+
+def _triton_interpreted() -> bool:
+    """Whether the kernels run on CPU tensors. Imports triton."""
+    from m2f_video.ops.triton_kernels import INTERPRETED
+
+    return INTERPRETED
 
 
 def _check_shapes(
