@@ -29,7 +29,7 @@ DTYPES = {
 CONFIG_NAME = "config.json"
 DEMO_NAME = "demo"
 """Names the small trained model that is part of the package, wherever a checkpoint is asked for."""
-_DEMO_FOLDER = Path(__file__).parent / "demo_model"
+DEMO_FOLDER = Path(__file__).parent / "demo_model"
 _CONFIG_FILES = [CONFIG_NAME, "preprocessor_config.json"]
 _SAFETENSORS = ["model*.safetensors", "model.safetensors.index.json"]
 _PICKLES = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
@@ -114,7 +114,7 @@ def load_checkpoint(
 
 def _local_path(source: str | os.PathLike[str]) -> Path:
     """Where a checkpoint is, unless it is on the hub."""
-    return _DEMO_FOLDER if source == DEMO_NAME else Path(source)
+    return DEMO_FOLDER if source == DEMO_NAME else Path(source)
 
 
 def load_state_dict_strictly(model: nn.Module, state_dict: Mapping[str, Tensor], source: str) -> None:

@@ -18,7 +18,7 @@ from m2f_video.processor import VideoProcessor
 from m2f_video.results import Rle, Track, VideoSegmentation, encode_mask
 from m2f_video.video_io import VideoReader, VideoSource, open_video
 
-UNKNOWN_LENGTH = 64  # frames to make room for where a video does not say how many it has
+MOST_ROOM = 256  # frames to make room for at once: what a file says of its length can be far off
 
 Progress = Callable[[str, int, int | None], None]
 """Called with a stage ("frames" or "masks"), how many frames it has done, and of how many (None: not known yet)."""
@@ -134,7 +134,7 @@ def _encode(
     progress: Progress | None,
 ) -> FrameFeatures:
     """Features of all frames of a video, read and encoded chunk by chunk."""
-    buffer, count = FeatureBuffer(reader.num_frames_hint or UNKNOWN_LENGTH), 0
+    buffer, count = FeatureBuffer(min(reader.num_frames_hint or MOST_ROOM, MOST_ROOM)), 0
     for chunk in _chunks(reader, chunk_size):
         buffer.append(model.encode_frames(processor.process_frames(chunk).to(model.device)))
         count += len(chunk)

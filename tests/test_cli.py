@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from m2f_video import VideoMask2Former, VideoMask2FormerConfig, read_video
+from m2f_video import VideoMask2Former, read_video
 from m2f_video.cli import COMMANDS, main
 from m2f_video.data.command import DATA_COMMANDS
 from m2f_video.video_io import VideoWriter
@@ -296,11 +296,29 @@ def test_parity_takes_one_kind_of_weights(folder, capsys):
     assert "not both" in capsys.readouterr().err
 
 
-def test_demo_says_that_its_model_is_untrained(tiny_config, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(VideoMask2FormerConfig, "preset", lambda _name: tiny_config)
+def test_info_says_what_runs(capsys, monkeypatch):
+    assert run("info") == 0
+    printed = capsys.readouterr().out
+    assert f"torch {torch.__version__.split('+')[0]}" in printed
+    assert "embedding_bag" in printed
+    assert "triton: " in printed
+    monkeypatch.setenv("M2F_VIDEO_MS_DEFORM_ATTN", "fastest")
+    assert run("info") == 0
+    assert "unknown deformable attention backend" in capsys.readouterr().out
+
+
+def test_demo_measures_its_result_by_the_truth(tmp_path, capsys):
     assert run("demo", "--output", tmp_path / "demo") == 0
     assert sorted(file.name for file in (tmp_path / "demo").iterdir()) == ["overlay.mp4", "tracks.json", "video.mp4"]
-    assert "UNTRAINED" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "AP50" in printed
+    rows = json.loads((tmp_path / "demo" / "tracks.json").read_text())["results"]
+    assert len(rows) == 10  # the threshold of the table does not cut what AP is measured by
+
+
+def test_demo_refuses_a_model_of_other_classes(folder, tmp_path, capsys):
+    code = run("demo", "--checkpoint", folder / "native", "--output", tmp_path / "demo")
+    assert_refused(capsys, code, tmp_path / "demo", "shapes of the benchmark")
 
 
 def test_a_demo_on_a_full_disk_leaves_nothing(tmp_path, capsys, monkeypatch):

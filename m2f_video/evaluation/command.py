@@ -1,24 +1,20 @@
 """The `eval` command: for results that exist already, and for a model that makes them."""
 
 import importlib.util
-import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-import torch.distributed as dist
 import tyro
 
 from m2f_video.console import print_table, progress_bars
 from m2f_video.data.source import is_synthetic, open_dataset
 from m2f_video.data.synthetic import SyntheticVideos
 from m2f_video.data.youtube_vis import YouTubeVis
+from m2f_video.distributed import join_workers
 from m2f_video.evaluation import report
 from m2f_video.evaluation.annotations import (
     EvaluationWarning,
@@ -139,11 +135,11 @@ def _evaluate_checkpoint(
         raise ValueError(f"{json} is where the results go; give --json another name")
     split = options.split or ("test" if is_synthetic(data) else "val")
     videos = open_dataset(data, split, options.videos)
-    with _joined_ranks() as rank, made_directory(options.output):
+    with join_workers(options.device) as worker, made_directory(options.output):
         for file in (results, submission, *([] if json is None else [json])):
             report.check_writable(file)
-        model = _load_model(checkpoint, options)
-        journal = options.output / JOURNAL_FILE.format(rank)
+        model = _load_model(checkpoint, options, worker.device)
+        journal = options.output / JOURNAL_FILE.format(worker.rank)
         predict = partial(
             predict_on_all_ranks,
             model,
@@ -152,7 +148,7 @@ def _evaluate_checkpoint(
             frames_per_chunk=options.frames_per_chunk,
             journal=journal,
         )
-        if rank != 0:
+        if not worker.is_main:
             predict()
             return 0
         tracking = tracking and _can_track()
@@ -162,8 +158,6 @@ def _evaluate_checkpoint(
             rows = predict(progress=_saying_what_was_done(journal, progress))
             report.write_results(results, rows)
             report.write_submission(submission, rows)
-            for finished in options.output.glob(JOURNAL_FILE.format("[0-9]*")):  # of every rank
-                finished.unlink()
             if truth is not None:
                 ap, followed = _measure(truth, load_results(rows, truth, progress), tracking, score_threshold, progress)
     if truth is None:
@@ -171,6 +165,8 @@ def _evaluate_checkpoint(
         print(f"there are no annotations: there is no truth to measure by{unwritten}")
     else:
         _show(ap, followed, json)
+    for finished in options.output.glob(JOURNAL_FILE.format("[0-9]*")):  # of every rank
+        finished.unlink()
     print(f"written to {options.output}: {results.name}, {submission.name}")
     return 0
 
@@ -189,29 +185,12 @@ def _saying_what_was_done(journal: Path, progress: Progress) -> Progress:
     return update
 
 
-def _load_model(checkpoint: str, options: ModelOptions) -> VideoMask2Former:
+def _load_model(checkpoint: str, options: ModelOptions, device: torch.device) -> VideoMask2Former:
     if load_config(checkpoint, config=options.config, temporal=options.temporal).temporal != "joint":
         raise ValueError(f"{checkpoint} is an image model; --temporal joint reads it as a video model")
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and dist.is_initialized():
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
     return VideoMask2Former.from_pretrained(
         checkpoint, config=options.config, temporal=options.temporal, device=device, dtype=options.dtype
     )
-
-
-@contextmanager
-def _joined_ranks() -> Iterator[int]:
-    """Join the processes that torchrun starts, if it does; gives the rank."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield 0
-        return
-    # Ranks wait for the slowest, which after a stop may have far more left to do; torchrun ends all when one fails.
-    dist.init_process_group("gloo", timeout=timedelta(days=7))
-    try:
-        yield dist.get_rank()
-    finally:
-        dist.destroy_process_group()
 
 
 def _describe(videos: YouTubeVis | SyntheticVideos, split: str) -> str:

@@ -38,9 +38,8 @@ class TimmBackbone(nn.Module):
 
     def forward(self, frames: Tensor) -> tuple[Tensor, ...]:
         """Frames (B, 3, height, width), normalised -> maps (B, C_i, H_i, W_i), fine to coarse."""
-        maps = self.model(
-            frames.contiguous(memory_format=torch.channels_last)
-        )  # the layout convolutions are fastest in
+        frames = frames.contiguous(memory_format=torch.channels_last)  # in which convolutions are fastest
+        maps = self.model(frames)
         levels = (maps[index] for index in self._indices)
         return tuple(level.permute(0, 3, 1, 2) if self._channels_last else level for level in levels)
 

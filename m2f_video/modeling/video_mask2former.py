@@ -336,8 +336,9 @@ class VideoMask2Former(
         """Load a model from the hub, a folder or a file, in this project's or a foreign format.
 
         Args:
-            pretrained_model_name_or_path: hub name (`owner/name`), folder with `config.json` and weights, or file
-                (`.safetensors`, `.bin`, `.pth`, `.pkl`). Transformers and detectron2 weights convert in memory.
+            pretrained_model_name_or_path: hub name (`owner/name`), folder with `config.json` and weights, file
+                (`.safetensors`, `.bin`, `.pth`, `.pkl`), or `demo`, the small model inside the package. Transformers
+                and detectron2 weights convert in memory.
             config: needed for a weight file without a `config.json` beside it; a config, the name of a preset, or a
                 config file. It replaces the checkpoint's own.
             temporal: `joint` or `per_frame`; None reads it from the checkpoint.

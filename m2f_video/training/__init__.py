@@ -1,7 +1,7 @@
 """Training: targets, matching, losses, and the loop."""
 
+from m2f_video.distributed import Worker, join_workers
 from m2f_video.training.config import TRAIN_PRESETS, TrainConfig
-from m2f_video.training.distributed import Worker, join_workers
 from m2f_video.training.losses import (
     LossConfig,
     LossNorms,

@@ -3,7 +3,7 @@
 B clips, T frames, N instances, H W height and width, padded to what the model takes.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ class ClipOrder:
 
     All videos are gone through in a random order, then again in another. The clips of a step are a function of seed
     and step, and the workers divide them among themselves, so that neither the number of workers nor that of the parts
-    of a step changes what is learned.
+    of a step changes which clips are learned from.
 
     Args:
         num_videos: of the dataset.
@@ -139,7 +139,9 @@ class ClipBatches(Dataset[Batch | Exception]):
             return error
 
 
-def load_batches(batches: ClipBatches, order: ClipOrder, num_workers: int, pin_memory: bool = False) -> Iterator[Batch]:
+def load_batches(
+    batches: ClipBatches, order: ClipOrder, num_workers: int, pin_memory: bool = False
+) -> Generator[Batch]:
     """Batches in order, prepared ahead by other processes.
 
     Args:

@@ -4,6 +4,7 @@ The state of a run is its weights, their moving average, the optimiser, the loss
 Everything random in a step is a function of the seed and the step, so that there is no other state to save.
 """
 
+import errno
 import os
 import pickle
 import re
@@ -38,7 +39,7 @@ def save_checkpoint(output: Path, step: int, state: dict[str, Any], keep: int) -
 
     The file is on disk under a temporary name before it gets its own: a process killed at any moment leaves the earlier
     checkpoints and, at most, a temporary file, which the next call removes. Checkpoints of later steps are damaged
-    ones that were passed over; they go too.
+    ones that were passed over; they stay under another name.
 
     Raises:
         OSError: the file cannot be written.
@@ -56,8 +57,10 @@ def save_checkpoint(output: Path, step: int, state: dict[str, Any], keep: int) -
         file.flush()
         os.fsync(file.fileno())
     kept = [old for number, old in list_checkpoints(output) if number <= step][-keep:]
-    for _, old in list_checkpoints(output):
-        if old not in kept:
+    for number, old in list_checkpoints(output):
+        if number > step:
+            old.replace(old.with_name(f"{old.name}.damaged"))
+        elif old not in kept:
             old.unlink()
     return path
 
@@ -69,12 +72,16 @@ def load_latest_checkpoint(output: Path) -> dict[str, Any] | None:
 
     Raises:
         ValueError: there are checkpoints, and none can be read; or a newer version wrote them.
+        OSError: the system does not let a file be read.
+        RuntimeError: there is not enough memory.
     """
     checkpoints = list_checkpoints(output)
     for step, path in reversed(checkpoints):
         try:
             state = _read(path, step)
         except _UNREADABLE as error:
+            if not _is_damage(error):
+                raise
             warnings.warn(f"{path} is damaged and passed over ({_first_line(error)})", CheckpointWarning, stacklevel=2)
             continue
         if state["format"] != FORMAT:
@@ -88,16 +95,25 @@ def load_latest_checkpoint(output: Path) -> dict[str, Any] | None:
 
 
 def _read(path: Path, step: int) -> dict[str, Any]:
-    """Load a file once its checksums, at which `torch.load` does not look, are found right."""
+    """Load a file whose checksums are right: `torch.load` does not look at them and would give wrong weights."""
     with zipfile.ZipFile(path) as archive:
-        if damaged := archive.testzip():
-            raise ValueError(f"the checksum of {damaged} in it is wrong")
+        if any(entry.compress_type for entry in archive.infolist()):  # PyTorch stores entries as they are
+            raise ValueError("its directory is damaged")
+        if archive.testzip():
+            raise ValueError("its checksums are wrong")
     state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(state, dict) or "format" not in state:
         raise ValueError("it is no checkpoint of a run")
     if state["step"] != step:
         raise ValueError(f"it holds step {state['step']}")
     return state
+
+
+def _is_damage(error: Exception) -> bool:
+    """Whether an error tells of the file, and not of a system that is short of memory or refuses to read."""
+    if isinstance(error, OSError):
+        return error.errno == errno.EINVAL  # a place before the file's beginning, as a damaged directory names one
+    return "allocate memory" not in str(error)
 
 
 def _first_line(error: Exception) -> str:

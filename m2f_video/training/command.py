@@ -9,7 +9,8 @@ import tyro
 
 from m2f_video.training.config import TRAIN_PRESETS, TrainConfig
 
-DEFAULT_PRESET = "demo"
+SHOWN_PRESET = "demo"
+"""Its fields are the defaults that --help shows where nothing else is chosen."""
 Settings = Annotated[TrainConfig, tyro.conf.AvoidSubcommands, tyro.conf.arg(name="")]
 
 
@@ -29,7 +30,7 @@ def train_command(argv: Sequence[str] = ()) -> Callable[..., int]:
         *,
         data: str,
         output: Path,
-        preset: Literal[TRAIN_PRESETS] = DEFAULT_PRESET,  # type: ignore[valid-type]  # made at run time
+        preset: Literal[TRAIN_PRESETS] | None = None,  # type: ignore[valid-type]  # made at run time
         config: Path | None = None,
         validation: str | None = None,
         validation_videos: int | None = None,
@@ -57,7 +58,8 @@ def train_command(argv: Sequence[str] = ()) -> Callable[..., int]:
             data: to train on: a folder or annotation file in the YouTubeVIS format; or synthetic:easy,
                 synthetic:medium, synthetic:hard, or synthetic for the medium one.
             output: folder of the run; it must not hold another one.
-            preset: recipe whose fields are the defaults.
+            preset: recipe whose fields are the defaults: demo, or that of a published checkpoint. A resumed run has its
+                own.
             config: JSON file of a recipe, such as the train.json of another run, instead of a preset.
             validation: dataset to evaluate on; for a folder its val.json. By default the validation videos of the
                 synthetic benchmark where that is trained on, and none otherwise; none says none.
@@ -69,12 +71,17 @@ def train_command(argv: Sequence[str] = ()) -> Callable[..., int]:
             settings: of the run.
         """
         from m2f_video.data.source import is_synthetic, open_dataset
-        from m2f_video.training.distributed import join_workers
-        from m2f_video.training.trainer import BEST_FOLDER, FINAL_FOLDER, Trainer
+        from m2f_video.distributed import join_workers
+        from m2f_video.training.trainer import BEST_FOLDER, CONFIG_FILE, FINAL_FOLDER, Trainer
 
+        if preset is None and config is None and not (resume and (output / CONFIG_FILE).exists()):
+            missing = f"there is no run to resume in {output}; " if resume else ""
+            raise ValueError(f"{missing}give --preset ({', '.join(TRAIN_PRESETS)}) or --config")
         validation = validation or (data if is_synthetic(data) else "none")
         videos = open_dataset(data, "train")
         held_out = None if validation == "none" else open_dataset(validation, "val", validation_videos)
+        if held_out is None and validation_videos is not None:
+            raise ValueError("--validation-videos needs --validation")
         with join_workers(device) as worker:
             trainer = Trainer(
                 settings,
@@ -99,7 +106,7 @@ def train_command(argv: Sequence[str] = ()) -> Callable[..., int]:
 def _defaults(argv: Sequence[str]) -> TrainConfig:
     """The config that the flags change, chosen by those flags that choose one."""
     if list(argv[:1]) != ["train"]:  # another command, whose --config is another thing
-        return TrainConfig.preset(DEFAULT_PRESET)
+        return TrainConfig.preset(SHOWN_PRESET)
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--preset", default=None)
     parser.add_argument("--config", type=Path, default=None)
@@ -108,7 +115,7 @@ def _defaults(argv: Sequence[str]) -> TrainConfig:
     try:
         given, _ = parser.parse_known_args(argv)
     except argparse.ArgumentError:  # a flag without its value: the real parser says so
-        return TrainConfig.preset(DEFAULT_PRESET)
+        return TrainConfig.preset(SHOWN_PRESET)
     if given.preset is not None and given.config is not None:
         raise ValueError("give --preset or --config, not both")
     if given.config is not None:
@@ -118,4 +125,4 @@ def _defaults(argv: Sequence[str]) -> TrainConfig:
 
         if (given.output / CONFIG_FILE).exists():
             return TrainConfig.from_file(given.output / CONFIG_FILE)
-    return TrainConfig.preset(given.preset if given.preset in TRAIN_PRESETS else DEFAULT_PRESET)
+    return TrainConfig.preset(given.preset if given.preset in TRAIN_PRESETS else SHOWN_PRESET)

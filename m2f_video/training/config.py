@@ -54,9 +54,11 @@ class TrainConfig(CheckedConfig):
     batch_size: int = 16
     """Clips of an update, over all workers and accumulated parts together."""
     accumulation: int = 1
-    """Parts into which a worker's share of the batch is split to save memory; the update stays the same."""
+    """Parts into which a worker's share of the batch is split to save memory; loss and gradients stay the same but for
+    rounding and for which random points are drawn."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Type of the matrix products; weights, losses and the optimiser stay in float32. float16 scales the loss."""
+    """Type of the matrix products in backbone and transformer decoder; pixel decoder (as in the original), weights,
+    losses and optimiser stay in float32. float16 scales the loss."""
     activation_checkpointing: bool = False
     """Compute the activations of each block again in the backward pass rather than keep them."""
     seed: int = 0

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from m2f_video.training.distributed import Worker
+from m2f_video.distributed import Worker
 from m2f_video.video_io import atomic_path
 
 STEPS_FILE, EVALUATIONS_FILE = "log.csv", "evaluation.csv"
@@ -94,6 +94,8 @@ class TrainingLog:
             f"{seconds:.2f} s/step  {left} left{memory}",
             flush=True,
         )
+        if self._writer is not None:
+            self._writer.flush()  # so that a killed run has lost no more than its last lines
 
 
 def _summary_writer(folder: Path, first_step: int) -> Any:

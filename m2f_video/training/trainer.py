@@ -6,8 +6,9 @@ never stopped, bit for bit where the device computes deterministically (CPUs do,
 """
 
 import copy
+import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from m2f_video.config import VideoMask2FormerConfig
 from m2f_video.data.augment import Augmentation
 from m2f_video.data.clip import AnnotatedVideos, ClipDataset
+from m2f_video.distributed import Worker, mean_over_workers, share_buffers
 from m2f_video.evaluation.annotations import GroundTruth
 from m2f_video.evaluation.predict import evaluate_model, prepare_ground_truth
 from m2f_video.hub import load_checkpoint, load_state_dict_strictly
@@ -32,8 +34,7 @@ from m2f_video.modeling.video_mask2former import VideoMask2Former
 from m2f_video.training.batches import Batch, ClipBatches, ClipOrder, Collate, load_batches
 from m2f_video.training.checkpoint import list_checkpoints, load_latest_checkpoint, save_checkpoint
 from m2f_video.training.config import TrainConfig
-from m2f_video.training.distributed import Worker, mean_over_workers, share_buffers
-from m2f_video.training.log import TrainingLog
+from m2f_video.training.log import EVALUATIONS_FILE, STEPS_FILE, TrainingLog
 from m2f_video.training.losses import LossNorms, NonFinitePredictionError, VideoMask2FormerLoss, loss_norms
 from m2f_video.training.optim import build_optimizer, learning_rate, set_learning_rate, update_average
 from m2f_video.video_io import atomic_path
@@ -84,13 +85,20 @@ class Trainer:
         self.validation = validation
         self.worker = worker or Worker(0, 1, torch.device("cpu"))
         self._data = videos.fingerprint
-        state = _checked_state(output, config, self._data, resume)
+        self._held_out = None if validation is None else validation.fingerprint
+        if config.evaluate_every and validation is None:
+            raise ValueError(
+                f"evaluate_every={config.evaluate_every}, but there are no validation videos; give some, or leave it 0"
+            )
+        state = _checked_state(output, config, (self._data, self._held_out), resume)
+        self.worker.check_same(
+            "the run to go on with", (config.to_json(), self._data, None if state is None else state["step"])
+        )
         self._truth = self._prepare_truth()
 
         torch.manual_seed(config.seed)
         model = VideoMask2Former(config.model)
-        if init is not None and state is None:
-            load_initial_weights(model, init)
+        knows_classes = init is None or state is not None or load_initial_weights(model, init)
         self.model = model.to(self.worker.device).train()
         self.average = copy.deepcopy(self.model).eval().requires_grad_(False) if config.optim.ema_decay else None
         if config.activation_checkpointing:
@@ -106,19 +114,23 @@ class Trainer:
         self._batches = self._load_batches(videos)
         if self.worker.is_main:
             output.mkdir(parents=True, exist_ok=True)
-            with atomic_path(output / CONFIG_FILE) as file:
-                file.write_text(config.to_json(), encoding="utf-8")
+            _remove_leftovers(output)
         self.log = TrainingLog(output, self.worker, config.steps, self.steps_done, config.log_every, tensorboard)
         if resume:
             begun = f"resume after step {self.steps_done}" if state else "there is no checkpoint yet; begin"
             self.log.say(f"{output}: {begun}")
-        if init is not None and state is None:
-            self._save()  # a run that is killed before its first checkpoint must not be resumed from random weights
+        if state is not None and state["workers"] != self.worker.world_size:
+            self.log.say(
+                f"{output}: there were {state['workers']} workers and are now {self.worker.world_size}, so that other "
+                "random numbers are drawn than in an uninterrupted run"
+            )
+        if not knows_classes:
+            self.log.say(f"{init} knows other classes: the classifier begins with random weights")
 
     @property
     def result(self) -> VideoMask2Former:
         """The model whose weights are evaluated and saved: the moving average where there is one."""
-        return self.average or self.model
+        return self.model if self.average is None else self.average
 
     def train(self) -> VideoMask2Former:
         """Do the steps that are left, and leave the model in `final/`.
@@ -129,9 +141,11 @@ class Trainer:
             OSError: files cannot be read or written.
         """
         config, model = self.config, self._wrapped()
+        self._begin()
         for step in range(self.steps_done, config.steps):
             started = time.perf_counter()
-            set_learning_rate(self.optimizer, rate := learning_rate(config.optim, step, config.steps))
+            rate = learning_rate(config.optim, step, config.steps)
+            set_learning_rate(self.optimizer, rate)
             losses = self._gradients(model, step, list(islice(self._batches, config.accumulation)))
             grad_norm = self._update(step)
             if self.average is not None:
@@ -142,20 +156,39 @@ class Trainer:
             values |= {"learning_rate": rate, "grad_norm": grad_norm, "seconds": time.perf_counter() - started}
             self.log.step(self.steps_done, values)
             last = self.steps_done == config.steps
-            if last or (config.evaluate_every and self.steps_done % config.evaluate_every == 0):
-                self._evaluate()
-            if last or self.steps_done % config.checkpoint_every == 0:
+            evaluates = last or (config.evaluate_every > 0 and self.steps_done % config.evaluate_every == 0)
+            is_best = evaluates and self._evaluate()
+            if last or is_best or self.steps_done % config.checkpoint_every == 0:
                 self._save()
-        if self.worker.is_main:
-            self.result.save_pretrained(self.output / FINAL_FOLDER)
+            if is_best:  # after the checkpoint that says so
+                self._write(BEST_FOLDER)
+        self._write(FINAL_FOLDER)
+        self._batches.close()  # and the processes behind it
         self.log.close()
         return self.result.eval()
+
+    def _begin(self) -> None:
+        """Leave what a run needs to be resumed from its beginning, or make up for what a kill has kept from it."""
+        if not self.worker.is_main:
+            return
+        if self.steps_done == 0:  # initial weights included
+            self._save()
+        with atomic_path(self.output / CONFIG_FILE) as file:
+            file.write_text(self.config.to_json(), encoding="utf-8")
+        if self.best is not None and self.best["step"] == self.steps_done:
+            self._write(BEST_FOLDER)
+
+    def _write(self, folder: str) -> None:
+        if self.worker.is_main:
+            self.result.save_pretrained(self.output / folder)
 
     def _wrapped(self) -> Callable[..., Any]:
         if self.worker.world_size == 1:
             return self.model
         devices = [self.worker.device] if self.worker.device.type == "cuda" else None
-        return DistributedDataParallel(self.model, device_ids=devices)
+        decoder = self.model.transformer_decoder
+        unused = len(decoder.layers) < len(decoder.input_projections)  # those of levels that no layer attends to
+        return DistributedDataParallel(self.model, device_ids=devices, find_unused_parameters=unused)
 
     def _gradients(self, model: Callable[..., Any], step: int, parts: list[Batch]) -> Tensor:
         """Add up the gradients of a step's parts; gives the losses `loss` and `LOGGED_PARTS`."""
@@ -227,17 +260,17 @@ class Trainer:
             raise ValueError("the validation videos have no annotations: there is no truth to measure by")
         return truth
 
-    def _evaluate(self) -> None:
-        """Measure on the validation videos; keep the best weights apart."""
+    def _evaluate(self) -> bool:
+        """Measure on the validation videos, if there are any; gives whether these are the best weights so far."""
         if self.validation is None:
-            return
+            return False
         share_buffers(self.result)
         stats = evaluate_model(self.result, self.validation, ground_truth=self._truth).stats
         self.log.evaluation(self.steps_done, stats)
-        if self.best is None or stats["AP"] > self.best["AP"]:
-            self.best = {"step": self.steps_done, "AP": stats["AP"]}
-            if self.worker.is_main:
-                self.result.save_pretrained(self.output / BEST_FOLDER)
+        if self.best is not None and stats["AP"] <= self.best["AP"]:
+            return False
+        self.best = {"step": self.steps_done, "AP": stats["AP"]}
+        return True
 
     def _save(self) -> None:
         if not self.worker.is_main:
@@ -245,6 +278,8 @@ class Trainer:
         state = {
             "config": self.config.to_json(),
             "data": self._data,
+            "validation": self._held_out,
+            "workers": self.worker.world_size,
             "model": self.model.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -262,12 +297,12 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
 
-    def _load_batches(self, videos: AnnotatedVideos) -> Iterator[Batch]:
+    def _load_batches(self, videos: AnnotatedVideos) -> Generator[Batch]:
         config = self.config
         order = ClipOrder(
             len(videos),
             batch_size=config.batch_size,
-            steps=(self.steps_done, max(config.steps, self.steps_done)),
+            steps=(self.steps_done, config.steps),
             seed=config.seed,
             rank=self.worker.rank,
             world_size=self.worker.world_size,
@@ -289,8 +324,11 @@ def recompute_activations(model: nn.Module) -> None:
             module.forward = partial(checkpoint, module.forward, use_reentrant=False)  # type: ignore[method-assign]
 
 
-def load_initial_weights(model: VideoMask2Former, source: str) -> None:
+def load_initial_weights(model: VideoMask2Former, source: str) -> bool:
     """Load a checkpoint's weights into a model; a classifier of other labels keeps the weights it has.
+
+    Returns:
+        Whether the classifier was loaded too.
 
     Raises:
         weights_convert.ConversionError: other weights are missing, left over, or of other shapes.
@@ -299,9 +337,9 @@ def load_initial_weights(model: VideoMask2Former, source: str) -> None:
     config, weights = load_checkpoint(source, config=_config_for_bare_file(source, model.config))
     head = {name: own for name, own in model.state_dict().items() if name.startswith("transformer_decoder.class_head.")}
     fits = all(name not in weights or weights[name].shape == own.shape for name, own in head.items())
-    if config.labels != model.config.labels or not fits:  # a bare file says its number of labels by its shapes alone
-        weights |= head
-    load_state_dict_strictly(model, weights, source)
+    knows_classes = config.labels == model.config.labels and fits  # a bare file says how many by its shapes alone
+    load_state_dict_strictly(model, weights if knows_classes else weights | head, source)
+    return knows_classes
 
 
 def _config_for_bare_file(source: str, config: VideoMask2FormerConfig) -> VideoMask2FormerConfig | None:
@@ -310,10 +348,23 @@ def _config_for_bare_file(source: str, config: VideoMask2FormerConfig) -> VideoM
     return config if path.is_file() and not (path.parent / "config.json").exists() else None
 
 
-def _checked_state(output: Path, config: TrainConfig, data: str, resume: bool) -> dict[str, Any] | None:
-    """The state to resume from; None to begin."""
+def _remove_leftovers(output: Path) -> None:
+    """Remove what a killed run was writing."""
+    for pattern in (f".{Path(CONFIG_FILE).stem}.*", ".log.*.csv", ".evaluation.*.csv"):
+        for file in output.glob(pattern):
+            file.unlink()
+    for folder in (FINAL_FOLDER, BEST_FOLDER):
+        for staging in (output / folder).glob(".writing-*"):
+            shutil.rmtree(staging)
+
+
+def _checked_state(
+    output: Path, config: TrainConfig, data: tuple[str, str | None], resume: bool
+) -> dict[str, Any] | None:
+    """The state to resume from; None to begin. `data` is of the training and of the validation videos."""
     if not resume:
-        if list_checkpoints(output) or (output / FINAL_FOLDER).exists():
+        traces = (FINAL_FOLDER, BEST_FOLDER, CONFIG_FILE, STEPS_FILE, EVALUATIONS_FILE)
+        if list_checkpoints(output) or any((output / name).exists() for name in traces):
             raise ValueError(f"{output} holds a training run already; go on with it by resume, or write elsewhere")
         return None
     state = load_latest_checkpoint(output)
@@ -325,9 +376,10 @@ def _checked_state(output: Path, config: TrainConfig, data: str, resume: bool) -
             f"the run in {output} has another {', '.join(names[:5])}; resume it with the config it began with "
             f"({output / CONFIG_FILE})"
         )
-    if state["data"] != data:
-        raise ValueError(
-            f"the training data are not those that the run in {output} began with (annotations, labels or videos have "
-            "changed); restore them, or start a new run"
-        )
+    for kind, was, now in zip(("training", "validation"), (state["data"], state["validation"]), data, strict=True):
+        if was != now:
+            raise ValueError(
+                f"the {kind} videos are not those that the run in {output} began with (another dataset, or its "
+                "annotations, labels or videos have changed); give or restore them, or start a new run"
+            )
     return state

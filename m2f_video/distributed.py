@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -31,6 +32,21 @@ class Worker:
         """Whether this is the one that writes files and prints."""
         return self.rank == 0
 
+    def check_same(self, what: str, value: object) -> None:
+        """Make sure that all workers have the same value; each has to call it.
+
+        Raises:
+            ValueError: they have not; raised by all of them.
+        """
+        if dist.is_available() and dist.is_initialized():
+            values: list[object] = [None] * self.world_size
+            dist.all_gather_object(values, value)
+            if any(other != values[0] for other in values):
+                raise ValueError(
+                    f"the workers differ in {what}; give all of them the same flags, data and output folder, which has "
+                    "to be one that all machines share"
+                )
+
 
 @contextmanager
 def join_workers(device: str | torch.device | None = None) -> Iterator[Worker]:
@@ -53,15 +69,17 @@ def join_workers(device: str | torch.device | None = None) -> Iterator[Worker]:
         raise ValueError(
             f"WORLD_SIZE is set, but RANK and LOCAL_RANK are not all numbers ({error}); start with torchrun"
         ) from error
+    if ":" in name and world_size > 1:
+        raise ValueError(f"{world_size} workers cannot share {name}; give the device without a number")
     on_gpu = name.startswith("cuda")
     worker_device = parse_device(f"cuda:{local_rank}" if name == "cuda" else name)
     if on_gpu:
         torch.cuda.set_device(worker_device)
-    dist.init_process_group("nccl" if on_gpu else "gloo", rank=rank, world_size=world_size)
-    try:
-        yield Worker(rank, world_size, worker_device)
-    finally:
-        dist.destroy_process_group()
+    # Workers wait for the slowest, in an evaluation for long; torchrun ends all of them when one fails.
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+    dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timedelta(days=1))
+    yield Worker(rank, world_size, worker_device)
+    dist.destroy_process_group()  # not after an error: others may be waiting in a collective, and so would this one
 
 
 def mean_over_workers(values: torch.Tensor) -> torch.Tensor:

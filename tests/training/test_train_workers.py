@@ -1,0 +1,154 @@
+"""Several processes train what one does, and agree on everything that is decided."""
+
+import os
+import socket
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+from m2f_video.data import SyntheticVideos
+from m2f_video.distributed import mean_over_workers, share_buffers
+from m2f_video.training import OptimConfig, Trainer, Worker, join_workers, trainer
+from tests.training.tiny_run import EXACT, HARD, column, largest_difference, plain_descent, rows
+
+HELD_OUT = SyntheticVideos(3, seed=1, num_frames=2, height=32, width=64)
+CONFIG = EXACT.replace(
+    batch_size=4, steps=3, checkpoint_every=3, optim=OptimConfig(learning_rate=1e-2, clip_norm=1.0, ema_decay=0.5)
+)
+CONFIGS = {
+    "whole": CONFIG,
+    "parts": CONFIG.replace(accumulation=2, steps=2),
+    "others": CONFIG.replace(
+        model=CONFIG.model.replace(
+            backbone="timm:test_resnet",  # batch norms gather statistics of a worker's own clips
+            transformer_decoder=replace(CONFIG.model.transformer_decoder, hidden_dim=64),  # one projection is unused
+        ),
+        batch_size=2,
+        steps=2,
+    ),
+}
+
+
+def train_all(folder: Path, worker: Worker) -> None:
+    """Run each config with a plain optimiser; keep the weights, and what was evaluated as every worker saw it."""
+    evaluate, evaluated = trainer.evaluate_model, []
+
+    def watched(model: nn.Module, *arguments: Any, **options: Any) -> Any:
+        weights = b"".join(tensor.numpy().tobytes() for tensor in model.state_dict().values())
+        result = evaluate(model, *arguments, **options)
+        evaluated.append((sha256(weights).hexdigest(), result.stats))
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "build_optimizer", plain_descent)
+        patch.setattr(trainer, "evaluate_model", watched)
+        for name, config in CONFIGS.items():
+            made = Trainer(config, HARD, folder / name, validation=HELD_OUT, worker=worker)
+            made.train()
+            torch.save(made.model.state_dict(), folder / name / f"worker-{worker.rank}.pt")
+            (folder / name / f"evaluated-{worker.rank}").write_text(repr((evaluated, made.best)))
+
+
+def run_worker(rank: int, folder: Path, port: int) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with join_workers("cpu") as worker:
+        assert worker == Worker(rank, 2, torch.device("cpu"))
+        assert mean_over_workers(torch.tensor([rank, 4.0])).tolist() == [0.5, 4.0]
+        train_all(folder, worker)
+    assert not dist.is_initialized()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The same runs by one process and by two."""
+    one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+    mp.spawn(run_worker, args=(two, port), nprocs=2)
+    train_all(one, Worker(0, 1, torch.device("cpu")))
+    return one, two
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="PyTorch without torch.distributed")
+class TestTwoWorkers:
+    @pytest.mark.parametrize("name", ["whole", "parts"])
+    def test_they_learn_what_one_does(self, name: str, runs: tuple[Path, Path]) -> None:
+        one, two = (folder / name for folder in runs)
+        for number in ("loss", "loss_ce", "loss_mask", "loss_dice", "grad_norm"):
+            assert column(two, number) == pytest.approx(
+                column(one, number), rel=1e-3 if number == "grad_norm" else 1e-5
+            )
+        first, second, alone = (
+            torch.load(file) for file in (two / "worker-0.pt", two / "worker-1.pt", one / "worker-0.pt")
+        )
+        assert largest_difference(first, second) == 0
+        assert largest_difference(first, alone) < 1e-6
+
+    @pytest.mark.parametrize("name", CONFIGS)
+    def test_they_evaluate_the_same_weights_together(self, name: str, runs: tuple[Path, Path]) -> None:
+        _, two = (folder / name for folder in runs)
+        first, second = ((two / f"evaluated-{rank}").read_text() for rank in range(2))
+        assert first == second
+
+    def test_they_measure_what_one_does(self, runs: tuple[Path, Path]) -> None:
+        one, two = (rows(folder / "whole", "evaluation.csv") for folder in runs)
+        assert len(one) == 1
+        for name, value in one[0].items():
+            assert float(two[0][name]) == pytest.approx(float(value), abs=1e-3)
+
+    def test_the_first_alone_writes(self, runs: tuple[Path, Path]) -> None:
+        one, two = (folder / "whole" for folder in runs)
+        assert [row["step"] for row in rows(two)] == ["1", "2", "3"]
+        ours, theirs = (
+            sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if "-1" not in file.name)
+            for folder in (one, two)
+        )
+        assert ours == theirs
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+def test_alone(environment: pytest.MonkeyPatch) -> None:
+    with join_workers("cpu") as worker:
+        assert worker == Worker(0, 1, torch.device("cpu"))
+        assert worker.is_main
+    values = torch.ones(2)
+    assert mean_over_workers(values) is values
+    share_buffers(nn.BatchNorm1d(2))
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"WORLD_SIZE": "2"}, "'RANK'.*start with torchrun"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "first"}, "first.*start with torchrun"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, "MASTER_ADDR"),
+    ],
+)
+def test_a_group_that_is_half_described(
+    variables: dict[str, str], message: str, environment: pytest.MonkeyPatch
+) -> None:
+    for name, value in variables.items():
+        environment.setenv(name, value)
+    with pytest.raises(ValueError, match=message), join_workers("cpu"):
+        pass
+
+
+def test_no_such_device(environment: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="unknown device 'abacus'"), join_workers("abacus"):
+        pass
