@@ -14,7 +14,7 @@ from torch import nn
 
 from m2f_video import VideoMask2Former
 from m2f_video.data import AugmentConfig, ClipSampling, SyntheticVideos
-from m2f_video.evaluation import evaluate_model
+from m2f_video.evaluation import evaluate_model, predict
 from m2f_video.modeling.ms_deform_attn import MSDeformAttn
 from m2f_video.modeling.swin import Mlp
 from m2f_video.modeling.transformer_decoder import CrossAttention
@@ -365,9 +365,11 @@ def test_a_run_killed_before_its_first_checkpoint_keeps_what_it_began_with(other
 def test_evaluations_measure_the_average_by_a_truth_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[object] = []
     prepare = trainer.prepare_ground_truth
-    monkeypatch.setattr(trainer, "prepare_ground_truth", lambda videos: calls.append(videos) or prepare(videos))
+    for module in (trainer, predict):
+        monkeypatch.setattr(module, "prepare_ground_truth", lambda videos: calls.append(videos) or prepare(videos))
     done = train(tmp_path, CONFIG.replace(evaluate_every=2, model=EXACT.model), validation=VIDEOS)
     assert calls == [VIDEOS]
+    monkeypatch.undo()
     assert [row["step"] for row in rows(tmp_path, "evaluation.csv")] == ["2", "3"]
     expected = evaluate_model(done.average, VIDEOS).stats
     found = rows(tmp_path, "evaluation.csv")[-1]
