@@ -104,7 +104,13 @@ class Collate:
         divisor = self.preprocessing.size_divisor
         height, width = (max(-(-clip.frames.shape[axis] // divisor) * divisor for clip in clips) for axis in (-2, -1))
         targets = [
-            prepare_target(clip.labels, clip.masks, num_labels=self.num_labels, label_source=self.label_source)
+            prepare_target(
+                clip.labels,
+                clip.masks,
+                num_labels=self.num_labels,
+                label_source=self.label_source,
+                present=clip.present,
+            )
             for clip in clips
         ]
         return torch.stack([self._frames(clip.frames, height, width) for clip in clips]), targets

@@ -50,7 +50,12 @@ class ClipTarget:
 
 
 def prepare_target(
-    labels: Tensor, masks: Tensor, *, num_labels: int, label_source: LabelSource = "any_frame"
+    labels: Tensor,
+    masks: Tensor,
+    *,
+    num_labels: int,
+    label_source: LabelSource = "any_frame",
+    present: Tensor | None = None,
 ) -> ClipTarget:
     """The target of a sampled clip, from the annotations of all of a video's instances.
 
@@ -63,17 +68,24 @@ def prepare_target(
         label_source: `any_frame`: an instance seen in any frame has its class. `last_frame`: the original's
             behaviour, which reads classes from the last sampled frame and so trains an instance that is absent there
             as "no object" (class K), although its masks are still learned.
+        present: bool (n, T), in which frames an instance is annotated, for `last_frame`: one whose mask augmentation
+            has cropped away is annotated there still. None goes by the masks.
 
     Raises:
-        ValueError: as `ClipTarget`, a label that is not below K, or an unknown `label_source`.
+        ValueError: as `ClipTarget`, a label that is not below K, `present` of another shape, or an unknown
+            `label_source`.
     """
     if label_source not in get_args(LabelSource):
         raise ValueError(f"label_source must be one of {get_args(LabelSource)}, got {label_source!r}")
     ClipTarget(labels, masks)  # checks them
     if labels.numel() and labels.max() >= num_labels:
         raise ValueError(f"labels must be below num_labels={num_labels}, got {int(labels.max())}")
-    present = masks.bool().flatten(2).any(-1)  # (n, T)
+    seen = masks.bool().flatten(2).any(-1)  # (n, T)
+    if present is None:
+        present = seen
+    if present.shape != seen.shape or present.dtype != torch.bool:
+        raise ValueError(f"present must be bool {tuple(seen.shape)}, got {present.dtype} {tuple(present.shape)}")
     if label_source == "last_frame":
         labels = torch.where(present[:, -1], labels, num_labels)
-    visible = present.any(1)
+    visible = seen.any(1)
     return ClipTarget(labels[visible], masks[visible])

@@ -49,6 +49,17 @@ def test_masks_of_every_dtype(dtype: torch.dtype) -> None:
     assert target.labels.tolist() == [3, 0, 2, 4]
 
 
+def test_the_last_frame_goes_by_annotations_where_they_are_known() -> None:
+    target_masks = masks(PRESENCE)
+    annotated = target_masks.flatten(2).any(-1)
+    annotated[:, -1] = True  # what augmentation has cropped away is annotated still
+    options = {"num_labels": 5, "present": annotated}
+    assert prepare_target(LABELS, target_masks, label_source="last_frame", **options).labels.tolist() == [3, 0, 2, 4]
+    assert prepare_target(LABELS, target_masks, label_source="any_frame", **options).labels.tolist() == [3, 0, 2, 4]
+    with pytest.raises(ValueError, match=r"present must be bool \(5, 3\)"):
+        prepare_target(LABELS, target_masks, num_labels=5, present=annotated[:, 0])
+
+
 def test_unknown_label_source_is_named() -> None:
     with pytest.raises(ValueError, match="'first_frame'"):
         prepare_target(LABELS, masks(PRESENCE), num_labels=5, label_source="first_frame")
