@@ -1,6 +1,6 @@
 """Time a frame through our model and through transformers, with the same weights and input, alternating in one process.
 
-    python benchmarks/speed.py [--height 480 --width 864 --frames 1 --repeats 7 --json FILE]
+    python benchmarks/speed.py [--height 480 --width 864 --frames 1 --repeats 7 --json-file FILE]
 
 Medians, and the ratio transformers / ours of each part. A clip's frames are timed together; the time is divided by T.
 """

@@ -56,7 +56,7 @@ def main(output: Path, results: Path = Path("benchmarks/results/demo.json"), thr
         run(f"eval --data synthetic:{difficulty} --checkpoint demo --output {folder} --json {report}")
         numbers = json.loads(report.read_text())
         metrics[difficulty] = {name: value for name, value in numbers.items() if name != "per_category"}
-    report = {
+    summary = {
         "commands": commands,
         "threads": threads,
         "seconds": {name: training_seconds(output / name / "log.csv") for name in STAGES},
@@ -64,7 +64,7 @@ def main(output: Path, results: Path = Path("benchmarks/results/demo.json"), thr
         "metrics on 100 test videos": metrics,
     }
     with atomic_path(results) as temporary:
-        temporary.write_text(json.dumps(report, indent=2) + "\n")
+        temporary.write_text(json.dumps(summary, indent=2) + "\n")
 
 
 def run(command: str) -> None:

@@ -63,8 +63,8 @@ class Trainer:
 
     Raises:
         ValueError: the folder holds a run and `resume` was not asked for; the run in it had another config or other
-            data; no checkpoint can be read; a batch cannot be divided among the workers; or the validation videos have
-            other classes or no annotations.
+            data; no checkpoint can be read; a batch cannot be divided among the workers, or they disagree on what to
+            go on with; or the validation videos are missing, have other classes or no annotations.
         OSError: files cannot be read or written.
     """
 
@@ -208,8 +208,8 @@ class Trainer:
                 raise NonFinitePredictionError(f"step {step + 1}: {error}") from error
             self.scaler.scale(result.total).backward()
             values = [result.total, *(result.parts[name] for name in LOGGED_PARTS)]
-            losses += torch.stack(values).detach().double().cpu()
-        return losses.to(device if device.type == "cuda" else "cpu")
+            losses += torch.stack(values).detach().cpu()
+        return losses
 
     def _norms(self, parts: list[Batch]) -> LossNorms:
         return loss_norms(

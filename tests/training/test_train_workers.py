@@ -2,6 +2,7 @@
 
 import os
 import socket
+from contextlib import nullcontext
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -152,3 +153,18 @@ def test_a_group_that_is_half_described(
 def test_no_such_device(environment: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="unknown device 'abacus'"), join_workers("abacus"):
         pass
+
+
+@pytest.mark.parametrize(("theirs", "differ"), [(("config", 5), False), (("config", 0), True)])
+def test_workers_that_would_go_on_from_different_steps_are_stopped(
+    monkeypatch: pytest.MonkeyPatch, theirs: tuple[str, int], differ: bool
+) -> None:
+    def gather(values: list[object], mine: object) -> None:
+        values[:] = [mine, theirs]
+
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    worker = Worker(0, 2, torch.device("cpu"))
+    expected = pytest.raises(ValueError, match="the workers differ in the run") if differ else nullcontext()
+    with expected:
+        worker.check_same("the run", ("config", 5))
