@@ -42,16 +42,16 @@ def ms_deform_attn(
         spatial_shapes: (height, width) of each of the L levels.
         sampling_locations: (B, Q, M, L, P, 2) as (x, y), 0 and 1 being the level's outer edges.
         attention_weights: (B, Q, M, L, P).
-        backend: which implementation computes it; `auto` is `resolve_backend`'s rule. `embedding_bag` has no gradient
-            of the locations; `triton` runs on CUDA devices, in float32, bfloat16 and float16, and is reproducible bit
-            by bit after `torch.use_deterministic_algorithms(True)`.
+        backend: which implementation computes it; `auto` is `resolve_backend`'s rule. `embedding_bag` has no second
+            derivatives; `triton` runs on CUDA devices, in float32, bfloat16 and float16, and is reproducible bit by
+            bit after `torch.use_deterministic_algorithms(True)`.
 
     Returns:
         (B, Q, M * D), in the dtype of `value`.
 
     Raises:
-        ValueError: shapes that do not fit together, an unknown backend, one that cannot run here or on these inputs,
-            or one without the gradient asked for.
+        ValueError: shapes that do not fit together, an unknown backend, or one that cannot run here or on these
+            inputs.
     """
     _check_shapes(value, spatial_shapes, sampling_locations, attention_weights)
     resolved = resolve_backend(backend, value, sampling_locations, attention_weights)
@@ -60,10 +60,6 @@ def ms_deform_attn(
 
         return ms_deform_attn_triton(value, spatial_shapes, sampling_locations, attention_weights)
     if resolved == "embedding_bag":
-        if torch.is_grad_enabled() and sampling_locations.requires_grad:
-            raise ValueError(
-                "backend 'embedding_bag' gives no gradient of the locations; train with 'auto' or 'reference'"
-            )
         return ms_deform_attn_embedding_bag(value, spatial_shapes, sampling_locations, attention_weights)
     return ms_deform_attn_reference(value, spatial_shapes, sampling_locations, attention_weights)
 
@@ -74,7 +70,7 @@ def resolve_backend(backend: Backend, *inputs: Tensor) -> Literal["reference", "
     A named backend is taken as it is. `auto` is the one that the environment variable M2F_VIDEO_MS_DEFORM_ATTN names.
     Without it, or where it says `auto`, the first of these that holds:
 
-    - on a CPU, when no gradient is asked for: `embedding_bag`, whose backward is many times slower than grid_sample's;
+    - on a CPU: `embedding_bag`;
     - `reference`. (`triton` has to be asked for: its kernels pass their tests in Triton's interpreter and compile for
       sm_75 to sm_120, but have not run on a GPU yet.)
 
@@ -86,11 +82,7 @@ def resolve_backend(backend: Backend, *inputs: Tensor) -> Literal["reference", "
     if backend == "auto":
         backend = _backend_of_environment()
     if backend == "auto":
-        device = inputs[0].device.type
-        if device == "cpu" and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)):
-            backend = "embedding_bag"
-        else:
-            backend = "reference"
+        backend = "embedding_bag" if inputs[0].device.type == "cpu" else "reference"
     if backend == "triton" and (reason := _why_not_triton(*inputs)):
         raise ValueError(f"deformable attention backend 'triton' cannot run: {reason}")
     return backend

@@ -1,15 +1,20 @@
-"""Deformable attention by `embedding_bag`: the inference path on CPU.
+"""Deformable attention by `embedding_bag`: the path on CPU, for inference and training.
 
 Sampling bilinearly with zero padding and summing over levels and points is, for each query and head, a weighted sum of
 rows of the value matrix: L P rows for each of the four corners. `embedding_bag` computes such sums in one pass,
 without the (B M, D, Q, P) tensors of the grid_sample way; what remains is making row numbers and weights cheaply.
+Autograd differentiates the making of the weights; the sums have a backward of their own (`weighted_row_sums`).
 
 B batch, N tokens of all levels, Q queries, M heads, D channels of a head, L levels, P points.
 """
 
+import warnings
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def ms_deform_attn_embedding_bag(
@@ -24,16 +29,76 @@ def ms_deform_attn_embedding_bag(
     padded = _pad_levels(value, spatial_shapes)
     table = padded.view(-1, D)
     upper_left, upper_right, lower_left, lower_right = (
-        F.embedding_bag(
-            rows.view(B * Q * M, L * P),
-            table,
-            per_sample_weights=weights.view(B * Q * M, L * P).to(value.dtype),
-            mode="sum",
-        )
+        weighted_row_sums(table, rows.view(B * Q * M, L * P), weights.view(B * Q * M, L * P).to(value.dtype))
         for rows, weights in _corners(spatial_shapes, padded.shape[1], sampling_locations, attention_weights)
     )
     output = upper_left.add_(upper_right).add_(lower_left).add_(lower_right)
     return output.view(B, Q, M * D)
+
+
+def weighted_row_sums(table: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
+    """Sums of rows of a table: `output[i] = sum over k of weights[i, k] * table[rows[i, k]]`.
+
+    The gradient of the table is a product with a sparse matrix, which is an order of magnitude faster than
+    `embedding_bag`'s own backward or `index_add_`, and reproducible. There are no second derivatives.
+
+    Args:
+        table: (R, D).
+        rows: (S, k) int32 or int64, 0 to R - 1, k at least 1.
+        weights: (S, k), in the dtype of `table`.
+
+    Returns:
+        (S, D).
+    """
+    if torch.is_grad_enabled() and (table.requires_grad or weights.requires_grad):
+        return _WeightedRowSums.apply(table, rows, weights)
+    return F.embedding_bag(rows, table, per_sample_weights=weights, mode="sum")
+
+
+class _WeightedRowSums(torch.autograd.Function):
+    """`embedding_bag` with another backward."""
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
+        ctx.save_for_backward(table, rows, weights)
+        return F.embedding_bag(rows, table, per_sample_weights=weights, mode="sum")
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor]:
+        table, rows, weights = ctx.saved_tensors
+        dtype = torch.promote_types(table.dtype, torch.float32)
+        grads = _weighted_row_sums_backward(table.to(dtype), rows, weights.to(dtype), grad.to(dtype))
+        return grads[0].to(table.dtype), None, grads[1].to(weights.dtype)
+
+
+@torch.library.custom_op("m2f_video::weighted_row_sums_backward", mutates_args=())
+def _weighted_row_sums_backward(table: Tensor, rows: Tensor, weights: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of table and weights: `weights[i, k] * grad[i]` added to row `rows[i, k]`, and `grad[i] . that row`.
+
+    Both are products of the sparse (S, R) matrix that has the weights at `rows`: transposed times `grad`, and
+    `grad times table transposed` at its entries.
+    """
+    if grad.device.type != "cpu":
+        products = weights[:, :, None] * grad[:, None, :]
+        grad_table = torch.zeros_like(table).index_add_(0, rows.flatten(), products.flatten(0, 1))
+        return grad_table, (table[rows] * grad[:, None, :]).sum(2)
+    from scipy.sparse import csr_array
+
+    (S, k), R = rows.shape, len(table)
+    grad, columns = grad.contiguous(), rows.flatten()
+    starts = torch.arange(S + 1, dtype=rows.dtype) * k
+    transposed = csr_array((weights.flatten().numpy(), columns.numpy(), starts.numpy()), shape=(S, R)).T
+    with warnings.catch_warnings():  # that sparse tensors are in beta
+        warnings.simplefilter("ignore", UserWarning)
+        pattern = torch.sparse_csr_tensor(starts, columns, torch.zeros_like(weights).flatten(), (S, R))
+        products = torch.sparse.sampled_addmm(pattern, grad, table.T, beta=0.0)
+    return torch.from_numpy(transposed @ grad.numpy()), products.values().view(S, k)
+
+
+@_weighted_row_sums_backward.register_fake
+def _(table: Tensor, rows: Tensor, weights: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(table), torch.empty_like(weights)
 
 
 def _pad_levels(value: Tensor, spatial_shapes: tuple[tuple[int, int], ...]) -> Tensor:
@@ -85,12 +150,9 @@ def _corners(
     # (unlike clamp) sends NaN there too, so that no row number is out of range.
     size = per_sample(sizes.to(dtype))
     position = sampling_locations.reshape(B, Q, 2 * K) * size
-    position.sub_(0.5)
-    torch.fmax(position, torch.full_like(size, -1), out=position)
-    torch.minimum(position, size, out=position)
-    corner = torch.floor(position)
-    torch.minimum(corner, size - 1, out=corner)  # so that the corner after it exists
-    fraction = position.sub_(corner).view(B, Q, K, 2)
+    position = torch.minimum(torch.fmax(position - 0.5, torch.full_like(size, -1)), size)
+    corner = torch.minimum(position.detach().floor(), size - 1)  # so that the corner after it exists
+    fraction = (position - corner).view(B, Q, K, 2)
     corner = corner.int().view(B, Q, K, 2)
 
     rows = corner[..., 1] * down
@@ -102,7 +164,7 @@ def _corners(
     right = fraction[..., 0] * weights
     left = weights - right
     lower_right, lower_left = right * fraction[..., 1], left * fraction[..., 1]
-    upper_right, upper_left = right.sub_(lower_right), left.sub_(lower_left)
+    upper_right, upper_left = right - lower_right, left - lower_left
     return (
         (rows, upper_left),
         (rows + M, upper_right),
