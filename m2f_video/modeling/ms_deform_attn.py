@@ -8,7 +8,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from m2f_video.ops import Backend, ms_deform_attn, sampling_locations_from_offsets
+from m2f_video.ops import Backend, ms_deform_attn_from_offsets
+from m2f_video.ops.linear import Linear
 
 
 class MSDeformAttn(nn.Module):
@@ -33,10 +34,10 @@ class MSDeformAttn(nn.Module):
         self.num_points = num_points
         self.backend: Backend = backend
         samples = num_heads * num_levels * num_points
-        self.sampling_offsets = nn.Linear(dim, 2 * samples)
-        self.attention_weights = nn.Linear(dim, samples)
-        self.value_proj = nn.Linear(dim, dim)
-        self.output_proj = nn.Linear(dim, dim)
+        self.sampling_offsets = Linear(dim, 2 * samples)
+        self.attention_weights = Linear(dim, samples)
+        self.value_proj = Linear(dim, dim)
+        self.output_proj = Linear(dim, dim)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -74,10 +75,11 @@ class MSDeformAttn(nn.Module):
         L, M, P = self.num_levels, self.num_heads, self.num_points
         offsets = self.sampling_offsets(query).view(B, Q, M, L, P, 2).to(reference_points.dtype)
         weights = self.attention_weights(query).view(B, Q, M, L * P).softmax(-1).view(B, Q, M, L, P)
-        output = ms_deform_attn(
+        output = ms_deform_attn_from_offsets(
             self.value_proj(value).view(B, -1, M, value.shape[-1] // M),
             spatial_shapes,
-            sampling_locations_from_offsets(reference_points, offsets, spatial_shapes),
+            reference_points,
+            offsets,
             weights,
             backend=self.backend,
         )

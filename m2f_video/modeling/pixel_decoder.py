@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from m2f_video.config import GROUP_NORM_GROUPS
 from m2f_video.modeling.ms_deform_attn import MSDeformAttn
 from m2f_video.modeling.position_encoding import position_dtype, sine_2d
+from m2f_video.ops.linear import Linear, PointwiseConv, feed_forward
 
 NUM_LEVELS = 3  # strides 32, 16 and 8 pass through the encoder
 
@@ -49,8 +50,8 @@ class DeformableEncoderLayer(nn.Module):
         super().__init__()
         self.self_attn = MSDeformAttn(dim=dim, num_heads=num_heads, num_levels=NUM_LEVELS, num_points=num_points)
         self.self_attn_norm = nn.LayerNorm(dim)
-        self.linear1 = nn.Linear(dim, ffn_dim)
-        self.linear2 = nn.Linear(ffn_dim, dim)
+        self.linear1 = Linear(dim, ffn_dim)
+        self.linear2 = Linear(ffn_dim, dim)
         self.ffn_norm = nn.LayerNorm(dim)
         self.dropout = nn.Dropout(dropout)
         nn.init.xavier_uniform_(self.linear1.weight)
@@ -62,8 +63,8 @@ class DeformableEncoderLayer(nn.Module):
         """Tokens (B, N, C) -> (B, N, C); positions (N, C) are added to the queries only, not to the values."""
         attended = self.self_attn(x + position, x, reference_points, spatial_shapes)
         x = self.self_attn_norm(x + self.dropout(attended))
-        hidden = self.dropout(F.relu(self.linear1(x)))
-        return self.ffn_norm(x + self.dropout(self.linear2(hidden)))
+        hidden = feed_forward(x, self.linear1, self.linear2, "relu", self.dropout)
+        return self.ffn_norm(x + self.dropout(hidden))
 
 
 class MSDeformAttnPixelDecoder(nn.Module):
@@ -103,9 +104,9 @@ class MSDeformAttnPixelDecoder(nn.Module):
             )
             for _ in range(num_layers)
         )
-        self.lateral_conv = _conv_norm(in_channels[0], hidden_dim, kernel_size=1)
-        self.output_conv = _conv_norm(hidden_dim, hidden_dim, kernel_size=3)
-        self.mask_projection = nn.Conv2d(hidden_dim, mask_dim, kernel_size=1)
+        self.lateral_conv = _conv_norm(PointwiseConv(in_channels[0], hidden_dim, bias=False))
+        self.output_conv = _conv_norm(nn.Conv2d(hidden_dim, hidden_dim, kernel_size=3, padding=1, bias=False))
+        self.mask_projection = PointwiseConv(hidden_dim, mask_dim)
         nn.init.kaiming_uniform_(self.mask_projection.weight, a=1)
         _zero_bias(self.mask_projection)
 
@@ -133,13 +134,12 @@ class MSDeformAttnPixelDecoder(nn.Module):
 
         sizes = [height * width for height, width in shapes]
         multi_scale = tuple(
-            tokens.transpose(1, 2).unflatten(2, shape)
+            tokens.unflatten(1, shape).permute(0, 3, 1, 2)
             for tokens, shape in zip(x.split(sizes, dim=1), shapes, strict=True)
         )
         upsampled = F.interpolate(multi_scale[-1], size=finest.shape[-2:], mode="bilinear", align_corners=False)
-        # Contiguous, because in channels-last layout the 3x3 convolution and its norm lose half a digit in float32.
-        finest = self.lateral_conv(finest.contiguous()) + upsampled
-        mask_features = self.mask_projection(F.relu(self.output_conv(finest)))
+        finest = self.lateral_conv(finest).add_(upsampled)  # both with channels last, and so all that follows
+        mask_features = self.mask_projection(self.output_conv(finest).relu_())
         return PixelDecoderOutput(mask_features, multi_scale, tuple(encoder_layers) if output_hidden else None)
 
     def _positions(self, shapes: tuple[tuple[int, int], ...], x: Tensor) -> Tensor:
@@ -154,17 +154,16 @@ class MSDeformAttnPixelDecoder(nn.Module):
 
 def _input_projection(in_channels: int, out_channels: int) -> nn.Sequential:
     """1x1 convolution with bias and group norm."""
-    convolution = nn.Conv2d(in_channels, out_channels, kernel_size=1)
+    convolution = PointwiseConv(in_channels, out_channels)
     nn.init.xavier_uniform_(convolution.weight)
     _zero_bias(convolution)
     return nn.Sequential(convolution, nn.GroupNorm(GROUP_NORM_GROUPS, out_channels))
 
 
-def _conv_norm(in_channels: int, out_channels: int, kernel_size: int) -> nn.Sequential:
-    """Convolution without bias, of unchanged size, and group norm."""
-    convolution = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
+def _conv_norm(convolution: nn.Conv2d) -> nn.Sequential:
+    """Convolution and group norm."""
     nn.init.kaiming_uniform_(convolution.weight, a=1)
-    return nn.Sequential(convolution, nn.GroupNorm(GROUP_NORM_GROUPS, out_channels))
+    return nn.Sequential(convolution, nn.GroupNorm(GROUP_NORM_GROUPS, convolution.out_channels))
 
 
 def _zero_bias(convolution: nn.Conv2d) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from m2f_video.modeling.pixel_decoder import NUM_LEVELS
 from m2f_video.modeling.position_encoding import position_dtype, sine_1d, sine_2d
+from m2f_video.ops.linear import Linear, PointwiseConv, feed_forward, linear
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,8 @@ def resize_frames(frames: Tensor, size: tuple[int, int]) -> Tensor:
     return resized.unflatten(0, frames.shape[:2])
 
 
-def _input_projection(in_channels: int, out_channels: int) -> nn.Conv2d:
-    convolution = nn.Conv2d(in_channels, out_channels, kernel_size=1)
+def _input_projection(in_channels: int, out_channels: int) -> PointwiseConv:
+    convolution = PointwiseConv(in_channels, out_channels)
     nn.init.kaiming_uniform_(convolution.weight, a=1)
     return convolution
 
@@ -119,7 +120,7 @@ class Attention(nn.Module):
         self.num_heads = num_heads
         self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
-        self.out_proj = nn.Linear(dim, dim)
+        self.out_proj = Linear(dim, dim)
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.xavier_uniform_(self.out_proj.weight)
         nn.init.zeros_(self.out_proj.bias)
@@ -138,7 +139,7 @@ class SelfAttention(Attention):
         """Queries (B, Q, C) and their positions (Q, C) -> (B, Q, C)."""
         (wq, wk, wv), (bq, bk, bv) = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
         positioned = x + position
-        return self._attend(F.linear(positioned, wq, bq), F.linear(positioned, wk, bk), F.linear(x, wv, bv), None)
+        return self._attend(linear(positioned, wq, bq), linear(positioned, wk, bk), linear(x, wv, bv), None)
 
 
 class CrossAttention(Attention):
@@ -157,11 +158,11 @@ class CrossAttention(Attention):
         """
         (wq, wk, wv), (bq, bk, bv) = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
         # projections are linear: those of embedding and positions are added to those of the tokens
-        k = F.linear(level.tokens, wk, F.linear(level.embedding, wk, bk))  # (B, T, H*W, C)
-        k += F.linear(level.pixel_position, wk)
-        k += F.linear(level.frame_position, wk)[:, None]
-        v = F.linear(level.tokens, wv, F.linear(level.embedding, wv, bv))
-        return self._attend(F.linear(query, wq, bq), k.flatten(1, 2), v.flatten(1, 2), mask)
+        k = linear(level.tokens, wk, linear(level.embedding, wk, bk))  # (B, T, H*W, C)
+        k += linear(level.pixel_position, wk)
+        k += linear(level.frame_position, wk)[:, None]
+        v = linear(level.tokens, wv, linear(level.embedding, wv, bv))
+        return self._attend(linear(query, wq, bq), k.flatten(1, 2), v.flatten(1, 2), mask)
 
 
 class DecoderLayer(nn.Module):
@@ -179,8 +180,8 @@ class DecoderLayer(nn.Module):
         self.cross_attn_norm = nn.LayerNorm(dim)
         self.self_attn = SelfAttention(dim=dim, num_heads=num_heads)
         self.self_attn_norm = nn.LayerNorm(dim)
-        self.linear1 = nn.Linear(dim, ffn_dim)
-        self.linear2 = nn.Linear(ffn_dim, dim)
+        self.linear1 = Linear(dim, ffn_dim)
+        self.linear2 = Linear(ffn_dim, dim)
         self.ffn_norm = nn.LayerNorm(dim)
         nn.init.xavier_uniform_(self.linear1.weight)
         nn.init.xavier_uniform_(self.linear2.weight)
@@ -199,7 +200,7 @@ class DecoderLayer(nn.Module):
         """
         x = self.cross_attn_norm(x + self.cross_attn(x + query_position, level, mask))
         x = self.self_attn_norm(x + self.self_attn(x, query_position))
-        return self.ffn_norm(x + self.linear2(F.relu(self.linear1(x))))
+        return self.ffn_norm(x + feed_forward(x, self.linear1, self.linear2, "relu"))
 
 
 class MaskedTransformerDecoder(nn.Module):
@@ -241,8 +242,8 @@ class MaskedTransformerDecoder(nn.Module):
             DecoderLayer(dim=hidden_dim, num_heads=num_heads, ffn_dim=ffn_dim) for _ in range(num_layers)
         )
         self.norm = nn.LayerNorm(hidden_dim)
-        self.class_head = nn.Linear(hidden_dim, num_labels + 1)
-        self.mask_head = nn.ModuleList(nn.Linear(hidden_dim, width) for width in (hidden_dim, hidden_dim, mask_dim))
+        self.class_head = Linear(hidden_dim, num_labels + 1)
+        self.mask_head = nn.ModuleList(Linear(hidden_dim, width) for width in (hidden_dim, hidden_dim, mask_dim))
 
     def forward(
         self,
@@ -306,8 +307,8 @@ class MaskedTransformerDecoder(nn.Module):
         x = self.norm(queries)
         class_logits = self.class_head(x)
         *hidden, last = self.mask_head
-        for linear in hidden:
-            x = F.relu(linear(x))
+        for layer in hidden:
+            x = F.relu(layer(x))
         return class_logits, last(x)
 
     def _level(self, features: Tensor, index: int) -> Level:

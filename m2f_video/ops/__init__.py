@@ -10,10 +10,17 @@ from typing import Literal, cast, get_args
 import torch
 from torch import Tensor
 
-from m2f_video.ops.embedding_bag import ms_deform_attn_embedding_bag
+from m2f_video.ops.embedding_bag import ms_deform_attn_embedding_bag, positions_from_offsets
 from m2f_video.ops.reference import ms_deform_attn_reference, sampling_locations_from_offsets
 
-__all__ = ["Backend", "available_backends", "ms_deform_attn", "resolve_backend", "sampling_locations_from_offsets"]
+__all__ = [
+    "Backend",
+    "available_backends",
+    "ms_deform_attn",
+    "ms_deform_attn_from_offsets",
+    "resolve_backend",
+    "sampling_locations_from_offsets",
+]
 
 Backend = Literal["auto", "reference", "embedding_bag", "triton"]
 
@@ -60,8 +67,42 @@ def ms_deform_attn(
 
         return ms_deform_attn_triton(value, spatial_shapes, sampling_locations, attention_weights)
     if resolved == "embedding_bag":
-        return ms_deform_attn_embedding_bag(value, spatial_shapes, sampling_locations, attention_weights)
+        sizes = [(width, height) for height, width in spatial_shapes]
+        positions = sampling_locations * torch.tensor(sizes, device=value.device)[:, None, :] - 0.5
+        return ms_deform_attn_embedding_bag(value, spatial_shapes, positions, attention_weights)
     return ms_deform_attn_reference(value, spatial_shapes, sampling_locations, attention_weights)
+
+
+def ms_deform_attn_from_offsets(
+    value: Tensor,
+    spatial_shapes: tuple[tuple[int, int], ...],
+    reference_points: Tensor,
+    offsets: Tensor,
+    attention_weights: Tensor,
+    backend: Backend = "auto",
+) -> Tensor:
+    """`ms_deform_attn` at `sampling_locations_from_offsets`, without the locations where a backend counts in pixels.
+
+    Args:
+        value: (B, N, M, D).
+        spatial_shapes: (height, width) of each of the L levels.
+        reference_points: (Q, 2) as (x, y) in [0, 1], shared by batch, heads and levels.
+        offsets: (B, Q, M, L, P, 2) as (x, y), in pixels.
+        attention_weights: (B, Q, M, L, P).
+        backend: which implementation computes it.
+
+    Returns:
+        (B, Q, M * D), in the dtype of `value`.
+
+    Raises:
+        ValueError: as `ms_deform_attn`.
+    """
+    _check_shapes(value, spatial_shapes, offsets, attention_weights)
+    if resolve_backend(backend, value, offsets, attention_weights) == "embedding_bag":
+        positions = positions_from_offsets(reference_points, offsets, spatial_shapes)
+        return ms_deform_attn_embedding_bag(value, spatial_shapes, positions, attention_weights)
+    locations = sampling_locations_from_offsets(reference_points, offsets, spatial_shapes)
+    return ms_deform_attn(value, spatial_shapes, locations, attention_weights, backend)
 
 
 def resolve_backend(backend: Backend, *inputs: Tensor) -> Literal["reference", "embedding_bag", "triton"]:

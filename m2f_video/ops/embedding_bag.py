@@ -16,24 +16,71 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+CHUNK_BYTES = 2**20
+"""Of a chunk's positions: with no gradient to keep things for, queries are worked on in parts that stay in a cache."""
+
 
 def ms_deform_attn_embedding_bag(
     value: Tensor,
     spatial_shapes: tuple[tuple[int, int], ...],
-    sampling_locations: Tensor,
+    positions: Tensor,
     attention_weights: Tensor,
 ) -> Tensor:
-    """Weighted sum of bilinearly sampled values; arguments and result as `m2f_video.ops.ms_deform_attn`."""
+    """Weighted sum of bilinearly sampled values.
+
+    Args:
+        value: (B, N, M, D); the levels' pixels one after the other, each level row by row.
+        spatial_shapes: (height, width) of each level.
+        positions: (B, Q, M, L, P, 2) as (x, y), in pixels of the level: 0 is the centre of its first one.
+        attention_weights: (B, Q, M, L, P).
+
+    Returns:
+        (B, Q, M * D), in the dtype of `value`.
+    """
     B, _, M, D = value.shape
-    _, Q, _, L, P, _ = sampling_locations.shape
+    _, Q, _, L, P, _ = positions.shape
     padded = _pad_levels(value, spatial_shapes)
     table = padded.view(-1, D)
-    upper_left, upper_right, lower_left, lower_right = (
-        weighted_row_sums(table, rows.view(B * Q * M, L * P), weights.view(B * Q * M, L * P).to(value.dtype))
-        for rows, weights in _corners(spatial_shapes, padded.shape[1], sampling_locations, attention_weights)
-    )
-    output = upper_left.add_(upper_right).add_(lower_left).add_(lower_right)
-    return output.view(B, Q, M * D)
+    grid = _Grid(spatial_shapes, padded.shape[1], (B, M, L, P), positions)
+
+    def attend(positions: Tensor, attention_weights: Tensor) -> Tensor:
+        corners = grid.corners(positions.flatten(2), attention_weights.flatten(2))
+        upper_left, upper_right, lower_left, lower_right = (
+            weighted_row_sums(table, rows.view(-1, L * P), weights.view(-1, L * P).to(value.dtype))
+            for rows, weights in corners
+        )
+        return upper_left.add_(upper_right).add_(lower_left).add_(lower_right).view(B, -1, M * D)
+
+    keeps = torch.is_grad_enabled() and any(t.requires_grad for t in (value, positions, attention_weights))
+    if keeps or torch.compiler.is_compiling():
+        return attend(positions, attention_weights)
+    output = value.new_empty(B, Q, M * D)
+    step = max(CHUNK_BYTES // (B * M * L * P * 2 * positions.element_size()), 1)
+    for start in range(0, Q, step):
+        part = slice(start, start + step)
+        output[:, part] = attend(positions[:, part], attention_weights[:, part])
+    return output
+
+
+def positions_from_offsets(
+    reference_points: Tensor, offsets: Tensor, spatial_shapes: tuple[tuple[int, int], ...]
+) -> Tensor:
+    """Positions in pixels of each level.
+
+    Args:
+        reference_points: (Q, 2) as (x, y) in [0, 1], shared by batch, heads and levels.
+        offsets: (B, Q, M, L, P, 2) as (x, y), in pixels.
+        spatial_shapes: (height, width) of each level.
+
+    Returns:
+        (B, Q, M, L, P, 2) as (x, y), 0 being the centre of the first pixel.
+    """
+    M, P = offsets.shape[2], offsets.shape[4]
+    sizes = torch.tensor([(w, h) for h, w in spatial_shapes], dtype=offsets.dtype, device=offsets.device)
+    # as a product with a (2, M L P 2) matrix, for the sake of long rows again
+    scale = torch.diag_embed(sizes)[None, :, None].expand(M, -1, P, -1, -1).permute(3, 0, 1, 2, 4).flatten(1)
+    centres = torch.addmm(torch.full_like(scale[0], -0.5), reference_points.to(offsets.dtype), scale)
+    return (offsets.flatten(2) + centres).view_as(offsets)
 
 
 def weighted_row_sums(table: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
@@ -117,57 +164,73 @@ def _pad_levels(value: Tensor, spatial_shapes: tuple[tuple[int, int], ...]) -> T
     return padded
 
 
-def _corners(
-    spatial_shapes: tuple[tuple[int, int], ...],
-    padded_length: int,
-    sampling_locations: Tensor,
-    attention_weights: Tensor,
-) -> tuple[tuple[Tensor, Tensor], ...]:
-    """Rows and weights of the upper left, upper right, lower left and lower right corner of every point.
+class _Grid:
+    """Turns positions into rows of the padded value table and their weights.
 
     The elementwise work runs on (B, Q, M L P) tensors with constants of the last axis: long contiguous rows, where
     broadcasting along (L, P) itself would leave inner loops of P elements and cost several times as much.
 
-    Returns:
-        Four pairs (rows, weights), each (B, Q, M L P). Rows are int32: they count value vectors, of which no machine
-        holds 2^31.
+    Args:
+        spatial_shapes: (height, width) of each level.
+        padded_length: tokens of all padded levels.
+        sizes: B, M, L and P.
+        like: of the positions' dtype and device.
     """
-    B, Q, M, L, P, _ = sampling_locations.shape
-    K = M * L * P
-    device, dtype = sampling_locations.device, sampling_locations.dtype
 
-    def per_sample(level_values: Tensor) -> Tensor:  # (L, X) -> (K X)
-        return level_values[None, :, None, :].expand(M, L, P, -1).reshape(-1)
+    def __init__(
+        self,
+        spatial_shapes: tuple[tuple[int, int], ...],
+        padded_length: int,
+        sizes: tuple[int, int, int, int],
+        like: Tensor,
+    ) -> None:
+        B, M, L, P = sizes
+        device = like.device
 
-    sizes = torch.tensor([(w, h) for h, w in spatial_shapes], device=device)  # (L, 2) as (x, y)
-    padded_widths = sizes[:, :1] + 2
-    areas = padded_widths * (sizes[:, 1:] + 2)
-    first_inner = areas.cumsum(0) - areas + padded_widths + 1  # pixel (0, 0) of each level in the padded tokens
-    down = per_sample((padded_widths * M).int())  # rows from a pixel to the one below it
-    origin = per_sample((first_inner * M).int()) + torch.arange(M, device=device).repeat_interleave(L * P).int()
+        def per_sample(level_values: Tensor) -> Tensor:  # (L, X) -> (M L P X)
+            return level_values[None, :, None, :].expand(M, L, P, -1).reshape(-1)
 
-    # A location beyond half a pixel outside moves to the zero border, where its contribution is zero as well. fmax
-    # (unlike clamp) sends NaN there too, so that no row number is out of range.
-    size = per_sample(sizes.to(dtype))
-    position = sampling_locations.reshape(B, Q, 2 * K) * size
-    position = torch.minimum(torch.fmax(position - 0.5, torch.full_like(size, -1)), size)
-    corner = torch.minimum(position.detach().floor(), size - 1)  # so that the corner after it exists
-    fraction = (position - corner).view(B, Q, K, 2)
-    corner = corner.int().view(B, Q, K, 2)
+        shapes = torch.tensor([(w, h) for h, w in spatial_shapes], device=device)  # (L, 2) as (x, y)
+        padded_widths = shapes[:, :1] + 2
+        areas = padded_widths * (shapes[:, 1:] + 2)
+        first_inner = areas.cumsum(0) - areas + padded_widths + 1  # pixel (0, 0) of each level in the padded tokens
+        self.heads = M
+        self.size = per_sample(shapes.to(like.dtype))
+        self.before_first = torch.full_like(self.size, -1)
+        self.down = per_sample((padded_widths * M).int())  # rows from a pixel to the one below it
+        head = torch.arange(M, device=device, dtype=torch.int32).repeat_interleave(L * P)
+        self.origin = per_sample((first_inner * M).int()) + head
+        self.batch = torch.arange(B, device=device, dtype=torch.int32)[:, None, None] * (padded_length * M)
 
-    rows = corner[..., 1] * down
-    rows.add_(corner[..., 0], alpha=M).add_(origin)
-    rows.add_(torch.arange(B, device=device, dtype=torch.int32)[:, None, None], alpha=padded_length * M)
+    def corners(self, positions: Tensor, attention_weights: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
+        """Rows and weights of the upper left, upper right, lower left and lower right corner of every position.
 
-    # (1-x)(1-y), x(1-y), (1-x)y and xy times the attention weight, by one product and one difference each
-    weights = attention_weights.reshape(B, Q, K).to(dtype)
-    right = fraction[..., 0] * weights
-    left = weights - right
-    lower_right, lower_left = right * fraction[..., 1], left * fraction[..., 1]
-    upper_right, upper_left = right - lower_right, left - lower_left
-    return (
-        (rows, upper_left),
-        (rows + M, upper_right),
-        (rows + down, lower_left),
-        (rows + (down + M), lower_right),
-    )
+        Args:
+            positions: (B, Q, 2 M L P).
+            attention_weights: (B, Q, M L P).
+
+        Returns:
+            Four pairs (rows, weights), each (B, Q, M L P). Rows are int32: they count value vectors, of which no
+            machine holds 2^31.
+        """
+        # A position beyond half a pixel outside moves to the zero border, where its contribution is zero as well. fmax
+        # (unlike clamp) sends NaN there too, so that no row number is out of range.
+        positions = torch.minimum(torch.fmax(positions, self.before_first), self.size)
+        corner = torch.minimum(positions.detach().floor(), self.size - 1)  # so that the corner after it exists
+        fraction = (positions - corner).unflatten(2, (-1, 2))
+        corner = corner.int().unflatten(2, (-1, 2))
+
+        rows = corner[..., 1] * self.down
+        rows.add_(corner[..., 0], alpha=self.heads).add_(self.origin).add_(self.batch)
+
+        # (1-x)(1-y), x(1-y), (1-x)y and xy times the attention weight, by one product and one difference each
+        weights = attention_weights.to(positions.dtype)
+        right = fraction[..., 0] * weights
+        left = weights - right
+        lower_right, lower_left = right * fraction[..., 1], left * fraction[..., 1]
+        return (
+            (rows, left - lower_left),
+            (rows + self.heads, right - lower_right),
+            (rows + self.down, lower_left),
+            (rows + (self.down + self.heads), lower_right),
+        )

@@ -1,0 +1,106 @@
+"""Linear layers and feed-forward networks, by oneDNN on CPUs when no gradient is asked for.
+
+`F.linear` in float32 writes the bias before it multiplies and knows no activation: three passes over a result that, at
+the sizes of a video frame, fits no cache. oneDNN's operator, which `torch.compile` puts in the place of linear layers
+on CPUs, makes one pass of them, and its products are the faster ones on AMD processors.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Activation = Literal["relu", "gelu"]
+
+HIDDEN_BYTES = 2**22
+"""Of a feed-forward network's hidden layer that are made at a time: what a cache holds, and an allocator keeps."""
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: Activation | None = None) -> Tensor:
+    """`activation(x weight^T + bias)`.
+
+    Args:
+        x: (..., I).
+        weight: (O, I).
+        bias: (O,); None adds nothing.
+        activation: `relu`, the exact `gelu`, or None.
+
+    Returns:
+        (..., O).
+    """
+    if _runs_in_onednn(x, weight, bias):
+        return _onednn_linear(x, weight, bias, activation)
+    output = F.linear(x, weight, bias)
+    return output if activation is None else _activate(output, activation)
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` by `linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., I) -> (..., O)."""
+        return linear(x, self.weight, self.bias)
+
+
+class PointwiseConv(nn.Conv2d):
+    """A 1x1 convolution, computed as a linear layer over pixels."""
+
+    def __init__(self, in_channels: int, out_channels: int, bias: bool = True) -> None:
+        super().__init__(in_channels, out_channels, kernel_size=1, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, I, H, W), read without a copy where channels come last, as in tokens -> (B, O, H, W) of that kind."""
+        return linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+
+
+def feed_forward(
+    x: Tensor, first: nn.Linear, second: nn.Linear, activation: Activation, dropout: nn.Dropout | None = None
+) -> Tensor:
+    """`second(activation(first(x)))`, without a hidden layer of all tokens where no gradient needs it.
+
+    Args:
+        x: (..., I).
+        first: from I to the hidden width.
+        second: from the hidden width to O.
+        activation: between them.
+        dropout: of the hidden layer, in training.
+
+    Returns:
+        (..., O).
+    """
+    drops = dropout is not None and dropout.training and dropout.p > 0
+    if drops or not _runs_in_onednn(x, first.weight, first.bias):
+        hidden = linear(x, first.weight, first.bias, activation)
+        return second(hidden if dropout is None else dropout(hidden))
+    tokens = x.flatten(0, -2)
+    rows = max(HIDDEN_BYTES // (first.out_features * x.element_size()), 1)
+    output = x.new_empty(len(tokens), second.out_features)
+    for start in range(0, len(tokens), rows):
+        hidden = _onednn_linear(tokens[start : start + rows], first.weight, first.bias, activation)
+        output[start : start + rows] = _onednn_linear(hidden, second.weight, second.bias, None)
+    return output.unflatten(0, x.shape[:-1])
+
+
+def _runs_in_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether oneDNN's operator, which has no backward and takes part in no autocast, does the same as `F.linear`."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():  # the compiler chooses for itself
+        return False
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+        return False
+    if not torch.backends.mkldnn.enabled or torch.is_autocast_enabled("cpu") or x.numel() == 0:
+        return False
+    if x.dtype != weight.dtype or (bias is not None and x.dtype != bias.dtype):
+        return False
+    if x.dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+
+
+def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation | None) -> Tensor:
+    algorithm = "none" if activation == "gelu" else ""  # gelu's exact form
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation or "none", [], algorithm)
+
+
+def _activate(x: Tensor, activation: Activation) -> Tensor:
+    return F.relu(x) if activation == "relu" else F.gelu(x)
