@@ -23,6 +23,9 @@ class MSDeformAttn(nn.Module):
         num_levels: feature levels L.
         num_points: points P per head and level.
         backend: implementation of the sampling, see `m2f_video.ops.ms_deform_attn`.
+
+    Attributes:
+        compiled: let a compiled kernel prepare the sampling, see `m2f_video.ops.ms_deform_attn_from_offsets`.
     """
 
     def __init__(
@@ -33,6 +36,7 @@ class MSDeformAttn(nn.Module):
         self.num_levels = num_levels
         self.num_points = num_points
         self.backend: Backend = backend
+        self.compiled = False
         samples = num_heads * num_levels * num_points
         self.sampling_offsets = Linear(dim, 2 * samples)
         self.attention_weights = Linear(dim, samples)
@@ -73,15 +77,14 @@ class MSDeformAttn(nn.Module):
         """
         B, Q, _ = query.shape
         L, M, P = self.num_levels, self.num_heads, self.num_points
-        offsets = self.sampling_offsets(query).view(B, Q, M, L, P, 2).to(reference_points.dtype)
-        weights = self.attention_weights(query).view(B, Q, M, L * P).softmax(-1).view(B, Q, M, L, P)
         output = ms_deform_attn_from_offsets(
             self.value_proj(value).view(B, -1, M, value.shape[-1] // M),
             spatial_shapes,
             reference_points,
-            offsets,
-            weights,
+            self.sampling_offsets(query).view(B, Q, M, L, P, 2),
+            self.attention_weights(query).view(B, Q, M, L, P),
             backend=self.backend,
+            compiled=self.compiled,
         )
         return self.output_proj(output)
 

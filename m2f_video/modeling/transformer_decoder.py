@@ -157,10 +157,15 @@ class CrossAttention(Attention):
             (B, Q, C).
         """
         (wq, wk, wv), (bq, bk, bv) = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
-        # projections are linear: those of embedding and positions are added to those of the tokens
-        k = linear(level.tokens, wk, linear(level.embedding, wk, bk))  # (B, T, H*W, C)
-        k += linear(level.pixel_position, wk)
-        k += linear(level.frame_position, wk)[:, None]
+        # projections are linear: that of the embedding is added to those of the tokens, and so are those of the
+        # positions where several frames share them
+        key_bias = linear(level.embedding, wk, bk)
+        if level.tokens.shape[1] == 1:
+            k = linear(level.tokens + level.pixel_position + level.frame_position, wk, key_bias)  # (B, T, H*W, C)
+        else:
+            k = linear(level.tokens, wk, key_bias)
+            k += linear(level.pixel_position, wk)
+            k += linear(level.frame_position, wk)[:, None]
         v = linear(level.tokens, wv, linear(level.embedding, wv, bv))
         return self._attend(linear(query, wq, bq), k.flatten(1, 2), v.flatten(1, 2), mask)
 
@@ -280,7 +285,8 @@ class MaskedTransformerDecoder(nn.Module):
             else:
                 if level not in resized:
                     frames = mask_features.detach().split(1, dim=1)  # one by one: resizing copies what it reads
-                    resized[level] = torch.cat([resize_frames(frame, sizes[level]) for frame in frames], dim=1)
+                    parts = [resize_frames(frame, sizes[level]) for frame in frames]
+                    resized[level] = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
                 mask_logits = predict_masks(mask_embeddings.detach(), resized[level])
                 if level == NUM_LEVELS - 1:  # the finest is large: over a long clip it costs less to make than to keep
                     del resized[level]

@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
@@ -17,10 +17,13 @@ from torch import Tensor, nn
 
 from m2f_video.config import SwinConfig, VideoMask2FormerConfig
 from m2f_video.hub import load_checkpoint, load_state_dict_strictly, parse_device, parse_dtype, staged_folder
+from m2f_video.modeling.ms_deform_attn import MSDeformAttn
 from m2f_video.modeling.pixel_decoder import MSDeformAttnPixelDecoder
 from m2f_video.modeling.swin import SwinTransformer
 from m2f_video.modeling.timm_backbone import TimmBackbone
 from m2f_video.modeling.transformer_decoder import MaskedTransformerDecoder, Prediction, predict_masks
+from m2f_video.ops.embedding_bag import can_compile
+from m2f_video.ops.linear import Linear
 from weights_convert import write_checkpoint
 
 
@@ -235,7 +238,8 @@ class VideoMask2Former(
             output_auxiliary: also give the predictions at every depth. They need every layer's full masks; without
                 them, only the last layer's are made and the attention works on resized mask features instead.
             output_hidden: also give the intermediate features, queries and attention masks.
-            frames_per_chunk: encode this many frames at a time, to bound memory; None encodes all at once.
+            frames_per_chunk: encode this many frames at a time, to bound memory. None encodes all at once, but one by
+                one on a CPU where no gradient is asked for: what a cache holds is made faster.
 
         Raises:
             ValueError: `pixel_values` of another shape, without frames, or not floating point; or `frames_per_chunk`
@@ -245,7 +249,10 @@ class VideoMask2Former(
         if frames_per_chunk is not None and frames_per_chunk < 1:
             raise ValueError(f"frames_per_chunk must be at least 1, got {frames_per_chunk}")
         B, T = pixel_values.shape[:2]
-        chunks = pixel_values.flatten(0, 1).split(frames_per_chunk or B * T)
+        if frames_per_chunk is None:
+            by_frame = self.device.type == "cpu" and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+            frames_per_chunk = 1 if by_frame else B * T
+        chunks = pixel_values.flatten(0, 1).split(frames_per_chunk)
         if len(chunks) == 1 or output_hidden:
             features = FrameFeatures.concatenate([self.encode_frames(chunk, output_hidden) for chunk in chunks])
         else:
@@ -317,6 +324,48 @@ class VideoMask2Former(
             queries=decoded.queries,
             attention_masks=decoded.attention_masks,
         )
+
+    def prepare_for_inference(
+        self, dtype: torch.dtype | str | None = None, compile: Literal["auto", "kernels", "model", "none"] = "auto"
+    ) -> Self:
+        """Do once, in place, what makes each frame cheaper; for inference only, the parameters are frozen.
+
+        On a CPU, linear layers get a copy of their weights in the order oneDNN reads, which takes their memory again.
+        Results stay equal to rounding. The state dict stays as it is; weights that are changed or moved afterwards are
+        used as they are then, unpacked.
+
+        Args:
+            dtype: cast to this floating-point type; None keeps the weights' own.
+            compile: what `torch.compile` makes faster. `kernels` are the elementwise parts of the deformable attention
+                on a CPU: some seconds with the first frame, one kernel for any size of video. `model` compiles
+                backbone, pixel decoder and transformer decoder each as a whole, which takes minutes. `auto` is
+                `kernels` on a CPU where there is a C++ compiler, else `none`. PyTorch keeps what it compiles on disk
+                for the next process.
+
+        Returns:
+            This model, in evaluation mode.
+
+        Raises:
+            ValueError: an unknown dtype or way to compile, or `kernels` on another device than a CPU.
+        """
+        if compile not in ("auto", "kernels", "model", "none"):
+            raise ValueError(f"compile must be auto, kernels, model or none, got {compile!r}")
+        self.eval().requires_grad_(False)
+        self.to(dtype=self.dtype if dtype is None else parse_dtype(dtype))
+        on_cpu = self.device.type == "cpu"
+        if compile == "kernels" and not on_cpu:
+            raise ValueError(f"compile='kernels' is for a CPU, the model is on {self.device}; take 'model' or 'none'")
+        if compile == "auto":
+            compile = "kernels" if on_cpu and can_compile() else "none"
+        for module in self.modules():
+            if on_cpu and isinstance(module, Linear):
+                module.pack()
+            elif isinstance(module, MSDeformAttn):
+                module.compiled = compile == "kernels"
+        if compile == "model":
+            for part in (self.backbone, self.pixel_decoder, self.transformer_decoder):
+                part.compile()
+        return self
 
     @classmethod
     def from_pretrained(  # type: ignore[override]  # the mixin's extra arguments reach __init__, ours are named

@@ -10,7 +10,7 @@ from typing import Literal, cast, get_args
 import torch
 from torch import Tensor
 
-from m2f_video.ops.embedding_bag import ms_deform_attn_embedding_bag, positions_from_offsets
+from m2f_video.ops.embedding_bag import ms_deform_attn_embedding_bag, ms_deform_attn_embedding_bag_from_offsets
 from m2f_video.ops.reference import ms_deform_attn_reference, sampling_locations_from_offsets
 
 __all__ = [
@@ -67,9 +67,7 @@ def ms_deform_attn(
 
         return ms_deform_attn_triton(value, spatial_shapes, sampling_locations, attention_weights)
     if resolved == "embedding_bag":
-        sizes = [(width, height) for height, width in spatial_shapes]
-        positions = sampling_locations * torch.tensor(sizes, device=value.device)[:, None, :] - 0.5
-        return ms_deform_attn_embedding_bag(value, spatial_shapes, positions, attention_weights)
+        return ms_deform_attn_embedding_bag(value, spatial_shapes, sampling_locations, attention_weights)
     return ms_deform_attn_reference(value, spatial_shapes, sampling_locations, attention_weights)
 
 
@@ -78,18 +76,22 @@ def ms_deform_attn_from_offsets(
     spatial_shapes: tuple[tuple[int, int], ...],
     reference_points: Tensor,
     offsets: Tensor,
-    attention_weights: Tensor,
+    attention_logits: Tensor,
     backend: Backend = "auto",
+    compiled: bool = False,
 ) -> Tensor:
-    """`ms_deform_attn` at `sampling_locations_from_offsets`, without the locations where a backend counts in pixels.
+    """`ms_deform_attn` of what a module predicts: offsets from reference points, and weights before their softmax.
 
     Args:
         value: (B, N, M, D).
         spatial_shapes: (height, width) of each of the L levels.
-        reference_points: (Q, 2) as (x, y) in [0, 1], shared by batch, heads and levels.
+        reference_points: (Q, 2) as (x, y) in [0, 1], shared by batch, heads and levels; at least float32, whose dtype
+            the locations get.
         offsets: (B, Q, M, L, P, 2) as (x, y), in pixels.
-        attention_weights: (B, Q, M, L, P).
+        attention_logits: (B, Q, M, L, P); the softmax is over the L P samples of a head.
         backend: which implementation computes it.
+        compiled: let `embedding_bag` make rows and weights by a kernel of `torch.compile`, which the first call waits
+            for, where no gradient is asked for.
 
     Returns:
         (B, Q, M * D), in the dtype of `value`.
@@ -97,12 +99,14 @@ def ms_deform_attn_from_offsets(
     Raises:
         ValueError: as `ms_deform_attn`.
     """
-    _check_shapes(value, spatial_shapes, offsets, attention_weights)
-    if resolve_backend(backend, value, offsets, attention_weights) == "embedding_bag":
-        positions = positions_from_offsets(reference_points, offsets, spatial_shapes)
-        return ms_deform_attn_embedding_bag(value, spatial_shapes, positions, attention_weights)
-    locations = sampling_locations_from_offsets(reference_points, offsets, spatial_shapes)
-    return ms_deform_attn(value, spatial_shapes, locations, attention_weights, backend)
+    _check_shapes(value, spatial_shapes, offsets, attention_logits)
+    if resolve_backend(backend, value, offsets, attention_logits) == "embedding_bag":
+        return ms_deform_attn_embedding_bag_from_offsets(
+            value, spatial_shapes, reference_points, offsets, attention_logits, compiled
+        )
+    locations = sampling_locations_from_offsets(reference_points, offsets.to(reference_points.dtype), spatial_shapes)
+    weights = attention_logits.flatten(3).softmax(-1).view_as(attention_logits)
+    return ms_deform_attn(value, spatial_shapes, locations, weights, backend)
 
 
 def resolve_backend(backend: Backend, *inputs: Tensor) -> Literal["reference", "embedding_bag", "triton"]:

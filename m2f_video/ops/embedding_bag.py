@@ -8,8 +8,15 @@ Autograd differentiates the making of the weights; the sums have a backward of t
 B batch, N tokens of all levels, Q queries, M heads, D channels of a head, L levels, P points.
 """
 
+import os
+import shutil
+import sys
+import sysconfig
 import warnings
-from typing import Any
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,68 +26,182 @@ from torch.autograd.function import once_differentiable
 CHUNK_BYTES = 2**20
 """Of a chunk's positions: with no gradient to keep things for, queries are worked on in parts that stay in a cache."""
 
+Corners = tuple[tuple[Tensor, Tensor], ...]
+"""Rows and weights (B, Q, M L P) of the upper left, upper right, lower left and lower right corner of every sample.
+Rows are int32: they count value vectors, of which no machine holds 2^31."""
+
 
 def ms_deform_attn_embedding_bag(
     value: Tensor,
     spatial_shapes: tuple[tuple[int, int], ...],
-    positions: Tensor,
+    sampling_locations: Tensor,
     attention_weights: Tensor,
 ) -> Tensor:
-    """Weighted sum of bilinearly sampled values.
+    """Weighted sum of bilinearly sampled values; arguments and result as `m2f_video.ops.ms_deform_attn`."""
+    grid = _grid(spatial_shapes, value, sampling_locations)
+    locations, weights = sampling_locations.flatten(2), attention_weights.flatten(2)
+    keeps = _needs_gradient(value, locations, weights)
+    return _sums(value, spatial_shapes, grid, _corners_at_locations, (locations, weights), None, in_parts=not keeps)
 
-    Args:
-        value: (B, N, M, D); the levels' pixels one after the other, each level row by row.
-        spatial_shapes: (height, width) of each level.
-        positions: (B, Q, M, L, P, 2) as (x, y), in pixels of the level: 0 is the centre of its first one.
-        attention_weights: (B, Q, M, L, P).
 
-    Returns:
-        (B, Q, M * D), in the dtype of `value`.
-    """
-    B, _, M, D = value.shape
-    _, Q, _, L, P, _ = positions.shape
-    padded = _pad_levels(value, spatial_shapes)
-    table = padded.view(-1, D)
-    grid = _Grid(spatial_shapes, padded.shape[1], (B, M, L, P), positions)
+def ms_deform_attn_embedding_bag_from_offsets(
+    value: Tensor,
+    spatial_shapes: tuple[tuple[int, int], ...],
+    reference_points: Tensor,
+    offsets: Tensor,
+    attention_logits: Tensor,
+    compiled: bool = False,
+) -> Tensor:
+    """The same from what a module predicts; arguments and result as `m2f_video.ops.ms_deform_attn_from_offsets`."""
+    grid = _grid(spatial_shapes, value, offsets.to(reference_points.dtype))
+    # reference points in pixels, as a product with a (2, 2 M L P) matrix for the sake of long rows
+    scale = torch.stack((grid.size, grid.size))
+    scale[0, 1::2] = scale[1, ::2] = 0
+    centres = torch.addmm(torch.full_like(grid.size, -0.5), reference_points, scale)
+    keeps = _needs_gradient(value, offsets, attention_logits)
+    corners = _compiled_corners() if compiled and not keeps else _corners_at_offsets
+    predicted = offsets.flatten(2), attention_logits.flatten(2)
+    return _sums(value, spatial_shapes, grid, corners, predicted, centres, in_parts=not (keeps or compiled))
 
-    def attend(positions: Tensor, attention_weights: Tensor) -> Tensor:
-        corners = grid.corners(positions.flatten(2), attention_weights.flatten(2))
+
+def _sums(
+    value: Tensor,
+    spatial_shapes: tuple[tuple[int, int], ...],
+    grid: "_Grid",
+    corners: Callable[..., Corners],
+    samples: tuple[Tensor, Tensor],
+    centres: Tensor | None,
+    in_parts: bool,
+) -> Tensor:
+    """Sum the rows at the `corners` of the samples, (B, Q, ...) each: (B, Q, M * D)."""
+    (B, Q, _), (M, D) = samples[0].shape, value.shape[2:]
+    table = _pad_levels(value, spatial_shapes).view(-1, D)
+
+    def attend(part: slice) -> Tensor:
+        constants = (grid,) if centres is None else (centres[part], grid)
         upper_left, upper_right, lower_left, lower_right = (
-            weighted_row_sums(table, rows.view(-1, L * P), weights.view(-1, L * P).to(value.dtype))
-            for rows, weights in corners
+            weighted_row_sums(table, rows.view(-1, grid.samples), weights.view(-1, grid.samples).to(value.dtype))
+            for rows, weights in corners(*(tensor[:, part] for tensor in samples), *constants)
         )
         return upper_left.add_(upper_right).add_(lower_left).add_(lower_right).view(B, -1, M * D)
 
-    keeps = torch.is_grad_enabled() and any(t.requires_grad for t in (value, positions, attention_weights))
-    if keeps or torch.compiler.is_compiling():
-        return attend(positions, attention_weights)
+    if not in_parts or torch.compiler.is_compiling():
+        return attend(slice(None))
     output = value.new_empty(B, Q, M * D)
-    step = max(CHUNK_BYTES // (B * M * L * P * 2 * positions.element_size()), 1)
+    step = max(CHUNK_BYTES // (B * grid.size.nbytes), 1)
     for start in range(0, Q, step):
         part = slice(start, start + step)
-        output[:, part] = attend(positions[:, part], attention_weights[:, part])
+        output[:, part] = attend(part)
     return output
 
 
-def positions_from_offsets(
-    reference_points: Tensor, offsets: Tensor, spatial_shapes: tuple[tuple[int, int], ...]
-) -> Tensor:
-    """Positions in pixels of each level.
+def _needs_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
-    Args:
-        reference_points: (Q, 2) as (x, y) in [0, 1], shared by batch, heads and levels.
-        offsets: (B, Q, M, L, P, 2) as (x, y), in pixels.
-        spatial_shapes: (height, width) of each level.
 
-    Returns:
-        (B, Q, M, L, P, 2) as (x, y), 0 being the centre of the first pixel.
+class _Grid(NamedTuple):
+    """Constants that turn positions into rows of the padded value table.
+
+    The elementwise work runs on (B, Q, M L P) tensors with constants of the last axis: long contiguous rows, where
+    broadcasting along (L, P) itself would leave inner loops of P elements and cost several times as much.
     """
-    M, P = offsets.shape[2], offsets.shape[4]
-    sizes = torch.tensor([(w, h) for h, w in spatial_shapes], dtype=offsets.dtype, device=offsets.device)
-    # as a product with a (2, M L P 2) matrix, for the sake of long rows again
-    scale = torch.diag_embed(sizes)[None, :, None].expand(M, -1, P, -1, -1).permute(3, 0, 1, 2, 4).flatten(1)
-    centres = torch.addmm(torch.full_like(scale[0], -0.5), reference_points.to(offsets.dtype), scale)
-    return (offsets.flatten(2) + centres).view_as(offsets)
+
+    heads: int  # M
+    samples: int  # L P
+    size: Tensor  # (2 M L P,): width and height of the sample's level
+    before: Tensor  # (2 M L P,): -1
+    down: Tensor  # (M L P,) int32: rows from a pixel to the one below it
+    origin: Tensor  # (M L P,) int32: row of the level's first pixel
+    batch: Tensor  # (B, 1, 1) int32: rows before those of a batch item
+
+
+def _grid(spatial_shapes: tuple[tuple[int, int], ...], value: Tensor, samples: Tensor) -> _Grid:
+    """Constants for values (B, N, M, D) and samples (B, Q, M, L, P, 2), of whose dtype the sizes are."""
+    (B, _, M, L, P, _), device = samples.shape, samples.device
+
+    def per_sample(level_values: Tensor) -> Tensor:  # (L, X) -> (M L P X)
+        return level_values[None, :, None, :].expand(M, L, P, -1).reshape(-1)
+
+    shapes = torch.tensor([(w, h) for h, w in spatial_shapes], device=device)  # (L, 2) as (x, y)
+    padded_widths = shapes[:, :1] + 2
+    areas = padded_widths * (shapes[:, 1:] + 2)
+    first_inner = areas.cumsum(0) - areas + padded_widths + 1  # pixel (0, 0) of each level in the padded tokens
+    padded_length = sum((h + 2) * (w + 2) for h, w in spatial_shapes)
+    head = torch.arange(M, device=device, dtype=torch.int32).repeat_interleave(L * P)
+    size = per_sample(shapes.to(samples.dtype))
+    return _Grid(
+        heads=M,
+        samples=L * P,
+        size=size,
+        before=torch.full_like(size, -1),
+        down=per_sample((padded_widths * M).int()),
+        origin=per_sample((first_inner * M).int()) + head,
+        batch=torch.arange(B, device=device, dtype=torch.int32)[:, None, None] * (padded_length * M),
+    )
+
+
+def _corners_at_locations(locations: Tensor, attention_weights: Tensor, grid: _Grid) -> Corners:
+    """Of relative locations (B, Q, 2 M L P) and their weights (B, Q, M L P)."""
+    return _corners(locations * grid.size - 0.5, attention_weights, grid)
+
+
+def _corners_at_offsets(offsets: Tensor, attention_logits: Tensor, centres: Tensor, grid: _Grid) -> Corners:
+    """Of offsets (B, Q, 2 M L P) from centres (Q, 2 M L P), in pixels, and logits (B, Q, M L P) of their weights."""
+    weights = attention_logits.to(centres.dtype).unflatten(2, (grid.heads, grid.samples)).softmax(-1)
+    return _corners(offsets.to(centres.dtype) + centres, weights.flatten(2), grid)
+
+
+def can_compile() -> bool:
+    """Whether `torch.compile` finds what it needs for kernels on a CPU: a C++ compiler and Python's headers."""
+    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    return shutil.which(compiler) is not None and Path(sysconfig.get_path("include"), "Python.h").exists()
+
+
+@cache
+def _compiled_corners() -> Callable[..., Corners]:
+    """`_corners_at_offsets` as one kernel for any sizes; made when it is first called."""
+    return torch.compile(_corners_at_offsets, dynamic=True)
+
+
+def _corners(positions: Tensor, attention_weights: Tensor, grid: _Grid) -> Corners:
+    """Of positions (B, Q, 2 M L P) in pixels, 0 being the centre of the level's first one."""
+    # A position beyond half a pixel outside moves to the zero border, where its contribution is zero as well. fmax
+    # (unlike clamp) sends NaN there too, so that no row number is out of range.
+    positions = torch.minimum(torch.fmax(positions, grid.before), grid.size)
+    corner = torch.minimum(positions.detach().floor(), grid.size - 1)  # so that the corner after it exists
+    fraction = (positions - corner).unflatten(2, (-1, 2))
+    corner = corner.int().unflatten(2, (-1, 2))
+
+    rows = corner[..., 1] * grid.down
+    rows.add_(corner[..., 0], alpha=grid.heads).add_(grid.origin).add_(grid.batch)
+
+    # (1-x)(1-y), x(1-y), (1-x)y and xy times the attention weight, by one product and one difference each
+    weights = attention_weights.to(positions.dtype)
+    right = fraction[..., 0] * weights
+    left = weights - right
+    lower_right, lower_left = right * fraction[..., 1], left * fraction[..., 1]
+    return (
+        (rows, left - lower_left),
+        (rows + grid.heads, right - lower_right),
+        (rows + grid.down, lower_left),
+        (rows + (grid.down + grid.heads), lower_right),
+    )
+
+
+def _pad_levels(value: Tensor, spatial_shapes: tuple[tuple[int, int], ...]) -> Tensor:
+    """Surround every level by one zero pixel, so that a corner outside needs no mask: its row is zero.
+
+    (B, N, M, D) -> (B, sum of (H + 2)(W + 2), M, D)
+    """
+    B, _, M, D = value.shape
+    padded = value.new_zeros(B, sum((h + 2) * (w + 2) for h, w in spatial_shapes), M, D)
+    start = padded_start = 0
+    for height, width in spatial_shapes:
+        stop, padded_stop = start + height * width, padded_start + (height + 2) * (width + 2)
+        inner = padded[:, padded_start:padded_stop].view(B, height + 2, width + 2, M, D)[:, 1:-1, 1:-1]
+        inner.copy_(value[:, start:stop].view(B, height, width, M, D))
+        start, padded_start = stop, padded_stop
+    return padded
 
 
 def weighted_row_sums(table: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
@@ -146,91 +267,3 @@ def _weighted_row_sums_backward(table: Tensor, rows: Tensor, weights: Tensor, gr
 @_weighted_row_sums_backward.register_fake
 def _(table: Tensor, rows: Tensor, weights: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(table), torch.empty_like(weights)
-
-
-def _pad_levels(value: Tensor, spatial_shapes: tuple[tuple[int, int], ...]) -> Tensor:
-    """Surround every level by one zero pixel, so that a corner outside needs no mask: its row is zero.
-
-    (B, N, M, D) -> (B, sum of (H + 2)(W + 2), M, D)
-    """
-    B, _, M, D = value.shape
-    padded = value.new_zeros(B, sum((h + 2) * (w + 2) for h, w in spatial_shapes), M, D)
-    start = padded_start = 0
-    for height, width in spatial_shapes:
-        stop, padded_stop = start + height * width, padded_start + (height + 2) * (width + 2)
-        inner = padded[:, padded_start:padded_stop].view(B, height + 2, width + 2, M, D)[:, 1:-1, 1:-1]
-        inner.copy_(value[:, start:stop].view(B, height, width, M, D))
-        start, padded_start = stop, padded_stop
-    return padded
-
-
-class _Grid:
-    """Turns positions into rows of the padded value table and their weights.
-
-    The elementwise work runs on (B, Q, M L P) tensors with constants of the last axis: long contiguous rows, where
-    broadcasting along (L, P) itself would leave inner loops of P elements and cost several times as much.
-
-    Args:
-        spatial_shapes: (height, width) of each level.
-        padded_length: tokens of all padded levels.
-        sizes: B, M, L and P.
-        like: of the positions' dtype and device.
-    """
-
-    def __init__(
-        self,
-        spatial_shapes: tuple[tuple[int, int], ...],
-        padded_length: int,
-        sizes: tuple[int, int, int, int],
-        like: Tensor,
-    ) -> None:
-        B, M, L, P = sizes
-        device = like.device
-
-        def per_sample(level_values: Tensor) -> Tensor:  # (L, X) -> (M L P X)
-            return level_values[None, :, None, :].expand(M, L, P, -1).reshape(-1)
-
-        shapes = torch.tensor([(w, h) for h, w in spatial_shapes], device=device)  # (L, 2) as (x, y)
-        padded_widths = shapes[:, :1] + 2
-        areas = padded_widths * (shapes[:, 1:] + 2)
-        first_inner = areas.cumsum(0) - areas + padded_widths + 1  # pixel (0, 0) of each level in the padded tokens
-        self.heads = M
-        self.size = per_sample(shapes.to(like.dtype))
-        self.before_first = torch.full_like(self.size, -1)
-        self.down = per_sample((padded_widths * M).int())  # rows from a pixel to the one below it
-        head = torch.arange(M, device=device, dtype=torch.int32).repeat_interleave(L * P)
-        self.origin = per_sample((first_inner * M).int()) + head
-        self.batch = torch.arange(B, device=device, dtype=torch.int32)[:, None, None] * (padded_length * M)
-
-    def corners(self, positions: Tensor, attention_weights: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
-        """Rows and weights of the upper left, upper right, lower left and lower right corner of every position.
-
-        Args:
-            positions: (B, Q, 2 M L P).
-            attention_weights: (B, Q, M L P).
-
-        Returns:
-            Four pairs (rows, weights), each (B, Q, M L P). Rows are int32: they count value vectors, of which no
-            machine holds 2^31.
-        """
-        # A position beyond half a pixel outside moves to the zero border, where its contribution is zero as well. fmax
-        # (unlike clamp) sends NaN there too, so that no row number is out of range.
-        positions = torch.minimum(torch.fmax(positions, self.before_first), self.size)
-        corner = torch.minimum(positions.detach().floor(), self.size - 1)  # so that the corner after it exists
-        fraction = (positions - corner).unflatten(2, (-1, 2))
-        corner = corner.int().unflatten(2, (-1, 2))
-
-        rows = corner[..., 1] * self.down
-        rows.add_(corner[..., 0], alpha=self.heads).add_(self.origin).add_(self.batch)
-
-        # (1-x)(1-y), x(1-y), (1-x)y and xy times the attention weight, by one product and one difference each
-        weights = attention_weights.to(positions.dtype)
-        right = fraction[..., 0] * weights
-        left = weights - right
-        lower_right, lower_left = right * fraction[..., 1], left * fraction[..., 1]
-        return (
-            (rows, left - lower_left),
-            (rows + self.heads, right - lower_right),
-            (rows + self.down, lower_left),
-            (rows + (self.down + self.heads), lower_right),
-        )

@@ -5,7 +5,8 @@ the sizes of a video frame, fits no cache. oneDNN's operator, which `torch.compi
 on CPUs, makes one pass of them, and its products are the faster ones on AMD processors.
 """
 
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,9 @@ Activation = Literal["relu", "gelu"]
 
 HIDDEN_BYTES = 2**22
 """Of a feed-forward network's hidden layer that are made at a time: what a cache holds, and an allocator keeps."""
+
+PACKED_ROWS = 2048
+"""Rows of an input that weights are packed for; they serve any number."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: Activation | None = None) -> Tensor:
@@ -35,12 +39,50 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: Ac
     return output if activation is None else _activate(output, activation)
 
 
+@dataclass(frozen=True, eq=False)
+class _Packed:
+    """A weight in the order oneDNN reads, and of which state of the weight it was made. Copies of a module lose it."""
+
+    tensor: Tensor
+    version: tuple[int, int]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        return None
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return type(None), ()
+
+
 class Linear(nn.Linear):
     """`nn.Linear` by `linear`."""
 
+    _packed: _Packed | None = None
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O)."""
-        return linear(x, self.weight, self.bias)
+        return linear(x, self.weight_for(x), self.bias)
+
+    def pack(self) -> None:
+        """Keep a copy of the weight in the order oneDNN reads, which it would make in every call.
+
+        The copy is for inference on a CPU. It takes no part in the state dict, and is left unused once the weight has
+        changed in value, dtype or device.
+        """
+        if _runs_in_onednn(self.weight.detach(), self.weight.detach(), None):
+            packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), PACKED_ROWS)
+            self._packed = _Packed(packed, _version(self.weight))
+
+    def weight_for(self, x: Tensor) -> Tensor:
+        """The packed weight where it may serve this input, else the weight itself."""
+        packed = self._packed
+        if packed is None or packed.version != _version(self.weight) or not _runs_in_onednn(x, self.weight, self.bias):
+            return self.weight
+        return packed.tensor
+
+
+def _version(weight: Tensor) -> tuple[int, int]:
+    """Changes with the weight's values, in place or by new memory."""
+    return weight.data_ptr(), weight._version
 
 
 class PointwiseConv(nn.Conv2d):
@@ -55,7 +97,7 @@ class PointwiseConv(nn.Conv2d):
 
 
 def feed_forward(
-    x: Tensor, first: nn.Linear, second: nn.Linear, activation: Activation, dropout: nn.Dropout | None = None
+    x: Tensor, first: Linear, second: Linear, activation: Activation, dropout: nn.Dropout | None = None
 ) -> Tensor:
     """`second(activation(first(x)))`, without a hidden layer of all tokens where no gradient needs it.
 
@@ -76,9 +118,10 @@ def feed_forward(
     tokens = x.flatten(0, -2)
     rows = max(HIDDEN_BYTES // (first.out_features * x.element_size()), 1)
     output = x.new_empty(len(tokens), second.out_features)
+    first_weight, second_weight = first.weight_for(x), second.weight_for(x)
     for start in range(0, len(tokens), rows):
-        hidden = _onednn_linear(tokens[start : start + rows], first.weight, first.bias, activation)
-        output[start : start + rows] = _onednn_linear(hidden, second.weight, second.bias, None)
+        hidden = _onednn_linear(tokens[start : start + rows], first_weight, first.bias, activation)
+        output[start : start + rows] = _onednn_linear(hidden, second_weight, second.bias, None)
     return output.unflatten(0, x.shape[:-1])
 
 
