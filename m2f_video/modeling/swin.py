@@ -17,24 +17,43 @@ from m2f_video.ops.linear import Linear, feed_forward
 SHIFT_MASK = -100.0
 
 
+def round_up(size: int, multiple: int) -> int:
+    """The next multiple, written as a product: torch.compile sees at once that `multiple` divides it."""
+    return (size + multiple - 1) // multiple * multiple
+
+
+def with_simple_sizes(frames: Tensor, stride: int) -> Tensor:
+    """The same frames, whose height and width are to torch.compile `stride` times a size, where they are.
+
+    Otherwise the sizes of later stages are sums and quotients of quotients, which take minutes to reason about.
+    """
+    height, width = frames.shape[-2:]
+    if height < stride or width < stride or height % stride or width % stride:
+        return frames
+    return frames[..., : height // stride * stride, : width // stride * stride]
+
+
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     """Zero-pad (B, H, W, C) at the bottom and right until H and W are multiples of `multiple`."""
     _, H, W, _ = x.shape
-    return F.pad(x, (0, 0, 0, -W % multiple, 0, -H % multiple))
+    return F.pad(x, (0, 0, 0, round_up(W, multiple) - W, 0, round_up(H, multiple) - H))
 
 
 def window_partition(x: Tensor, window_size: int) -> Tensor:
     """(B, H, W, C), H and W multiples of S -> (B*n, N, C)."""
     B, H, W, C = x.shape
-    x = x.view(B, H // window_size, window_size, W // window_size, window_size, C)
-    return x.transpose(2, 3).reshape(-1, window_size * window_size, C)
+    rows, columns = H // window_size, W // window_size
+    x = x.view(B, rows, window_size, columns, window_size, C)
+    return x.transpose(2, 3).reshape(B * rows * columns, window_size * window_size, C)
 
 
 def window_merge(windows: Tensor, window_size: int, height: int, width: int) -> Tensor:
     """(B*n, N, C) -> (B, H, W, C), the inverse of `window_partition`."""
     C = windows.shape[-1]
-    x = windows.view(-1, height // window_size, width // window_size, window_size, window_size, C)
-    return x.transpose(2, 3).reshape(-1, height, width, C)
+    rows, columns = height // window_size, width // window_size
+    B = windows.shape[0] // (rows * columns)
+    x = windows.view(B, rows, columns, window_size, window_size, C)
+    return x.transpose(2, 3).reshape(B, height, width, C)
 
 
 def shifted_window_mask(height: int, width: int, window_size: int, shift: int, like: Tensor) -> Tensor:
@@ -175,7 +194,9 @@ class SwinBlock(nn.Module):
         x = window_merge(windows, self.window_size, padded_height, padded_width)
         if self.shift:
             x = x.roll((self.shift, self.shift), dims=(1, 2))
-        return x[:, :H, :W]
+        x = x[:, :H, :W]
+        # Otherwise a compiled graph depends on whether the view is contiguous: on whether there was padding.
+        return x.clone(memory_format=torch.contiguous_format) if torch.compiler.is_compiling() else x
 
 
 class PatchMerging(nn.Module):
@@ -206,8 +227,8 @@ class PatchEmbedding(nn.Module):
 
     def forward(self, frames: Tensor) -> Tensor:
         """(B, 3, height, width) -> (B, ceil(height/p), ceil(width/p), C) for patch size p."""
-        height, width = frames.shape[-2:]
-        frames = F.pad(frames, (0, -width % self.patch_size, 0, -height % self.patch_size))
+        (height, width), patch = frames.shape[-2:], self.patch_size
+        frames = F.pad(frames, (0, round_up(width, patch) - width, 0, round_up(height, patch) - height))
         return self.norm(self.proj(frames).permute(0, 2, 3, 1))
 
 
@@ -246,7 +267,7 @@ class SwinStage(nn.Module):
         shift_mask = None
         if len(self.blocks) > 1:
             S = self.window_size
-            height, width = x.shape[1] + -x.shape[1] % S, x.shape[2] + -x.shape[2] % S
+            height, width = round_up(x.shape[1], S), round_up(x.shape[2], S)
             shift_mask = shifted_window_mask(height, width, S, S // 2, like=x)
         for block in self.blocks:
             x = block(x, shift_mask)
@@ -306,6 +327,8 @@ class SwinTransformer(nn.Module):
         Returns:
             One (B, C_i, H_i, W_i) per stage, strides patch_size * 2^i (sizes rounded up).
         """
+        if torch.compiler.is_compiling():
+            frames = with_simple_sizes(frames, self.patch_embed.patch_size * 2 ** (len(self.stages) - 1))
         x = self.patch_embed(frames)
         maps = []
         for stage, norm in zip(self.stages, self.out_norms, strict=True):

@@ -284,9 +284,7 @@ class MaskedTransformerDecoder(nn.Module):
                 mask_logits = resize_frames(masks.detach(), sizes[level])
             else:
                 if level not in resized:
-                    frames = mask_features.detach().split(1, dim=1)  # one by one: resizing copies what it reads
-                    parts = [resize_frames(frame, sizes[level]) for frame in frames]
-                    resized[level] = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+                    resized[level] = self._resized(mask_features.detach(), sizes[level])
                 mask_logits = predict_masks(mask_embeddings.detach(), resized[level])
                 if level == NUM_LEVELS - 1:  # the finest is large: over a long clip it costs less to make than to keep
                     del resized[level]
@@ -307,6 +305,13 @@ class MaskedTransformerDecoder(nn.Module):
             queries=tuple(queries) if output_hidden else None,
             attention_masks=tuple(attention_masks) if output_hidden else None,
         )
+
+    @staticmethod
+    def _resized(mask_features: Tensor, size: tuple[int, int]) -> Tensor:
+        if mask_features.shape[1] == 1 or torch.compiler.is_compiling():  # which is for any number of frames
+            return resize_frames(mask_features, size)
+        frames = mask_features.split(1, dim=1)  # one by one: resizing copies what it reads
+        return torch.cat([resize_frames(frame, size) for frame in frames], dim=1)
 
     def _predict(self, queries: Tensor) -> tuple[Tensor, Tensor]:
         """Class logits (B, Q, K+1) and mask embeddings (B, Q, mask_dim); the norm serves the heads alone."""

@@ -52,13 +52,13 @@ class FrameFeatures:
         """
         if not parts:
             raise ValueError("there are no frame features to concatenate")
+        if len(parts) == 1:
+            return parts[0]
         sizes = {tuple(part.mask_features.shape[1:]) for part in parts}
         if len(sizes) > 1:
             raise ValueError(f"frame features to concatenate must be of one size, got {sorted(sizes)}")
         if len({(part.backbone_maps is None, part.encoder_layers is None) for part in parts}) > 1:
             raise ValueError("frame features to concatenate must all hold hidden states, or none of them")
-        if len(parts) == 1:
-            return parts[0]
 
         def join(tuples: Sequence[tuple[Tensor, ...] | None]) -> tuple[Tensor, ...] | None:
             present = [maps for maps in tuples if maps is not None]
