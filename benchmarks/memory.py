@@ -13,12 +13,8 @@ the workspace that its first product takes.
 """
 
 import json as json_format
-import os
-import platform
 import sys
-from collections.abc import Callable
 from dataclasses import replace
-from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -27,8 +23,8 @@ import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
-from torch.profiler import ProfilerActivity, profile
 
+from m2f_video.benchmark import machine, peak_bytes
 from m2f_video.config import VideoMask2FormerConfig
 from m2f_video.inference import segment_video
 from m2f_video.modeling.transformer_decoder import Prediction
@@ -46,21 +42,6 @@ CASES: dict[str, tuple[Literal["points", "masks"], Literal["points", "masks"]]] 
     "masks": ("masks", "masks"),
 }
 """`mask_loss` and `matching` of the compared losses."""
-
-
-def peak_bytes(function: Callable[[], object], device: str) -> int:
-    """Most bytes of tensors on the device at any time while the function runs, beyond those before it."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        function()
-        return torch.cuda.max_memory_allocated() - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would log each start and stop
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        function()
-    results = profiler.profiler.kineto_results
-    changes = sorted((event.start_ns(), event.nbytes()) for event in results.events() if event.name() == "[memory]")
-    return max(accumulate(change for _, change in changes))
 
 
 def random_predictions(
@@ -206,10 +187,7 @@ def clip(
 
 def write_report(path: Path, title: str, device: str, numbers: dict[str, object]) -> None:
     """Write a run as JSON, with command and machine."""
-    machine = {"processor": platform.processor() or platform.machine(), "torch": torch.__version__}
-    if device == "cuda":
-        machine["gpu"] = torch.cuda.get_device_name()
-    report = {"title": title, "command": " ".join(("python", *sys.argv)), "machine": machine, **numbers}
+    report = {"title": title, "command": " ".join(("python", *sys.argv)), "machine": machine(device), **numbers}
     with atomic_path(path) as temporary:
         temporary.write_text(json_format.dumps(report, indent=2) + "\n")
 

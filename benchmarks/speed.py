@@ -1,77 +1,254 @@
-"""Time a frame through our model and through transformers, with the same weights and input, alternating in one process.
+"""Time our model beside transformers' and timm's, with the same weights and input, taking turns in one process.
 
-    python benchmarks/speed.py [--height 480 --width 864 --frames 1 --repeats 7 --json-file FILE]
+    python benchmarks/speed.py [--dtypes float32 bfloat16 --frames 1 4 --repeats 5 --json-file FILE --plot FILE.png]
 
-Medians, and the ratio transformers / ours of each part. A clip's frames are timed together; the time is divided by T.
+Every part is given the input that it has within the model. "End to end" goes from a video file to masks: ours by
+`segment_video`; transformers', which knows no video, frame by frame from our reader through its image processor, model
+and instance post-processing, whose threshold few of its untrained predictions pass, which spares it work. timm's Swin
+has our weights, but not the four norms of its maps, and pads after the shift of windows and not before it.
 """
 
-import json
-import platform
-import statistics
-import time
-from collections.abc import Callable
+import copy
+import importlib.util
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
 
 import torch
 import tyro
-from rich.console import Console
-from rich.table import Table
+from plot import draw
+from torch import Tensor, nn
 
-from m2f_video.config import VideoMask2FormerConfig
+from m2f_video import benchmark as bench
+from m2f_video.benchmark import Implementation, Part, Report, Row
+from m2f_video.config import SwinConfig, VideoMask2FormerConfig
+from m2f_video.console import print_table, progress_bars
+from m2f_video.evaluation.report import check_writable
+from m2f_video.hub import parse_device
+from m2f_video.modeling.video_mask2former import VideoMask2Former
 from m2f_video.parity import random_frames, random_model, transformers_model
+from m2f_video.video_io import open_video
+
+EAGER, PREPARED, COMPILED = "ours eager", "ours prepared", "ours compiled"
+THEIRS, THEIRS_COMPILED = "transformers", "transformers compiled"
 
 
-def median_seconds(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median time of each function; they take turns, so that a drift of the machine meets all alike."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for repeat in range(repeats + 1):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            function()
-            if repeat:  # the first round warms up
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-@torch.inference_mode()
 def main(
+    dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16"),
+    frames: tuple[int, ...] = (1, 4),
     height: int = 480,
     width: int = 864,
-    frames: int = 1,
-    repeats: int = 7,
-    threads: int = 2,
+    video_frames: int = 4,
+    repeats: int = 5,
+    threads: int | None = None,
+    device: str = "cpu",
     preset: str = "swin_tiny_youtubevis_2019",
+    compiled: bool = False,
     json_file: Path | None = None,
+    plot: Path | None = None,
 ) -> None:
-    """Print a table of seconds per frame and ratios; write it as JSON too where a file is given."""
-    torch.set_num_threads(threads)
-    model = random_model(VideoMask2FormerConfig.preset(preset), seed=0)
-    reference = transformers_model(model)
-    pixels = random_frames(frames, height, width, seed=0).float()
-    maps = model.backbone(pixels)
-    pixel_level = reference.model.pixel_level_module
-    parts: dict[str, Callable[[], object]] = {
-        "ours backbone": lambda: model.backbone(pixels),
-        "transformers backbone": lambda: pixel_level.encoder(pixels),
-        "ours pixel decoder": lambda: model.pixel_decoder(maps),
-        "transformers pixel decoder": lambda: pixel_level.decoder(list(maps)),
-        "ours whole model": lambda: model(pixels[None]),
-        "transformers whole model": lambda: reference(pixel_values=pixels),
-    }
-    seconds = {name: value / frames for name, value in median_seconds(parts, repeats).items()}
+    """Print a table of seconds per frame; the columns "/ ours" are how many times longer than ours a row takes.
 
-    title = f"{preset}, float32, {frames} frame(s) of {height}x{width}, {threads} threads, torch {torch.__version__}"
-    table = Table("part", "ours, s/frame", "transformers, s/frame", "ratio", title=title)
-    rows = {}
-    for part in ("backbone", "pixel decoder", "whole model"):
-        ours, theirs = seconds[f"ours {part}"], seconds[f"transformers {part}"]
-        rows[part] = {"ours_s": ours, "transformers_s": theirs, "ratio": theirs / ours}
-        table.add_row(part, f"{ours:.3f}", f"{theirs:.3f}", f"{theirs / ours:.2f}")
-    Console().print(table)
+    Args:
+        dtypes: that the models run in.
+        frames: lengths of the clips that the parts get.
+        height: of the input, a multiple of 32.
+        width: of the input, a multiple of 32.
+        video_frames: of the video that is segmented from its file.
+        repeats: timed runs of each part; one before them warms up.
+        threads: of PyTorch; by default as many as it chooses.
+        device: such as cpu or cuda.
+        preset: of the model; its weights are random.
+        compiled: time both models compiled too, ours by `prepare_for_inference`; compiling takes minutes.
+        json_file: write all numbers to this file.
+        plot: draw the medians into this file, such as speed.png; needs the extra m2f-video[bench].
+    """
+    counts = {"frames": min(frames, default=0), "video_frames": video_frames, "repeats": repeats}
+    bench.check_options(height, width, **counts, dtypes=len(dtypes), threads=1 if threads is None else threads)
+    target = parse_device(device)
+    if plot is not None and importlib.util.find_spec("matplotlib") is None:  # said before the work
+        raise ImportError("--plot needs matplotlib: pip install 'm2f-video[bench]'")
+    for file in (json_file, plot):
+        if file is not None:
+            check_writable(file)
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+    model = random_model(VideoMask2FormerConfig.preset(preset), 0).to(target)
+    ceilings = {dtype: bench.matmul_ceiling(getattr(torch, dtype), target) for dtype in dtypes}
+    models = {dtype: Models(model, getattr(torch, dtype), (height, width), compiled) for dtype in dtypes}
+    rows: list[Row] = []
+    with TemporaryDirectory() as folder, progress_bars("round") as progress:
+        options: dict[str, Any] = {"repeats": repeats, "ceilings": ceilings, "device": target, "progress": progress}
+        for count in frames:
+            pixels = random_frames(count, height, width, seed=0).to(target)
+            implementations = [each for dtype in dtypes for each in models[dtype].stages(pixels)]
+            rows += bench.measure_parts(implementations, frames=count, **options)
+        video = Path(folder) / "video.mp4"
+        bench.write_video(video, video_frames, height, width)
+        implementations = [each for dtype in dtypes for each in models[dtype].end_to_end(video)]
+        rows += bench.measure_parts(implementations, frames=video_frames, **options)
+    if target.type == "cpu":
+        nothing = Row(part=bench.WHOLE_MODEL, implementation="all on a GPU", dtype="", device="cuda", frames=frames[0])
+        rows += [replace(nothing, dtype=dtype, note="without --device cuda") for dtype in dtypes]
+
+    report = Report(
+        title=f"{preset}, random weights, {height} x {width}, {device}",
+        machine=bench.machine(target),
+        ceilings=ceilings,
+        rows=rows,
+        baselines=(EAGER, PREPARED, COMPILED) if compiled else (EAGER, PREPARED),
+    )
+    print(", ".join(f"{name} {value}" for name, value in report.machine.items()))
+    print("ceilings: " + ", ".join(f"{value:.0f} GFLOP/s in {dtype}" for dtype, value in ceilings.items()))
+    for table in report.tables():
+        print_table(table)
     if json_file is not None:
-        machine = {"processor": platform.processor() or platform.machine(), "torch": torch.__version__}
-        json_file.write_text(json.dumps({"title": title, "machine": machine, "parts": rows}, indent=2) + "\n")
+        report.write(json_file, command=" ".join(("python", *sys.argv)))
+    if plot is not None:
+        draw(report, plot)
+
+
+class Models:
+    """All implementations in one dtype, with the same weights.
+
+    Args:
+        model: ours.
+        dtype: of all.
+        size: height and width of the input.
+        compiled: with compiled ones.
+    """
+
+    def __init__(self, model: VideoMask2Former, dtype: torch.dtype, size: tuple[int, int], compiled: bool) -> None:
+        self.dtype, self.size = dtype, size
+        self.ours = {EAGER: bench.variant(model, dtype, prepare=False), PREPARED: bench.variant(model, dtype, True)}
+        self.theirs = {THEIRS: transformers_model(self.ours[EAGER]).to(model.device).requires_grad_(False)}
+        self.failures: dict[str, str] = {}
+        if compiled:
+            self._add_compiled(model)
+        is_swin = isinstance(model.config.backbone, SwinConfig)
+        self.timm = timm_backbone(model, size).to(model.device, dtype) if is_swin else None
+
+    def _add_compiled(self, model: VideoMask2Former) -> None:
+        frame = torch.zeros(1, 3, *self.size, device=model.device, dtype=self.dtype)
+        ours, theirs = bench.variant(model, self.dtype, True, compile="model"), copy.deepcopy(self.theirs[THEIRS])
+        backbone, pixel_decoder, _, transformer_decoder = stage_modules(theirs)
+        for module in (backbone, pixel_decoder, transformer_decoder):
+            module.compile()
+        for name, group, compiled, pixels in (
+            (COMPILED, self.ours, ours, frame[None]),
+            (THEIRS_COMPILED, self.theirs, theirs, frame),
+        ):
+            try:
+                with torch.inference_mode():
+                    compiled(pixel_values=pixels)
+                group[name] = compiled
+            except RuntimeError as error:  # such as a missing C++ compiler
+                self.failures[name] = str(error).strip().splitlines()[0]
+
+    @torch.inference_mode()
+    def stages(self, pixels: Tensor) -> list[Implementation]:
+        """What to time of a clip (T, 3, H, W)."""
+        pixels = pixels.to(self.dtype)
+        counted = bench.stages(self.ours[EAGER], pixels)
+        found = []
+        for name, model in self.ours.items():
+            compiled = name == COMPILED
+            missing = bench.COMPILED_AS_ONE if compiled else {}
+            found.append(self._named(name, bench.stages(model, pixels, compiled), counted, missing))
+        counted = transformers_stages(self.theirs[THEIRS], self.theirs[THEIRS], pixels)
+        for name, model in self.theirs.items():
+            missing = bench.COMPILED_AS_ONE if name == THEIRS_COMPILED else {}
+            parts = transformers_stages(model, self.theirs[THEIRS], pixels)
+            found.append(
+                self._named(name, {part: parts[part] for part in parts if part not in missing}, counted, missing)
+            )
+        for name, reason in self.failures.items():
+            found.append(self._named(name, {}, missing=dict.fromkeys(counted, reason)))
+        parts = {} if self.timm is None else {bench.BACKBONE: lambda: self.timm(pixels)}
+        found.append(self._named("timm", parts, missing={} if parts else {bench.BACKBONE: "the backbone is no Swin"}))
+        return found
+
+    def end_to_end(self, video: Path) -> list[Implementation]:
+        """What to time of a video file."""
+        parts = {name: bench.end_to_end(model, video, *self.size) for name, model in self.ours.items()}
+        parts |= {name: transformers_end_to_end(model, video, *self.size) for name, model in self.theirs.items()}
+        found = [self._named(name, {bench.END_TO_END: part}) for name, part in parts.items()]
+        failures = [self._named(name, {}, missing={bench.END_TO_END: why}) for name, why in self.failures.items()]
+        return found + failures
+
+    def _named(
+        self,
+        name: str,
+        parts: Mapping[str, Part],
+        counted: Mapping[str, Part] = {},
+        missing: Mapping[str, str] = {},
+    ) -> Implementation:
+        return Implementation(name=name, dtype=self.dtype, parts=parts, counted=counted, missing=missing)
+
+
+def stage_modules(model: Any) -> tuple[nn.Module, ...]:
+    """Backbone, pixel decoder, the deformable encoder in it, and transformer decoder of transformers' model."""
+    level = model.model.pixel_level_module
+    return level.encoder, level.decoder, level.decoder.encoder, model.model.transformer_module
+
+
+def transformers_stages(model: Any, eager: Any, pixels: Tensor) -> dict[str, Part]:
+    """The parts of transformers' model, with the inputs that they have within the eager one."""
+    inputs = [bench.inputs_of(module, lambda: eager(pixel_values=pixels)) for module in stage_modules(eager)]
+    parts: dict[str, Part] = {
+        name: lambda module=module, args=args, kwargs=kwargs: module(*args, **kwargs)
+        for name, module, (args, kwargs) in zip(bench.PARTS[:4], stage_modules(model), inputs, strict=True)
+    }
+    return parts | {bench.WHOLE_MODEL: lambda: model(pixel_values=pixels)}
+
+
+def transformers_end_to_end(model: Any, video: Path, height: int, width: int) -> Part:
+    """From a video file to one map of instances a frame."""
+    from transformers import Mask2FormerImageProcessor
+
+    processor = Mask2FormerImageProcessor(size={"height": height, "width": width})
+
+    @torch.inference_mode()
+    def run() -> list[Any]:
+        results = []
+        for frame in open_video(video):
+            pixels = processor(images=frame, return_tensors="pt")["pixel_values"]
+            output = model(pixel_values=pixels.to(model.device, model.dtype))
+            results += processor.post_process_instance_segmentation(output, target_sizes=[frame.shape[:2]])
+        return results
+
+    return run
+
+
+def timm_backbone(model: VideoMask2Former, size: tuple[int, int]) -> nn.Module:
+    """Swin of timm, with the weights of our backbone."""
+    import timm
+
+    swin = model.config.backbone
+    names = ("embed_dim", "depths", "num_heads", "window_size", "mlp_ratio", "qkv_bias")
+    options = {name: getattr(swin, name) for name in names}
+    backbone = timm.create_model(
+        "swin_tiny_patch4_window7_224", features_only=True, img_size=size, always_partition=True, **options
+    )
+    weights = {}
+    for name, tensor in model.backbone.state_dict().items():
+        part, _, rest = name.partition(".")
+        if part == "stages":
+            index, _, rest = rest.partition(".")
+            # merging comes last in our stages and first in timm's
+            part = f"layers_{int(index) + rest.startswith('downsample')}"
+        if part != "out_norms":
+            weights[f"{part}.{rest}"] = tensor
+    backbone.load_state_dict(weights)
+    return backbone.eval().requires_grad_(False)
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    try:
+        tyro.cli(main)
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"speed.py: error: {error}")

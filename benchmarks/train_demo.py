@@ -9,7 +9,6 @@ back. Measured are the 100 test videos of each difficulty, which no run has seen
 """
 
 import json
-import platform
 import shlex
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 import tyro
 
 from m2f_video import cli
+from m2f_video.benchmark import machine
 from m2f_video.hub import DEMO_FOLDER
 from m2f_video.modeling.video_mask2former import VideoMask2Former
 from m2f_video.video_io import atomic_path
@@ -60,7 +60,7 @@ def main(output: Path, results: Path = Path("benchmarks/results/demo.json"), thr
         "commands": commands,
         "threads": threads,
         "seconds": {name: training_seconds(output / name / "log.csv") for name in STAGES},
-        "machine": {"processor": processor(), "torch": torch.__version__},
+        "machine": machine(),
         "metrics on 100 test videos": metrics,
     }
     with atomic_path(results) as temporary:
@@ -81,13 +81,6 @@ def training_seconds(log: Path) -> float:
     rows = log.read_text().splitlines()
     column = rows[0].split(",").index("seconds")
     return sum(float(row.split(",")[column]) for row in rows[1:])
-
-
-def processor() -> str:
-    """Name of the CPU."""
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line]
-    return f"{len(names)} x {names[0]}" if names else platform.processor()
 
 
 if __name__ == "__main__":

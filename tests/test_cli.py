@@ -47,6 +47,19 @@ def segment(folder: Path, output: Path, *options: object, source="video.mp4", ch
     return run("segment", folder / source, "--checkpoint", folder / checkpoint, "--output", output, *options)
 
 
+def test_segment_prepares_where_that_pays(folder, tmp_path, capsys, monkeypatch):
+    assert segment(folder, tmp_path / "short") == 0
+    assert "prepared" not in capsys.readouterr().out
+    monkeypatch.setenv("CXX", "no-such-compiler")  # so that packing is all there is to do
+    monkeypatch.setattr("m2f_video.cli.PREPARE_PIXELS", 1)
+    assert segment(folder, tmp_path / "long") == 0
+    assert f"prepared the model for inference on {FRAMES} frames" in capsys.readouterr().out
+    assert segment(folder, tmp_path / "never", "--prepare", "never") == 0
+    assert "prepared" not in capsys.readouterr().out
+    tracks = [(tmp_path / name / "tracks.json").read_text() for name in ("short", "never")]
+    assert tracks[0] == tracks[1]
+
+
 def test_segment_writes_tracks_and_overlay(folder, tmp_path, capsys):
     assert segment(folder, tmp_path / "out") == 0
     overlay = read_video(tmp_path / "out" / "overlay.mp4")
@@ -286,6 +299,8 @@ def test_parity_passes_and_fails_by_exit_code(folder, capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert "backbone stride 4" in printed
     assert "within the tolerance" in printed
+    assert run("parity", "--checkpoint", folder / "native", "--dtype", "bfloat16", *size) == 0
+    assert "there is no tolerance in bfloat16" in capsys.readouterr().out
     monkeypatch.setitem(parity.TOLERANCES, torch.float32, 1e-12)
     assert run("parity", "--random", 3, "--config", folder / "native" / "config.json", *size) == 1
     assert "OVER" in capsys.readouterr().out
