@@ -66,10 +66,11 @@ class Linear(nn.Linear):
         """Keep a copy of the weight in the order oneDNN reads, which it would make in every call.
 
         The copy is for inference on a CPU. It takes no part in the state dict, and is left unused once the weight has
-        changed in value, dtype or device.
+        changed in value, dtype or device. A weight made in inference mode, whose changes cannot be told, gets none.
         """
-        if _runs_in_onednn(self.weight.detach(), self.weight.detach(), None):
-            packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), PACKED_ROWS)
+        weight = self.weight.detach()
+        if _runs_in_onednn(weight, weight, None) and not weight.is_inference():
+            packed = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROWS)
             self._packed = _Packed(packed, _version(self.weight))
 
     def weight_for(self, x: Tensor) -> Tensor:
@@ -81,8 +82,8 @@ class Linear(nn.Linear):
 
 
 def _version(weight: Tensor) -> tuple[int, int]:
-    """Changes with the weight's values, in place or by new memory."""
-    return weight.data_ptr(), weight._version
+    """Changes with the weight's values, in place or by new memory; -1 stands for changes that are not counted."""
+    return weight.data_ptr(), -1 if weight.is_inference() else weight._version
 
 
 class PointwiseConv(nn.Conv2d):

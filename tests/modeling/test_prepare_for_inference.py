@@ -89,6 +89,17 @@ def test_a_prepared_model_can_be_copied_and_trained(prepared: VideoMask2Former) 
     assert prepared.transformer_decoder.class_head.weight.grad is not None
 
 
+def test_in_inference_mode_weights_stay_unpacked(tiny_model: VideoMask2Former, prepared: VideoMask2Former) -> None:
+    with torch.inference_mode():
+        made_there = copy.deepcopy(tiny_model).prepare_for_inference(compile="none")
+        with torch.no_grad():
+            made_there.pixel_decoder.layers[0].linear1.weight.mul_(2)
+        changed = predictions(made_there, clips())
+        assert differences(changed, predictions(tiny_model, clips())) != {}
+        prepared.double()  # gives it weights of that kind
+        assert predictions(prepared, clips().double())["classes"].dtype == torch.float64
+
+
 def test_bad_options_are_named(prepared: VideoMask2Former) -> None:
     with pytest.raises(ValueError, match=r"compile must be auto, kernels, model or none, got 'fast'"):
         prepared.prepare_for_inference(compile="fast")  # type: ignore[arg-type]
