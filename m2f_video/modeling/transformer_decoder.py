@@ -92,7 +92,7 @@ class Level:
 
     A value is token plus embedding, a key is that plus its position (arXiv 2112.10764, section 3.1), which is that of
     the pixel in its frame plus that of the frame in the clip. They are kept apart: layers project them one by one, and
-    neither keys nor values of a long clip are ever held beside their projections.
+    neither keys nor values of a clip of several frames are ever held beside their projections.
 
     Attributes:
         tokens: (B, T, H*W, C).

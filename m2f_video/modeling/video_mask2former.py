@@ -239,7 +239,7 @@ class VideoMask2Former(
                 them, only the last layer's are made and the attention works on resized mask features instead.
             output_hidden: also give the intermediate features, queries and attention masks.
             frames_per_chunk: encode this many frames at a time, to bound memory. None encodes all at once, but one by
-                one on a CPU where no gradient is asked for: what a cache holds is made faster.
+                one on a CPU in evaluation without gradients: what a cache holds is made faster.
 
         Raises:
             ValueError: `pixel_values` of another shape, without frames, or not floating point; or `frames_per_chunk`
@@ -250,7 +250,8 @@ class VideoMask2Former(
             raise ValueError(f"frames_per_chunk must be at least 1, got {frames_per_chunk}")
         B, T = pixel_values.shape[:2]
         if frames_per_chunk is None:
-            by_frame = self.device.type == "cpu" and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+            learns = self.training or torch.is_grad_enabled()
+            by_frame = self.device.type == "cpu" and not (learns or torch.compiler.is_compiling())
             frames_per_chunk = 1 if by_frame else B * T
         chunks = pixel_values.flatten(0, 1).split(frames_per_chunk)
         if len(chunks) == 1 or output_hidden:
@@ -346,24 +347,27 @@ class VideoMask2Former(
             This model, in evaluation mode.
 
         Raises:
-            ValueError: an unknown dtype or way to compile, or `kernels` on another device than a CPU.
+            ValueError: an unknown dtype or way to compile, or `kernels` on another device than a CPU, or without a
+                compiler. The model is as it was then.
         """
         if compile not in ("auto", "kernels", "model", "none"):
             raise ValueError(f"compile must be auto, kernels, model or none, got {compile!r}")
-        self.eval().requires_grad_(False)
-        self.to(dtype=self.dtype if dtype is None else parse_dtype(dtype))
-        on_cpu = self.device.type == "cpu"
+        target_dtype, on_cpu = self.dtype if dtype is None else parse_dtype(dtype), self.device.type == "cpu"
         if compile == "kernels" and not on_cpu:
             raise ValueError(f"compile='kernels' is for a CPU, the model is on {self.device}; take 'model' or 'none'")
+        if compile == "kernels" and not can_compile():
+            raise ValueError("compile='kernels' needs a C++ compiler and Python's headers; install them or take 'none'")
         if compile == "auto":
             compile = "kernels" if on_cpu and can_compile() else "none"
+        self.eval().requires_grad_(False).to(dtype=target_dtype)
         for module in self.modules():
-            if on_cpu and isinstance(module, Linear):
+            if isinstance(module, Linear) and on_cpu and compile != "model":  # the compiler packs for itself
                 module.pack()
             elif isinstance(module, MSDeformAttn):
                 module.compiled = compile == "kernels"
-        if compile == "model":
-            for part in (self.backbone, self.pixel_decoder, self.transformer_decoder):
+        for part in (self.backbone, self.pixel_decoder, self.transformer_decoder):
+            part._compiled_call_impl = None  # what an earlier call has left
+            if compile == "model":
                 part.compile()
         return self
 

@@ -23,6 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from m2f_video.ops.linear import needs_gradient
+
 CHUNK_BYTES = 2**20
 """Of a chunk's positions: with no gradient to keep things for, queries are worked on in parts that stay in a cache."""
 
@@ -40,7 +42,7 @@ def ms_deform_attn_embedding_bag(
     """Weighted sum of bilinearly sampled values; arguments and result as `m2f_video.ops.ms_deform_attn`."""
     grid = _grid(spatial_shapes, value, sampling_locations)
     locations, weights = sampling_locations.flatten(2), attention_weights.flatten(2)
-    keeps = _needs_gradient(value, locations, weights)
+    keeps = needs_gradient(value, locations, weights)
     return _sums(value, spatial_shapes, grid, _corners_at_locations, (locations, weights), None, in_parts=not keeps)
 
 
@@ -54,11 +56,8 @@ def ms_deform_attn_embedding_bag_from_offsets(
 ) -> Tensor:
     """The same from what a module predicts; arguments and result as `m2f_video.ops.ms_deform_attn_from_offsets`."""
     grid = _grid(spatial_shapes, value, offsets.to(reference_points.dtype))
-    # reference points in pixels, as a product with a (2, 2 M L P) matrix for the sake of long rows
-    scale = torch.stack((grid.size, grid.size))
-    scale[0, 1::2] = scale[1, ::2] = 0
-    centres = torch.addmm(torch.full_like(grid.size, -0.5), reference_points, scale)
-    keeps = _needs_gradient(value, offsets, attention_logits)
+    centres = reference_points.repeat(1, grid.size.numel() // 2) * grid.size - 0.5  # in pixels, (Q, 2 M L P)
+    keeps = needs_gradient(value, offsets, attention_logits)
     corners = _compiled_corners() if compiled and not keeps else _corners_at_offsets
     predicted = offsets.flatten(2), attention_logits.flatten(2)
     return _sums(value, spatial_shapes, grid, corners, predicted, centres, in_parts=not (keeps or compiled))
@@ -93,10 +92,6 @@ def _sums(
         part = slice(start, start + step)
         output[:, part] = attend(part)
     return output
-
-
-def _needs_gradient(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 class _Grid(NamedTuple):
@@ -227,9 +222,12 @@ class _WeightedRowSums(torch.autograd.Function):
     """`embedding_bag` with another backward."""
 
     @staticmethod
-    def forward(ctx: Any, table: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
-        ctx.save_for_backward(table, rows, weights)
+    def forward(table: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
         return F.embedding_bag(rows, table, per_sample_weights=weights, mode="sum")
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     @once_differentiable
@@ -254,12 +252,15 @@ def _weighted_row_sums_backward(table: Tensor, rows: Tensor, weights: Tensor, gr
     from scipy.sparse import csr_array
 
     (S, k), R = rows.shape, len(table)
-    grad, columns = grad.contiguous(), rows.flatten()
-    starts = torch.arange(S + 1, dtype=rows.dtype) * k
+    grad = grad.contiguous()
+    index = torch.int64 if S * k >= 2**31 else rows.dtype
+    starts, columns = torch.arange(S + 1, dtype=index) * k, rows.flatten().to(index)
     transposed = csr_array((weights.flatten().numpy(), columns.numpy(), starts.numpy()), shape=(S, R)).T
     with warnings.catch_warnings():  # that sparse tensors are in beta
         warnings.simplefilter("ignore", UserWarning)
-        pattern = torch.sparse_csr_tensor(starts, columns, torch.zeros_like(weights).flatten(), (S, R))
+        # unchecked, because a row's columns are neither sorted nor unique, which these products do not need
+        zeros = torch.zeros_like(weights).flatten()
+        pattern = torch.sparse_csr_tensor(starts, columns, zeros, (S, R), check_invariants=False)
         products = torch.sparse.sampled_addmm(pattern, grad, table.T, beta=0.0)
     return torch.from_numpy(transposed @ grad.numpy()), products.values().view(S, k)
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 Activation = Literal["relu", "gelu"]
 
@@ -66,17 +67,20 @@ class Linear(nn.Linear):
         """Keep a copy of the weight in the order oneDNN reads, which it would make in every call.
 
         The copy is for inference on a CPU. It takes no part in the state dict, and is left unused once the weight has
-        changed in value, dtype or device. A weight made in inference mode, whose changes cannot be told, gets none.
+        changed in value, dtype or device; but not where `weight.data` or a NumPy view of it was written to, of which
+        PyTorch keeps no count: pack again then. A weight made in inference mode, whose changes are never counted, gets
+        none.
         """
+        self._packed = None
         weight = self.weight.detach()
-        if _runs_in_onednn(weight, weight, None) and not weight.is_inference():
+        if _runs_in_onednn(weight, weight) and not weight.is_inference():
             packed = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROWS)
             self._packed = _Packed(packed, _version(self.weight))
 
     def weight_for(self, x: Tensor) -> Tensor:
         """The packed weight where it may serve this input, else the weight itself."""
         packed = self._packed
-        if packed is None or packed.version != _version(self.weight) or not _runs_in_onednn(x, self.weight, self.bias):
+        if packed is None or not _runs_in_onednn(x, self.weight, self.bias) or packed.version != _version(self.weight):
             return self.weight
         return packed.tensor
 
@@ -113,32 +117,44 @@ def feed_forward(
         (..., O).
     """
     drops = dropout is not None and dropout.training and dropout.p > 0
-    if drops or not _runs_in_onednn(x, first.weight, first.bias):
-        hidden = linear(x, first.weight, first.bias, activation)
+    plain = _is_plain(first) and _is_plain(second) and not drops
+    if not (plain and _runs_in_onednn(x, first.weight, first.bias, second.weight, second.bias)):
+        hidden = _activate(first(x), activation)
         return second(hidden if dropout is None else dropout(hidden))
-    tokens = x.flatten(0, -2)
+    tokens = x.reshape(-1, x.shape[-1])
     rows = max(HIDDEN_BYTES // (first.out_features * x.element_size()), 1)
     output = x.new_empty(len(tokens), second.out_features)
     first_weight, second_weight = first.weight_for(x), second.weight_for(x)
     for start in range(0, len(tokens), rows):
         hidden = _onednn_linear(tokens[start : start + rows], first_weight, first.bias, activation)
         output[start : start + rows] = _onednn_linear(hidden, second_weight, second.bias, None)
-    return output.unflatten(0, x.shape[:-1])
+    return output.view(*x.shape[:-1], second.out_features)
 
 
-def _runs_in_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether oneDNN's operator, which has no backward and takes part in no autocast, does the same as `F.linear`."""
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether a call of the layer is its function of weight and bias: not replaced, hooked, pruned or parametrised."""
+    return type(layer) is Linear and not (layer._forward_hooks or layer._forward_pre_hooks)
+
+
+def _runs_in_onednn(x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
+    """Whether oneDNN's operator does the same as `F.linear`: it knows no derivatives, no autocast and no tracing."""
     if x.device.type != "cpu" or torch.compiler.is_compiling():  # the compiler chooses for itself
         return False
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
         return False
-    if not torch.backends.mkldnn.enabled or torch.is_autocast_enabled("cpu") or x.numel() == 0:
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
         return False
-    if x.dtype != weight.dtype or (bias is not None and x.dtype != bias.dtype):
+    tensors = [tensor for tensor in (x, weight, *others) if tensor is not None]
+    if needs_gradient(*tensors) or forward_ad._current_level >= 0 or torch.is_autocast_enabled("cpu"):
         return False
-    if x.dtype == torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    if any(tensor.dtype != x.dtype for tensor in tensors) or x.numel() == 0 or x.shape[-1] != weight.shape[-1]:
+        return False  # and `F.linear` says what is wrong
+    return x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def needs_gradient(*tensors: Tensor) -> bool:
+    """Whether autograd will ask for the derivative by one of the tensors."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation | None) -> Tensor:

@@ -1,4 +1,5 @@
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from m2f_video import VideoMask2Former
 from m2f_video.modeling.ms_deform_attn import MSDeformAttn
 from m2f_video.ops.embedding_bag import can_compile
 from m2f_video.ops.linear import Linear
-from tests.tolerances import differences, identical, relative_error
+from tests.tolerances import assert_close, differences, identical, relative_error
 
 
 def clips(frames: int = 2, height: int = 64, width: int = 96) -> Tensor:
@@ -100,10 +101,36 @@ def test_in_inference_mode_weights_stay_unpacked(tiny_model: VideoMask2Former, p
         assert predictions(prepared, clips().double())["classes"].dtype == torch.float64
 
 
-def test_bad_options_are_named(prepared: VideoMask2Former) -> None:
+def test_a_prepared_model_compiles_as_one_graph(prepared: VideoMask2Former) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(prepared.pixel_decoder, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        maps = prepared.backbone(clips()[0])
+        assert_close(compiled(maps).mask_features, prepared.pixel_decoder(maps).mask_features)
+
+
+def test_the_model_is_compiled_on_request_and_no_longer(
+    tiny_model: VideoMask2Former, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile_eagerly = partial(torch.nn.Module.compile, backend="eager")
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_eagerly(module))
+    model = copy.deepcopy(tiny_model).prepare_for_inference(compile="model")
+    assert model.backbone._compiled_call_impl is not None
+    assert differences(predictions(model, clips()), predictions(tiny_model, clips())) == {}
+    model.prepare_for_inference(compile="none")
+    assert model.backbone._compiled_call_impl is None
+
+
+def test_bad_options_are_named(prepared: VideoMask2Former, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared.train()
     with pytest.raises(ValueError, match=r"compile must be auto, kernels, model or none, got 'fast'"):
         prepared.prepare_for_inference(compile="fast")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="int8"):
         prepared.prepare_for_inference(dtype="int8")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ValueError, match=r"needs a C\+\+ compiler"):
+        prepared.prepare_for_inference(compile="kernels", dtype="bfloat16")
+    assert prepared.training
+    assert prepared.dtype == torch.float32
     with pytest.raises(ValueError, match=r"compile='kernels' is for a CPU, the model is on meta"):
         prepared.to("meta").prepare_for_inference(compile="kernels")

@@ -111,5 +111,76 @@ def test_pointwise_conv_is_a_convolution(memory_format: torch.memory_format, bia
 
 
 def test_wrong_widths_are_refused() -> None:
-    with torch.no_grad(), pytest.raises(RuntimeError):
+    with torch.no_grad(), pytest.raises(RuntimeError, match="2x5 and 4x3"):
         Linear(4, 3)(torch.randn(2, 5))
+
+
+def operators(function: Callable[[], object]) -> set[str]:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        function()
+    return {event.key for event in profiler.key_averages()}
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
+def test_onednn_runs_where_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = layers(6, 8, 5)
+    x, name = torch.randn(3, 6), "mkldnn::_linear_pointwise"
+    with torch.no_grad():
+        assert name in operators(lambda: first(x))
+        assert name in operators(lambda: feed_forward(x, first, second, "relu"))
+    assert name not in operators(lambda: first(x))
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    with torch.no_grad():
+        assert name not in operators(lambda: first(x))
+        assert name not in operators(lambda: first.bfloat16()(x.bfloat16()))
+
+
+@pytest.mark.parametrize("trained", ["first", "second", "x"])
+def test_whatever_asks_for_a_gradient_gets_it(trained: str) -> None:
+    first, second = (layer.requires_grad_(False) for layer in layers(6, 8, 5))
+    x = torch.randn(3, 6)
+    tensors = {"first": first.weight, "second": second.bias, "x": x}
+    tensors[trained].requires_grad_()
+    feed_forward(x, first, second, "gelu").sum().backward()
+    assert tensors[trained].grad is not None
+
+
+def test_hooks_and_other_layers_are_called() -> None:
+    first, second = layers(6, 8, 5)
+    calls: list[int] = []
+    first.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        feed_forward(torch.randn(3, 6), first, second, "relu")
+        assert calls == [1]
+        doubled = nn.Sequential(layers(6, 8, 5)[0], nn.Linear(8, 8))
+        feed_forward(torch.randn(3, 6), doubled, second, "relu")  # type: ignore[arg-type]
+
+
+def test_forward_mode_derivatives() -> None:
+    layer = Linear(4, 3).requires_grad_(False)
+    x, direction = torch.randn(2, 4), torch.randn(2, 4)
+    _, derivative = torch.func.jvp(layer, (x,), (direction,))
+    assert_close(derivative, direction @ layer.weight.T)
+
+
+def test_vectors_are_taken_too() -> None:
+    first, second = layers(6, 8, 5)
+    x = torch.randn(6)
+    expected = feed_forward(x, first, second, "relu").detach()
+    with torch.no_grad():
+        assert_close(feed_forward(x, first, second, "relu"), expected)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
+def test_a_packed_weight_is_used_until_it_changes() -> None:
+    layer = Linear(6, 8).requires_grad_(False)
+    x = torch.randn(3, 6)
+    layer.pack()
+    assert layer.weight_for(x).is_mkldnn
+    assert layer.weight_for(x.requires_grad_()) is layer.weight
+    layer.weight.mul_(2)
+    assert layer.weight_for(x.detach()) is layer.weight
+    layer.pack()
+    assert layer.weight_for(x.detach()).is_mkldnn
+    layer.double().pack()
+    assert layer._packed is None

@@ -7,7 +7,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from m2f_video.ops import ms_deform_attn, resolve_backend, sampling_locations_from_offsets
+from m2f_video.ops import (
+    ms_deform_attn,
+    ms_deform_attn_from_offsets,
+    resolve_backend,
+    sampling_locations_from_offsets,
+)
+from m2f_video.ops.embedding_bag import can_compile
 from tests.golden_files import GOLDEN
 from tests.tolerances import assert_close, differences
 
@@ -283,6 +289,23 @@ def test_locations_from_offsets() -> None:
     expected[0, 0] += torch.tensor([0.25, -0.5])
     expected[1, 1] += torch.tensor([1.0, 0.1], dtype=torch.float64)
     assert_close(locations[0, :, 0, :, 0], expected)
+
+
+@pytest.mark.parametrize(
+    "compiled", [False, pytest.param(True, marks=pytest.mark.skipif(not can_compile(), reason="g++"))]
+)
+def test_from_offsets_backends_agree_under_autocast_too(compiled: bool) -> None:
+    shapes, generator = ((60, 108), (30, 54)), torch.Generator().manual_seed(0)
+    tokens = sum(height * width for height, width in shapes)
+    value = torch.randn(1, tokens, 2, 8, generator=generator)
+    references = torch.rand(tokens, 2, generator=generator)
+    offsets = 3 * torch.randn(1, tokens, 2, 2, 4, 2, generator=generator)
+    logits = torch.randn(1, tokens, 2, 2, 4, generator=generator)
+    inputs = (value, shapes, references, offsets, logits)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = ms_deform_attn_from_offsets(*inputs, backend="reference")
+        ours = ms_deform_attn_from_offsets(*inputs, backend="embedding_bag", compiled=compiled)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=2e-4)
 
 
 # --- which backend
