@@ -2,7 +2,8 @@
 
     python benchmarks/speed.py [--dtypes float32 bfloat16 --frames 1 4 --repeats 5 --json-file FILE --plot FILE.png]
 
-Every part is given the input that it has within the model. "End to end" goes from a video file to masks: ours by
+Every part is given the input that it has within the model, of all frames at once; our whole model goes frame by frame
+on a CPU. "End to end" goes from a video file to masks: ours by
 `segment_video`; transformers', which knows no video, frame by frame from our reader through its image processor, model
 and instance post-processing, whose threshold few of its untrained predictions pass, which spares it work. timm's Swin
 has our weights, but not the four norms of its maps, and pads after the shift of windows and not before it.
@@ -11,8 +12,9 @@ has our weights, but not the four norms of its maps, and pads after the shift of
 import copy
 import importlib.util
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -29,6 +31,7 @@ from m2f_video.console import print_table, progress_bars
 from m2f_video.evaluation.report import check_writable
 from m2f_video.hub import parse_device
 from m2f_video.modeling.video_mask2former import VideoMask2Former
+from m2f_video.ops.embedding_bag import can_compile
 from m2f_video.parity import random_frames, random_model, transformers_model
 from m2f_video.video_io import open_video
 
@@ -133,41 +136,35 @@ class Models:
         self.timm = timm_backbone(model, size).to(model.device, dtype) if is_swin else None
 
     def _add_compiled(self, model: VideoMask2Former) -> None:
+        if model.device.type == "cpu" and not can_compile():
+            self.failures = dict.fromkeys((COMPILED, THEIRS_COMPILED), "needs a C++ compiler and Python's headers")
+            return
         frame = torch.zeros(1, 3, *self.size, device=model.device, dtype=self.dtype)
         ours, theirs = bench.variant(model, self.dtype, True, compile="model"), copy.deepcopy(self.theirs[THEIRS])
         backbone, pixel_decoder, _, transformer_decoder = stage_modules(theirs)
         for module in (backbone, pixel_decoder, transformer_decoder):
             module.compile()
-        for name, group, compiled, pixels in (
-            (COMPILED, self.ours, ours, frame[None]),
-            (THEIRS_COMPILED, self.theirs, theirs, frame),
-        ):
-            try:
-                with torch.inference_mode():
-                    compiled(pixel_values=pixels)
-                group[name] = compiled
-            except RuntimeError as error:  # such as a missing C++ compiler
-                self.failures[name] = str(error).strip().splitlines()[0]
+        with torch.inference_mode():  # as in what is timed, for which it would be compiled again otherwise
+            ours(pixel_values=frame[None])
+            theirs(pixel_values=frame)
+        self.ours[COMPILED], self.theirs[THEIRS_COMPILED] = ours, theirs
 
     @torch.inference_mode()
     def stages(self, pixels: Tensor) -> list[Implementation]:
         """What to time of a clip (T, 3, H, W)."""
         pixels = pixels.to(self.dtype)
-        counted = bench.stages(self.ours[EAGER], pixels)
         found = []
+        eager = bench.stages(self.ours[EAGER], pixels)
         for name, model in self.ours.items():
-            compiled = name == COMPILED
-            missing = bench.COMPILED_AS_ONE if compiled else {}
-            found.append(self._named(name, bench.stages(model, pixels, compiled), counted, missing))
-        counted = transformers_stages(self.theirs[THEIRS], self.theirs[THEIRS], pixels)
-        for name, model in self.theirs.items():
+            missing = bench.COMPILED_AS_ONE if name == COMPILED else {}
+            found.append(self._named(name, bench.stages(model, pixels, name == COMPILED), eager, missing))
+        theirs = transformers_stages(list(self.theirs.values()), pixels)
+        for name, parts in zip(self.theirs, theirs, strict=True):
             missing = bench.COMPILED_AS_ONE if name == THEIRS_COMPILED else {}
-            parts = transformers_stages(model, self.theirs[THEIRS], pixels)
-            found.append(
-                self._named(name, {part: parts[part] for part in parts if part not in missing}, counted, missing)
-            )
+            parts = {part: function for part, function in parts.items() if part not in missing}
+            found.append(self._named(name, parts, theirs[0], missing))
         for name, reason in self.failures.items():
-            found.append(self._named(name, {}, missing=dict.fromkeys(counted, reason)))
+            found.append(self._named(name, {}, missing=dict.fromkeys(eager, reason)))
         parts = {} if self.timm is None else {bench.BACKBONE: lambda: self.timm(pixels)}
         found.append(self._named("timm", parts, missing={} if parts else {bench.BACKBONE: "the backbone is no Swin"}))
         return found
@@ -196,14 +193,16 @@ def stage_modules(model: Any) -> tuple[nn.Module, ...]:
     return level.encoder, level.decoder, level.decoder.encoder, model.model.transformer_module
 
 
-def transformers_stages(model: Any, eager: Any, pixels: Tensor) -> dict[str, Part]:
-    """The parts of transformers' model, with the inputs that they have within the eager one."""
-    inputs = [bench.inputs_of(module, lambda: eager(pixel_values=pixels)) for module in stage_modules(eager)]
-    parts: dict[str, Part] = {
-        name: lambda module=module, args=args, kwargs=kwargs: module(*args, **kwargs)
-        for name, module, (args, kwargs) in zip(bench.PARTS[:4], stage_modules(model), inputs, strict=True)
-    }
-    return parts | {bench.WHOLE_MODEL: lambda: model(pixel_values=pixels)}
+def transformers_stages(models: Sequence[Any], pixels: Tensor) -> list[dict[str, Part]]:
+    """The parts of each of transformers' models, with the inputs that they have within the first."""
+    inputs = bench.inputs_of(stage_modules(models[0]), lambda: models[0](pixel_values=pixels))
+
+    def stages(model: Any) -> dict[str, Part]:
+        calls = zip(bench.PARTS, stage_modules(model), inputs, strict=False)
+        parts: dict[str, Part] = {name: partial(module, *args, **kwargs) for name, module, (args, kwargs) in calls}
+        return parts | {bench.WHOLE_MODEL: partial(model, pixel_values=pixels)}
+
+    return [stages(model) for model in models]
 
 
 def transformers_end_to_end(model: Any, video: Path, height: int, width: int) -> Part:

@@ -344,7 +344,9 @@ def variant(model: VideoMask2Former, dtype: torch.dtype, prepare: bool, compile:
 
 @torch.inference_mode()
 def stages(model: VideoMask2Former, pixels: Tensor, compiled: bool = False) -> dict[str, Part]:
-    """All `PARTS` but the last, each with the input that it has within the model.
+    """All `PARTS` but the last, each with the input that it has within the model, of all frames at once.
+
+    On a CPU the whole model encodes frame by frame, which is faster: of several frames, the parts take longer together.
 
     Args:
         model: in evaluation mode.
@@ -359,7 +361,7 @@ def stages(model: VideoMask2Former, pixels: Tensor, compiled: bool = False) -> d
     }
     if not compiled:
         layers = model.pixel_decoder.layers
-        (tokens, *others), options = inputs_of(layers[0], parts[PIXEL_DECODER])
+        [((tokens, *others), options)] = inputs_of(layers[:1], parts[PIXEL_DECODER])
 
         def deformable_encoder() -> Tensor:
             x = tokens
@@ -374,15 +376,20 @@ def stages(model: VideoMask2Former, pixels: Tensor, compiled: bool = False) -> d
     }
 
 
-def inputs_of(module: nn.Module, function: Part) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments and keyword arguments that a module gets at its first call while the function runs."""
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-    hook = module.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
+def inputs_of(modules: Sequence[nn.Module], function: Part) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Arguments and keyword arguments that each module gets at its last call while the function runs."""
+    inputs: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+
+    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs[module] = args, kwargs
+
+    hooks = [module.register_forward_pre_hook(keep, with_kwargs=True) for module in modules]
     try:
         function()
     finally:
-        hook.remove()
-    return calls[0]
+        for hook in hooks:
+            hook.remove()
+    return [inputs[module] for module in modules]
 
 
 def end_to_end(model: VideoMask2Former, video: Path, height: int, width: int) -> Part:

@@ -56,11 +56,10 @@ def ms_deform_attn_embedding_bag_from_offsets(
 ) -> Tensor:
     """The same from what a module predicts; arguments and result as `m2f_video.ops.ms_deform_attn_from_offsets`."""
     grid = _grid(spatial_shapes, value, offsets.to(reference_points.dtype))
-    centres = reference_points.repeat(1, grid.size.numel() // 2) * grid.size - 0.5  # in pixels, (Q, 2 M L P)
     keeps = needs_gradient(value, offsets, attention_logits)
     corners = _compiled_corners() if compiled and not keeps else _corners_at_offsets
     predicted = offsets.flatten(2), attention_logits.flatten(2)
-    return _sums(value, spatial_shapes, grid, corners, predicted, centres, in_parts=not (keeps or compiled))
+    return _sums(value, spatial_shapes, grid, corners, predicted, reference_points, in_parts=not (keeps or compiled))
 
 
 def _sums(
@@ -69,7 +68,7 @@ def _sums(
     grid: "_Grid",
     corners: Callable[..., Corners],
     samples: tuple[Tensor, Tensor],
-    centres: Tensor | None,
+    reference_points: Tensor | None,
     in_parts: bool,
 ) -> Tensor:
     """Sum the rows at the `corners` of the samples, (B, Q, ...) each: (B, Q, M * D)."""
@@ -77,7 +76,7 @@ def _sums(
     table = _pad_levels(value, spatial_shapes).view(-1, D)
 
     def attend(part: slice) -> Tensor:
-        constants = (grid,) if centres is None else (centres[part], grid)
+        constants = (grid,) if reference_points is None else (reference_points[part], grid)
         upper_left, upper_right, lower_left, lower_right = (
             weighted_row_sums(table, rows.view(-1, grid.samples), weights.view(-1, grid.samples).to(value.dtype))
             for rows, weights in corners(*(tensor[:, part] for tensor in samples), *constants)
@@ -140,10 +139,12 @@ def _corners_at_locations(locations: Tensor, attention_weights: Tensor, grid: _G
     return _corners(locations * grid.size - 0.5, attention_weights, grid)
 
 
-def _corners_at_offsets(offsets: Tensor, attention_logits: Tensor, centres: Tensor, grid: _Grid) -> Corners:
-    """Of offsets (B, Q, 2 M L P) from centres (Q, 2 M L P), in pixels, and logits (B, Q, M L P) of their weights."""
-    weights = attention_logits.to(centres.dtype).unflatten(2, (grid.heads, grid.samples)).softmax(-1)
-    return _corners(offsets.to(centres.dtype) + centres, weights.flatten(2), grid)
+def _corners_at_offsets(offsets: Tensor, attention_logits: Tensor, reference_points: Tensor, grid: _Grid) -> Corners:
+    """Of offsets (B, Q, 2 M L P), in pixels, from points (Q, 2), and logits (B, Q, M L P) of their weights."""
+    dtype = reference_points.dtype
+    weights = attention_logits.to(dtype).unflatten(2, (grid.heads, grid.samples)).softmax(-1)
+    centres = reference_points.repeat(1, grid.size.numel() // 2) * grid.size - 0.5
+    return _corners(offsets.to(dtype) + centres, weights.flatten(2), grid)
 
 
 def can_compile() -> bool:
