@@ -361,7 +361,7 @@ def stages(model: VideoMask2Former, pixels: Tensor, compiled: bool = False) -> d
     }
     if not compiled:
         layers = model.pixel_decoder.layers
-        [((tokens, *others), options)] = inputs_of(layers[:1], parts[PIXEL_DECODER])
+        [((tokens, *others), options)] = inputs_of([layers[0]], parts[PIXEL_DECODER])
 
         def deformable_encoder() -> Tensor:
             x = tokens
