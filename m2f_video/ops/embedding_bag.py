@@ -40,7 +40,7 @@ def ms_deform_attn_embedding_bag(
     attention_weights: Tensor,
 ) -> Tensor:
     """Weighted sum of bilinearly sampled values; arguments and result as `m2f_video.ops.ms_deform_attn`."""
-    grid = _grid(spatial_shapes, value, sampling_locations)
+    grid = _grid(spatial_shapes, sampling_locations, sampling_locations.dtype)
     locations, weights = sampling_locations.flatten(2), attention_weights.flatten(2)
     keeps = needs_gradient(value, locations, weights)
     return _sums(value, spatial_shapes, grid, _corners_at_locations, (locations, weights), None, in_parts=not keeps)
@@ -55,7 +55,7 @@ def ms_deform_attn_embedding_bag_from_offsets(
     compiled: bool = False,
 ) -> Tensor:
     """The same from what a module predicts; arguments and result as `m2f_video.ops.ms_deform_attn_from_offsets`."""
-    grid = _grid(spatial_shapes, value, offsets.to(reference_points.dtype))
+    grid = _grid(spatial_shapes, offsets, reference_points.dtype)
     keeps = needs_gradient(value, offsets, attention_logits)
     corners = _compiled_corners() if compiled and not keeps else _corners_at_offsets
     predicted = offsets.flatten(2), attention_logits.flatten(2)
@@ -109,8 +109,8 @@ class _Grid(NamedTuple):
     batch: Tensor  # (B, 1, 1) int32: rows before those of a batch item
 
 
-def _grid(spatial_shapes: tuple[tuple[int, int], ...], value: Tensor, samples: Tensor) -> _Grid:
-    """Constants for values (B, N, M, D) and samples (B, Q, M, L, P, 2), of whose dtype the sizes are."""
+def _grid(spatial_shapes: tuple[tuple[int, int], ...], samples: Tensor, dtype: torch.dtype) -> _Grid:
+    """Constants for samples (B, Q, M, L, P, 2), whose positions are of this dtype."""
     (B, _, M, L, P, _), device = samples.shape, samples.device
 
     def per_sample(level_values: Tensor) -> Tensor:  # (L, X) -> (M L P X)
@@ -122,7 +122,7 @@ def _grid(spatial_shapes: tuple[tuple[int, int], ...], value: Tensor, samples: T
     first_inner = areas.cumsum(0) - areas + padded_widths + 1  # pixel (0, 0) of each level in the padded tokens
     padded_length = sum((h + 2) * (w + 2) for h, w in spatial_shapes)
     head = torch.arange(M, device=device, dtype=torch.int32).repeat_interleave(L * P)
-    size = per_sample(shapes.to(samples.dtype))
+    size = per_sample(shapes.to(dtype))
     return _Grid(
         heads=M,
         samples=L * P,

@@ -22,22 +22,20 @@ PACKED_ROWS = 2048
 """Rows of an input that weights are packed for; they serve any number."""
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: Activation | None = None) -> Tensor:
-    """`activation(x weight^T + bias)`.
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x weight^T + bias`.
 
     Args:
         x: (..., I).
         weight: (O, I).
         bias: (O,); None adds nothing.
-        activation: `relu`, the exact `gelu`, or None.
 
     Returns:
         (..., O).
     """
     if _runs_in_onednn(x, weight, bias):
-        return _onednn_linear(x, weight, bias, activation)
-    output = F.linear(x, weight, bias)
-    return output if activation is None else _activate(output, activation)
+        return _onednn_linear(x, weight, bias, None)
+    return F.linear(x, weight, bias)
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +108,7 @@ def feed_forward(
         x: (..., I).
         first: from I to the hidden width.
         second: from the hidden width to O.
-        activation: between them.
+        activation: between them, `relu` or the exact `gelu`.
         dropout: of the hidden layer, in training.
 
     Returns:
