@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from m2f_video.ops.attention import kernels_run, window_attention
 from m2f_video.ops.linear import Linear, feed_forward
 
 # Added to the logits of token pairs that the cyclic shift brought together; the published model's value.
@@ -90,11 +91,16 @@ class WindowAttention(nn.Module):
         num_heads: heads M.
         window_size: side S of a window, in tokens.
         qkv_bias: whether queries, keys and values have a bias.
+
+    Attributes:
+        compiled: let `on_map` attend by a compiled kernel where it can run, see `m2f_video.ops.cpu_kernels`.
     """
 
     def __init__(self, *, dim: int, num_heads: int, window_size: int, qkv_bias: bool = True) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.window_size = window_size
+        self.compiled = False
         self.relative_position_bias_table = nn.Parameter(torch.empty((2 * window_size - 1) ** 2, num_heads))
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
         self.register_buffer("relative_position_index", relative_position_index(window_size), persistent=False)
@@ -115,12 +121,42 @@ class WindowAttention(nn.Module):
         """
         count, N, C = windows.shape
         query, key, value = self.qkv(windows).view(count, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)[None]  # (1, M, N, N)
+        bias = self._position_bias()[None]
         if mask is not None:
             frames = count // mask.shape[0]
             bias = (bias + mask[:, None]).expand(frames, -1, -1, -1, -1).reshape(count, -1, N, N)
         output = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
         return self.proj(output.transpose(1, 2).reshape(count, N, C))
+
+    def on_map(self, x: Tensor, shift: int, shift_mask: Tensor | None) -> Tensor:
+        """Attend within the windows of a map.
+
+        Args:
+            x: (B, H, W, C). Windows that do not fill up are padded with zeros, which are attended to.
+            shift: tokens by which the windows are shifted; 0 for regular windows.
+            shift_mask: (n, N, N) from `shifted_window_mask`, which shifted windows need.
+
+        Returns:
+            (B, H, W, C).
+        """
+        S = self.window_size
+        if self.compiled and kernels_run(x.shape[-1] // self.num_heads, x, self.qkv.weight, self.qkv.bias):
+            return self.proj(window_attention(self.qkv(x), self.qkv.bias, self._position_bias(), S, shift))
+        _, H, W, _ = x.shape
+        x = pad_to_multiple(x, S)
+        padded_height, padded_width = x.shape[1:3]
+        if shift:
+            x = x.roll((-shift, -shift), dims=(1, 2))
+        x = window_merge(self(window_partition(x, S), shift_mask if shift else None), S, padded_height, padded_width)
+        if shift:
+            x = x.roll((shift, shift), dims=(1, 2))
+        x = x[:, :H, :W]
+        # Otherwise a compiled graph depends on whether the view is contiguous: on whether there was padding.
+        return x.clone(memory_format=torch.contiguous_format) if torch.compiler.is_compiling() else x
+
+    def _position_bias(self) -> Tensor:
+        """(M, N, N)."""
+        return self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)
 
 
 class Mlp(nn.Module):
@@ -163,7 +199,6 @@ class SwinBlock(nn.Module):
         from timm.layers import DropPath
 
         super().__init__()
-        self.window_size = window_size
         self.shift = shift
         self.norm1 = nn.LayerNorm(dim)
         self.attn = WindowAttention(dim=dim, num_heads=num_heads, window_size=window_size, qkv_bias=qkv_bias)
@@ -181,22 +216,8 @@ class SwinBlock(nn.Module):
         Returns:
             (B, H, W, C).
         """
-        x = x + self.drop_path(self._windowed_attention(self.norm1(x), shift_mask))
+        x = x + self.drop_path(self.attn.on_map(self.norm1(x), self.shift, shift_mask))
         return x + self.drop_path(self.mlp(self.norm2(x)))
-
-    def _windowed_attention(self, x: Tensor, shift_mask: Tensor | None) -> Tensor:
-        _, H, W, _ = x.shape
-        x = pad_to_multiple(x, self.window_size)  # after the norm, so that padded tokens are zero
-        padded_height, padded_width = x.shape[1:3]
-        if self.shift:
-            x = x.roll((-self.shift, -self.shift), dims=(1, 2))
-        windows = self.attn(window_partition(x, self.window_size), shift_mask if self.shift else None)
-        x = window_merge(windows, self.window_size, padded_height, padded_width)
-        if self.shift:
-            x = x.roll((self.shift, self.shift), dims=(1, 2))
-        x = x[:, :H, :W]
-        # Otherwise a compiled graph depends on whether the view is contiguous: on whether there was padding.
-        return x.clone(memory_format=torch.contiguous_format) if torch.compiler.is_compiling() else x
 
 
 class PatchMerging(nn.Module):

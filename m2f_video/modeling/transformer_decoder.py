@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from m2f_video.modeling.pixel_decoder import NUM_LEVELS
 from m2f_video.modeling.position_encoding import position_dtype, sine_1d, sine_2d
+from m2f_video.ops.attention import kernels_run, masked_attention
 from m2f_video.ops.linear import Linear, PointwiseConv, feed_forward, linear
 
 
@@ -60,8 +61,12 @@ def predict_masks(mask_embeddings: Tensor, mask_features: Tensor) -> Tensor:
         (B, Q, T, H, W).
     """
     B, T, C, H, W = mask_features.shape
-    logits = mask_embeddings[:, None] @ mask_features.reshape(B, T, C, H * W)  # (B, T, Q, H*W)
-    return logits.transpose(1, 2).unflatten(-1, (H, W))
+    pixels = mask_features.permute(0, 1, 3, 4, 2).reshape(B, T * H * W, C)  # no copy where channels come last
+    if B == 1:
+        logits = linear(mask_embeddings[0], pixels[0])[None]
+    else:
+        logits = mask_embeddings @ pixels.transpose(1, 2)
+    return logits.unflatten(-1, (T, H, W))
 
 
 def attention_mask(mask_logits: Tensor) -> Tensor:
@@ -113,11 +118,15 @@ class Attention(nn.Module):
     Args:
         dim: channels C.
         num_heads: heads M.
+
+    Attributes:
+        compiled: attend under masks by a compiled kernel where it can run, see `m2f_video.ops.cpu_kernels`.
     """
 
     def __init__(self, *, dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.compiled = False
         self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
         self.out_proj = Linear(dim, dim)
@@ -125,10 +134,14 @@ class Attention(nn.Module):
         nn.init.xavier_uniform_(self.out_proj.weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask_logits: Tensor | None) -> Tensor:
         """Attention of projected queries (B, Q, C) to projected keys and values (B, S, C)."""
+        dim = q.shape[-1] // self.num_heads
+        if self.compiled and mask_logits is not None and kernels_run(dim, q, k, v, mask_logits):
+            return self.out_proj(masked_attention(q, k, v, mask_logits, self.num_heads))
+        mask = None if mask_logits is None else attention_mask(mask_logits)[:, None]
         q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, M, Q or S, C/M)
-        output = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None])
+        output = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.out_proj(output.transpose(1, 2).flatten(2))
 
 
@@ -145,13 +158,14 @@ class SelfAttention(Attention):
 class CrossAttention(Attention):
     """Queries attend to the pixels of a clip."""
 
-    def forward(self, query: Tensor, level: Level, mask: Tensor | None = None) -> Tensor:
+    def forward(self, query: Tensor, level: Level, mask_logits: Tensor | None = None) -> Tensor:
         """Attend.
 
         Args:
             query: (B, Q, C), positions included.
             level: what is attended to.
-            mask: (B, Q, S) bool, true where a query may attend; None lets every query attend everywhere.
+            mask_logits: (B, Q, S), whose `attention_mask` says where a query may attend; None lets every query attend
+                everywhere.
 
         Returns:
             (B, Q, C).
@@ -167,7 +181,7 @@ class CrossAttention(Attention):
             k += linear(level.pixel_position, wk)
             k += linear(level.frame_position, wk)[:, None]
         v = linear(level.tokens, wv, linear(level.embedding, wv, bv))
-        return self._attend(linear(query, wq, bq), k.flatten(1, 2), v.flatten(1, 2), mask)
+        return self._attend(linear(query, wq, bq), k.flatten(1, 2), v.flatten(1, 2), mask_logits)
 
 
 class DecoderLayer(nn.Module):
@@ -191,19 +205,19 @@ class DecoderLayer(nn.Module):
         nn.init.xavier_uniform_(self.linear1.weight)
         nn.init.xavier_uniform_(self.linear2.weight)
 
-    def forward(self, x: Tensor, query_position: Tensor, level: Level, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, query_position: Tensor, level: Level, mask_logits: Tensor) -> Tensor:
         """Update the queries.
 
         Args:
             x: queries (B, Q, C).
             query_position: (Q, C), added to queries and to the keys of the self-attention.
             level: of the clips, to attend to.
-            mask: (B, Q, S) bool, true where a query may attend.
+            mask_logits: (B, Q, S), whose `attention_mask` says where a query may attend.
 
         Returns:
             (B, Q, C).
         """
-        x = self.cross_attn_norm(x + self.cross_attn(x + query_position, level, mask))
+        x = self.cross_attn_norm(x + self.cross_attn(x + query_position, level, mask_logits))
         x = self.self_attn_norm(x + self.self_attn(x, query_position))
         return self.ffn_norm(x + feed_forward(x, self.linear1, self.linear2, "relu"))
 
@@ -288,12 +302,11 @@ class MaskedTransformerDecoder(nn.Module):
                 mask_logits = predict_masks(mask_embeddings.detach(), resized[level])
                 if level == NUM_LEVELS - 1:  # the finest is large: over a long clip it costs less to make than to keep
                     del resized[level]
-            mask = attention_mask(mask_logits.flatten(2))
-            del mask_logits
-            x = layer(x, self.query_positions.weight, levels[level], mask)
+            mask_logits = mask_logits.flatten(2)
+            x = layer(x, self.query_positions.weight, levels[level], mask_logits)
             if output_hidden:
                 queries.append(x)
-                attention_masks.append(mask)
+                attention_masks.append(attention_mask(mask_logits))
 
         class_logits, mask_embeddings = self._predict(x)
         if output_auxiliary:

@@ -106,10 +106,10 @@ def test_cross_attention_equals_torch_multi_head_attention() -> None:
     reference = torch_attention(ours)
     query, level = torch.randn(2, 5, 12, dtype=torch.float64), make_level()
     key, value = keys_and_values(level)
-    mask = attention_mask(torch.randn(2, 5, 12, dtype=torch.float64))
+    mask_logits = torch.randn(2, 5, 12, dtype=torch.float64)
     assert_close(ours(query, level), reference(query, key, value)[0].detach())
-    blocked = ~mask.repeat_interleave(3, 0)
-    assert_close(ours(query, level, mask), reference(query, key, value, attn_mask=blocked)[0].detach())
+    blocked = ~attention_mask(mask_logits).repeat_interleave(3, 0)
+    assert_close(ours(query, level, mask_logits), reference(query, key, value, attn_mask=blocked)[0].detach())
 
 
 def test_self_attention_equals_torch_multi_head_attention() -> None:
@@ -124,11 +124,11 @@ def test_a_layer_is_cross_then_self_attention_then_ffn_all_post_norm() -> None:
     torch.manual_seed(0)
     layer = DecoderLayer(dim=8, num_heads=2, ffn_dim=6).double()
     x, level = torch.randn(2, 5, 8, dtype=torch.float64), make_level(dim=8)
-    position, mask = torch.randn(5, 8, dtype=torch.float64), torch.rand(2, 5, 12) > 0.3
-    crossed = layer.cross_attn_norm(x + layer.cross_attn(x + position, level, mask))
+    position, mask_logits = torch.randn(5, 8, dtype=torch.float64), torch.randn(2, 5, 12)
+    crossed = layer.cross_attn_norm(x + layer.cross_attn(x + position, level, mask_logits))
     itself = layer.self_attn_norm(crossed + layer.self_attn(crossed, position))
     expected = layer.ffn_norm(itself + layer.linear2(layer.linear1(itself).relu()))
-    assert_close(layer(x, position, level, mask), expected.detach())
+    assert_close(layer(x, position, level, mask_logits), expected.detach())
 
 
 def test_gradcheck_of_a_layer() -> None:
@@ -139,8 +139,8 @@ def test_gradcheck_of_a_layer() -> None:
     inputs += [level.tokens, level.embedding, level.pixel_position, level.frame_position]
     for tensor in inputs:
         tensor.requires_grad_()
-    mask = attention_mask(torch.randn(1, 3, 6))
-    assert torch.autograd.gradcheck(lambda x, p, *parts: layer(x, p, Level(*parts), mask), inputs, fast_mode=True)
+    mask_logits = torch.randn(1, 3, 6)
+    assert torch.autograd.gradcheck(lambda x, p, *parts: layer(x, p, Level(*parts), mask_logits), inputs, fast_mode=True)
 
 
 # --- masks

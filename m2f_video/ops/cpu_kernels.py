@@ -1,0 +1,122 @@
+"""Kernels in C++ for inference on a CPU, compiled for the machine when they are first asked for.
+
+They do what PyTorch's operators would do in several passes over tensors that fit no cache. Each has a way in PyTorch
+beside it, which is what runs where the kernels were not asked for, cannot be compiled, or do not know the inputs.
+`prepare_for_inference` asks for them.
+
+The compiled library is kept in a folder `m2f_video` of TORCH_EXTENSIONS_DIR, by default `~/.cache/torch_extensions`,
+under a name that stands for sources, flags, compiler and instruction set. CXX names another compiler than g++.
+"""
+
+import ctypes
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from m2f_video.ops.linear import needs_gradient
+from m2f_video.video_io import atomic_path
+
+SOURCES = Path(__file__).with_name("csrc")
+FLAGS = (
+    *("-std=gnu++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-fvisibility=hidden"),
+    *("-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"),
+)
+DTYPES = (torch.float32, torch.bfloat16)
+"""That the kernels know, in the order of their numbers in C++."""
+
+
+def why_no_kernels() -> str | None:
+    """Why the kernels cannot be compiled here; None where nothing speaks against it."""
+    if not sys.platform.startswith("linux"):
+        return f"they are for Linux, this is {sys.platform}"
+    command = _compiler()
+    if shutil.which(command[0]) is None:
+        return f"there is no C++ compiler {command[0]!r}; install g++, or name another in CXX"
+    return None
+
+
+def load() -> None:
+    """Compile the kernels, where that was not done before, and load them.
+
+    Raises:
+        RuntimeError: they cannot be compiled; the message says why.
+    """
+    _library()
+
+
+def runs(*tensors: Tensor | None) -> bool:
+    """Whether the kernels know these inputs: of one dtype of `DTYPES` on a CPU, without gradients or tracing."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+        return False
+    if any(tensor.device.type != "cpu" or tensor.dtype != given[0].dtype for tensor in given):
+        return False
+    return given[0].dtype in DTYPES and not needs_gradient(*given) and not torch.is_autocast_enabled("cpu")
+
+
+def call(name: str, like: Tensor, *args: Tensor | float | None) -> None:
+    """Call a kernel.
+
+    Args:
+        name: of it.
+        like: whose dtype its tensors have that differ in it.
+        args: in its order: contiguous tensors, numbers as its signature has them (int is int64, float is float), and
+            None for a null pointer. Number of the dtype and of threads go before them.
+    """
+    values: list[object] = [ctypes.c_int64(DTYPES.index(like.dtype)), ctypes.c_int64(torch.get_num_threads())]
+    for arg in args:
+        if isinstance(arg, Tensor):
+            assert arg.is_contiguous(), name
+            values.append(ctypes.c_void_p(arg.data_ptr()))
+        elif isinstance(arg, float):
+            values.append(ctypes.c_float(arg))
+        else:
+            values.append(ctypes.c_void_p() if arg is None else ctypes.c_int64(arg))
+    getattr(_library(), name)(*values)
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    if reason := why_no_kernels():
+        raise RuntimeError(f"the kernels for a CPU cannot be compiled: {reason}")
+    sources = sorted(SOURCES.glob("*.cpp"))
+    digest = hashlib.sha256(repr((*_compiler(), *FLAGS)).encode())
+    for file in (*sources, *sorted(SOURCES.glob("*.h"))):
+        digest.update(file.read_bytes())
+    # what the compiler defines names its version and all instruction sets of this machine
+    digest.update(_run("-march=native", "-dM", "-E", "-x", "c++", os.devnull).encode())
+    path = _folder() / f"kernels-{digest.hexdigest()[:16]}.so"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(path) as temporary:
+            _run(*FLAGS, *map(str, sources), "-o", str(temporary))
+    return ctypes.CDLL(str(path))
+
+
+def _folder() -> Path:
+    chosen = os.environ.get("TORCH_EXTENSIONS_DIR")
+    if chosen:
+        return Path(chosen) / "m2f_video"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch_extensions" / "m2f_video"
+
+
+def _compiler() -> list[str]:
+    return shlex.split(os.environ.get("CXX") or "g++") or ["g++"]
+
+
+def _run(*args: str) -> str:
+    """Standard output of the compiler."""
+    command = [*_compiler(), *args]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        message = "\n".join(result.stderr.splitlines()[:20])
+        raise RuntimeError(f"the kernels for a CPU do not compile: {shlex.join(command)}\n{message}")
+    return result.stdout

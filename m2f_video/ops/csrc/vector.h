@@ -1,0 +1,94 @@
+// Vectors of 16 floats, and arrays of float or bfloat16 to read them from; all arithmetic is in float.
+//
+// GCC and Clang turn these into whatever the machine has: one AVX-512 register, two of AVX2, four of NEON.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+constexpr int LANES = 16;
+typedef float Vec __attribute__((vector_size(64)));
+typedef uint32_t Bits __attribute__((vector_size(64)));
+typedef uint16_t HalfBits __attribute__((vector_size(32)));
+
+struct bfloat16 {
+    uint16_t bits;
+};
+
+inline Vec broadcast(float x) { return x - Vec{}; }
+
+inline Vec maximum(Vec a, Vec b) { return a > b ? a : b; }  // b where a is NaN
+
+inline Vec load(const float* from) {
+    Vec x;
+    std::memcpy(&x, from, sizeof x);
+    return x;
+}
+
+inline Vec load(const bfloat16* from) {
+    HalfBits half;
+    std::memcpy(&half, from, sizeof half);
+    return (Vec)(__builtin_convertvector(half, Bits) << 16);
+}
+
+inline void store(float* to, Vec x) { std::memcpy(to, &x, sizeof x); }
+
+inline void store(bfloat16* to, Vec x) {  // rounded to the nearest, ties to even
+    const Bits bits = (Bits)x, rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const HalfBits half = __builtin_convertvector(x == x ? rounded : Bits{} + 0x7fc0u, HalfBits);
+    std::memcpy(to, &half, sizeof half);
+}
+
+// The first `count` of 16; the rest is zero, or stays as it is.
+template <typename T>
+inline Vec load(const T* from, int count) {
+    T part[LANES] = {};
+    std::memcpy(part, from, count * sizeof(T));
+    return load(part);
+}
+
+template <typename T>
+inline void store(T* to, Vec x, int count) {
+    T part[LANES];
+    store(part, x);
+    std::memcpy(to, part, count * sizeof(T));
+}
+
+inline float to_float(float x) { return x; }
+
+inline float to_float(bfloat16 x) {
+    const uint32_t bits = uint32_t(x.bits) << 16;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+inline float sum(Vec x) {
+    float total = 0;
+    for (int lane = 0; lane < LANES; ++lane) total += x[lane];
+    return total;
+}
+
+// e^x to about one unit in the last place; 0 below -87.3, and NaN of NaN.
+inline Vec exp(Vec x) {
+    const Vec lowest = broadcast(-87.33f), highest = broadcast(88.37f);
+    const auto underflows = x < lowest;
+    x = x > highest ? highest : x;
+    x = underflows ? lowest : x;
+    const float to_integer = 12582912.0f;                      // 1.5 * 2^23: adding it rounds to integers
+    const Vec shifted = x * 1.44269504f + to_integer;          // x / ln 2
+    const Vec n = shifted - to_integer;
+    const Vec r = (x - n * 0.693145752f) - n * 1.42860677e-6f;  // ln 2 in two parts
+    Vec p = r * (1.0f / 5040) + 1.0f / 720;                    // Taylor series: |r| is at most 0.35
+    p = p * r + 1.0f / 120;
+    p = p * r + 1.0f / 24;
+    p = p * r + 1.0f / 6;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    const Bits power = (Bits)shifted << 23;  // n in the exponent's place
+    const Vec result = (Vec)((Bits)p + power);
+    return underflows ? Vec{} : result;
+}
