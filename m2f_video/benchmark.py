@@ -316,6 +316,7 @@ def measure_parts(
         progress: called with a part, rounds done, and of how many.
     """
     rows: list[Row] = []
+    flops: dict[Part, int] = {}  # implementations may share what is counted
     for part in PARTS:
         functions = {str(i): these.parts[part] for i, these in enumerate(implementations) if part in these.parts}
         report = None if progress is None else partial(progress, f"{part}, {frames} frame(s)")
@@ -329,7 +330,9 @@ def measure_parts(
                 continue
             row = replace(row, seconds=tuple(value / frames for value in seconds[str(i)]), ceiling=ceilings[dtype])
             if part != END_TO_END:
-                row = replace(row, gflop=count_flops((these.counted or these.parts)[part]) / frames / 1e9)
+                counted = (these.counted or these.parts)[part]
+                flops[counted] = flops.get(counted) or count_flops(counted)
+                row = replace(row, gflop=flops[counted] / frames / 1e9)
             if part in (WHOLE_MODEL, END_TO_END):
                 row = replace(row, peak_mb=peak_bytes(these.parts[part], device) / 1e6)
             rows.append(row)

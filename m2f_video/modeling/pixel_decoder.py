@@ -7,15 +7,17 @@ B frames, N tokens of all levels, C channels, H W height and width of a level; l
 """
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m2f_video.config import GROUP_NORM_GROUPS
 from m2f_video.modeling.ms_deform_attn import MSDeformAttn
 from m2f_video.modeling.position_encoding import position_dtype, sine_2d
 from m2f_video.ops.linear import Linear, PointwiseConv, feed_forward
+from m2f_video.ops.norm import group_norm_channels_last, layer_norm_of_sum
+from m2f_video.ops.winograd import WinogradConv
 
 NUM_LEVELS = 3  # strides 32, 16 and 8 pass through the encoder
 
@@ -44,10 +46,14 @@ class DeformableEncoderLayer(nn.Module):
         num_heads: attention heads.
         num_points: sampling points per head and level.
         dropout: after the attention and after both layers of the feed-forward network, in training.
+
+    Attributes:
+        compiled: let compiled kernels compute the norms, see `m2f_video.ops.cpu_kernels`.
     """
 
     def __init__(self, *, dim: int, ffn_dim: int, num_heads: int, num_points: int, dropout: float = 0.0) -> None:
         super().__init__()
+        self.compiled = False
         self.self_attn = MSDeformAttn(dim=dim, num_heads=num_heads, num_levels=NUM_LEVELS, num_points=num_points)
         self.self_attn_norm = nn.LayerNorm(dim)
         self.linear1 = Linear(dim, ffn_dim)
@@ -62,9 +68,27 @@ class DeformableEncoderLayer(nn.Module):
     ) -> Tensor:
         """Tokens (B, N, C) -> (B, N, C); positions (N, C) are added to the queries only, not to the values."""
         attended = self.self_attn(x + position, x, reference_points, spatial_shapes)
-        x = self.self_attn_norm(x + self.dropout(attended))
+        x = layer_norm_of_sum(x, self.dropout(attended), self.self_attn_norm, self.compiled)
         hidden = feed_forward(x, self.linear1, self.linear2, "relu", self.dropout)
-        return self.ffn_norm(x + self.dropout(hidden))
+        return layer_norm_of_sum(x, self.dropout(hidden), self.ffn_norm, self.compiled)
+
+
+class ConvNorm(nn.Sequential):
+    """Convolution and group norm.
+
+    Attributes:
+        compiled: let a compiled kernel compute the norm and what follows it, see `m2f_video.ops.cpu_kernels`.
+    """
+
+    def __init__(self, convolution: nn.Conv2d) -> None:
+        super().__init__(convolution, nn.GroupNorm(GROUP_NORM_GROUPS, convolution.out_channels))
+        self.compiled = False
+        nn.init.kaiming_uniform_(convolution.weight, a=1)
+
+    def forward(self, x: Tensor, *, coarse: Tensor | None = None, relu: bool = False) -> Tensor:
+        """Maps (B, C', H, W) -> (B, C, H, W); a coarser map (B, C, h, w) is resized and added before the ReLU."""
+        convolution, norm = cast("tuple[nn.Conv2d, nn.GroupNorm]", tuple(self))
+        return group_norm_channels_last(convolution(x), norm, self.compiled, coarse=coarse, relu=relu)
 
 
 class MSDeformAttnPixelDecoder(nn.Module):
@@ -104,8 +128,8 @@ class MSDeformAttnPixelDecoder(nn.Module):
             )
             for _ in range(num_layers)
         )
-        self.lateral_conv = _conv_norm(PointwiseConv(in_channels[0], hidden_dim, bias=False))
-        self.output_conv = _conv_norm(nn.Conv2d(hidden_dim, hidden_dim, kernel_size=3, padding=1, bias=False))
+        self.lateral_conv = ConvNorm(PointwiseConv(in_channels[0], hidden_dim, bias=False))
+        self.output_conv = ConvNorm(WinogradConv(hidden_dim, hidden_dim))
         self.mask_projection = PointwiseConv(hidden_dim, mask_dim)
         nn.init.kaiming_uniform_(self.mask_projection.weight, a=1)
         _zero_bias(self.mask_projection)
@@ -137,9 +161,10 @@ class MSDeformAttnPixelDecoder(nn.Module):
             tokens.unflatten(1, shape).permute(0, 3, 1, 2)
             for tokens, shape in zip(x.split(sizes, dim=1), shapes, strict=True)
         )
-        upsampled = F.interpolate(multi_scale[-1], size=finest.shape[-2:], mode="bilinear", align_corners=False)
-        finest = self.lateral_conv(finest).add_(upsampled)  # both with channels last, and so all that follows
-        mask_features = self.mask_projection(self.output_conv(finest).relu_())
+        # one step of a feature pyramid; all maps have channels last
+        finest = self.lateral_conv(finest, coarse=multi_scale[-1])
+        finest = self.output_conv(finest, relu=True)
+        mask_features = self.mask_projection(finest)
         return PixelDecoderOutput(mask_features, multi_scale, tuple(encoder_layers) if output_hidden else None)
 
     def _positions(self, shapes: tuple[tuple[int, int], ...], x: Tensor) -> Tensor:
@@ -158,12 +183,6 @@ def _input_projection(in_channels: int, out_channels: int) -> nn.Sequential:
     nn.init.xavier_uniform_(convolution.weight)
     _zero_bias(convolution)
     return nn.Sequential(convolution, nn.GroupNorm(GROUP_NORM_GROUPS, out_channels))
-
-
-def _conv_norm(convolution: nn.Conv2d) -> nn.Sequential:
-    """Convolution and group norm."""
-    nn.init.kaiming_uniform_(convolution.weight, a=1)
-    return nn.Sequential(convolution, nn.GroupNorm(GROUP_NORM_GROUPS, convolution.out_channels))
 
 
 def _zero_bias(convolution: nn.Conv2d) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from m2f_video.ops.attention import kernels_run, window_attention
 from m2f_video.ops.linear import Linear, feed_forward
+from m2f_video.ops.norm import add_layer_norm, layer_norm
 
 # Added to the logits of token pairs that the cyclic shift brought together; the published model's value.
 SHIFT_MASK = -100.0
@@ -183,6 +184,9 @@ class SwinBlock(nn.Module):
         mlp_ratio: hidden width of the MLP over C.
         qkv_bias: whether queries, keys and values have a bias.
         drop_path: probability of skipping a branch for a frame, in training.
+
+    Attributes:
+        compiled: let compiled kernels compute the norms, see `m2f_video.ops.cpu_kernels`.
     """
 
     def __init__(
@@ -199,6 +203,7 @@ class SwinBlock(nn.Module):
         from timm.layers import DropPath
 
         super().__init__()
+        self.compiled = False
         self.shift = shift
         self.norm1 = nn.LayerNorm(dim)
         self.attn = WindowAttention(dim=dim, num_heads=num_heads, window_size=window_size, qkv_bias=qkv_bias)
@@ -216,8 +221,9 @@ class SwinBlock(nn.Module):
         Returns:
             (B, H, W, C).
         """
-        x = x + self.drop_path(self.attn.on_map(self.norm1(x), self.shift, shift_mask))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        attended = self.attn.on_map(layer_norm(x, self.norm1, self.compiled), self.shift, shift_mask)
+        x, normalised = add_layer_norm(x, self.drop_path(attended), self.norm2, self.compiled)
+        return x + self.drop_path(self.mlp(normalised))
 
 
 class PatchMerging(nn.Module):

@@ -62,10 +62,7 @@ def predict_masks(mask_embeddings: Tensor, mask_features: Tensor) -> Tensor:
     """
     B, T, C, H, W = mask_features.shape
     pixels = mask_features.permute(0, 1, 3, 4, 2).reshape(B, T * H * W, C)  # no copy where channels come last
-    if B == 1:
-        logits = linear(mask_embeddings[0], pixels[0])[None]
-    else:
-        logits = mask_embeddings @ pixels.transpose(1, 2)
+    logits = linear(mask_embeddings[0], pixels[0])[None] if B == 1 else mask_embeddings @ pixels.transpose(1, 2)
     return logits.unflatten(-1, (T, H, W))
 
 

@@ -1,6 +1,6 @@
 """Attention by compiled kernels on a CPU: in Swin's windows, and of queries to the pixels under their masks.
 
-B frames or clips, M heads, D channels of a head, C = M D, H W height and width of a map, N tokens of a window, Q queries,
+B frames or clips, M heads, D channels of a head, H W height and width of a map, N tokens of a window, Q queries,
 S keys.
 """
 
@@ -18,7 +18,9 @@ def kernels_run(dim: int, *tensors: Tensor | None) -> bool:
     return dim % LANES == 0 and cpu_kernels.runs(*tensors)
 
 
-def window_attention(qkv: Tensor, qkv_bias: Tensor | None, position_bias: Tensor, window_size: int, shift: int) -> Tensor:
+def window_attention(
+    qkv: Tensor, qkv_bias: Tensor | None, position_bias: Tensor, window_size: int, shift: int
+) -> Tensor:
     """Multi-head attention in the windows of a map that is not cut up, padded or shifted for it (arXiv 2103.14030).
 
     Check `kernels_run` first.

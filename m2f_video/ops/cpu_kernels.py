@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from m2f_video.ops.linear import needs_gradient
 from m2f_video.video_io import atomic_path
@@ -53,13 +54,15 @@ def load() -> None:
 
 
 def runs(*tensors: Tensor | None) -> bool:
-    """Whether the kernels know these inputs: of one dtype of `DTYPES` on a CPU, without gradients or tracing."""
+    """Whether the kernels know these inputs: of one dtype of `DTYPES` on a CPU, without derivatives or tracing."""
     given = [tensor for tensor in tensors if tensor is not None]
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
         return False
     if any(tensor.device.type != "cpu" or tensor.dtype != given[0].dtype for tensor in given):
         return False
-    return given[0].dtype in DTYPES and not needs_gradient(*given) and not torch.is_autocast_enabled("cpu")
+    if needs_gradient(*given) or forward_ad._current_level >= 0 or torch.is_autocast_enabled("cpu"):
+        return False
+    return given[0].dtype in DTYPES
 
 
 def call(name: str, like: Tensor, *args: Tensor | float | None) -> None:
@@ -74,7 +77,8 @@ def call(name: str, like: Tensor, *args: Tensor | float | None) -> None:
     values: list[object] = [ctypes.c_int64(DTYPES.index(like.dtype)), ctypes.c_int64(torch.get_num_threads())]
     for arg in args:
         if isinstance(arg, Tensor):
-            assert arg.is_contiguous(), name
+            if not arg.is_contiguous():
+                raise ValueError(f"kernel {name} takes contiguous tensors, got strides {arg.stride()}")
             values.append(ctypes.c_void_p(arg.data_ptr()))
         elif isinstance(arg, float):
             values.append(ctypes.c_float(arg))
@@ -115,7 +119,7 @@ def _compiler() -> list[str]:
 def _run(*args: str) -> str:
     """Standard output of the compiler."""
     command = [*_compiler(), *args]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    result = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603  # the user's own
     if result.returncode:
         message = "\n".join(result.stderr.splitlines()[:20])
         raise RuntimeError(f"the kernels for a CPU do not compile: {shlex.join(command)}\n{message}")

@@ -40,10 +40,21 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class _Packed:
-    """A weight in the order oneDNN reads, and of which state of the weight it was made. Copies of a module lose it."""
+    """A weight in the order that a kernel reads. Copies of a module lose it.
+
+    Attributes:
+        tensor: the weight in that order.
+        version: of the weight's state that it was made of.
+        source: that weight, held so that none that takes its place comes to lie at its address.
+    """
 
     tensor: Tensor
     version: tuple[int, int]
+    source: Tensor
+
+    @classmethod
+    def of(cls, weight: Tensor, tensor: Tensor) -> "_Packed":
+        return cls(tensor, _version(weight), weight.detach())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         return None
@@ -73,7 +84,7 @@ class Linear(nn.Linear):
         weight = self.weight.detach()
         if _runs_in_onednn(weight, weight) and not weight.is_inference():
             packed = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROWS)
-            self._packed = _Packed(packed, _version(self.weight))
+            self._packed = _Packed.of(self.weight, packed)
 
     def weight_for(self, x: Tensor) -> Tensor:
         """The packed weight where it may serve this input, else the weight itself."""

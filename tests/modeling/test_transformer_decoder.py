@@ -139,8 +139,8 @@ def test_gradcheck_of_a_layer() -> None:
     inputs += [level.tokens, level.embedding, level.pixel_position, level.frame_position]
     for tensor in inputs:
         tensor.requires_grad_()
-    mask_logits = torch.randn(1, 3, 6)
-    assert torch.autograd.gradcheck(lambda x, p, *parts: layer(x, p, Level(*parts), mask_logits), inputs, fast_mode=True)
+    logits = torch.randn(1, 3, 6)
+    assert torch.autograd.gradcheck(lambda x, p, *parts: layer(x, p, Level(*parts), logits), inputs, fast_mode=True)
 
 
 # --- masks

@@ -1,0 +1,137 @@
+"""Layer norms and group norms, with the sums before them and the sum and activation after them.
+
+PyTorch makes a pass over memory for each operation, and its norms, one or two of these, are slower than memory is. The
+kernels make one pass for a layer norm of a sum, and two for a group norm with all that follows it.
+
+B maps, C channels, H W height and width, h w those of a coarser map.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from m2f_video.ops import cpu_kernels
+
+BLOCK = 32
+"""Channels that the kernel for group norms takes at a time."""
+
+
+def layer_norm(x: Tensor, norm: nn.LayerNorm, compiled: bool) -> Tensor:
+    """`norm(x)`.
+
+    Args:
+        x: (..., C).
+        norm: over the C channels.
+        compiled: whether a kernel in C++ computes it, where it can.
+
+    Returns:
+        (..., C).
+    """
+    if compiled and _fits_rows(x, None, norm):
+        return _normalised(x, None, norm, None)
+    return norm(x)
+
+
+def layer_norm_of_sum(x: Tensor, branch: Tensor, norm: nn.LayerNorm, compiled: bool) -> Tensor:
+    """`norm(x + branch)`, as in post-norm layers.
+
+    Args:
+        x: (..., C).
+        branch: (..., C).
+        norm: over the C channels.
+        compiled: whether a kernel in C++ computes it, where it can.
+
+    Returns:
+        (..., C).
+    """
+    if compiled and _fits_rows(x, branch, norm):
+        return _normalised(x, branch, norm, None)
+    return norm(x + branch)
+
+
+def add_layer_norm(x: Tensor, branch: Tensor, norm: nn.LayerNorm, compiled: bool) -> tuple[Tensor, Tensor]:
+    """`x + branch` and its norm, as in pre-norm layers, which go on with both.
+
+    Args:
+        x: (..., C).
+        branch: (..., C).
+        norm: over the C channels.
+        compiled: whether a kernel in C++ computes it, where it can.
+
+    Returns:
+        The sum and the normalised sum, (..., C) each.
+    """
+    if compiled and _fits_rows(x, branch, norm):
+        total = x.new_empty(x.shape)
+        return total, _normalised(x, branch, norm, total)
+    total = x + branch
+    return total, norm(total)
+
+
+def group_norm_channels_last(
+    x: Tensor, norm: nn.GroupNorm, compiled: bool, *, coarse: Tensor | None = None, relu: bool = False
+) -> Tensor:
+    """`norm(x)`, to which a coarser map may be added, before a ReLU that may follow.
+
+    Args:
+        x: (B, C, H, W). A kernel takes it where channels come last in memory, and writes the result over it: hand over
+            what nothing else will read.
+        norm: over the C channels.
+        compiled: whether a kernel in C++ computes it, where it can.
+        coarse: (B, C, h, w), resized bilinearly to H W and added; None adds nothing.
+        relu: whether to end with a ReLU.
+
+    Returns:
+        (B, C, H, W).
+    """
+    if compiled and _fits_maps(x, coarse, norm):
+        return _normalise_(x, coarse, norm, relu)
+    normalised = norm(x)
+    if coarse is not None:
+        resized = F.interpolate(coarse, size=x.shape[-2:], mode="bilinear", align_corners=False)
+        normalised = normalised.add_(resized)
+    return normalised.relu_() if relu else normalised
+
+
+def _normalised(x: Tensor, branch: Tensor | None, norm: nn.LayerNorm, total: Tensor | None) -> Tensor:
+    output, C = x.new_empty(x.shape), x.shape[-1]
+    branch = None if branch is None else branch.contiguous()
+    arguments = (x.contiguous(), branch, norm.weight, norm.bias, float(norm.eps), total, output)
+    cpu_kernels.call("layer_norm", x, *arguments, x.numel() // C, C)
+    return output
+
+
+def _normalise_(x: Tensor, coarse: Tensor | None, norm: nn.GroupNorm, relu: bool) -> Tensor:
+    B, C, H, W = x.shape
+    pixels = x.permute(0, 2, 3, 1)
+    arguments = (pixels, norm.weight, norm.bias, float(norm.eps), pixels, B, H, W, C, norm.num_groups, int(relu))
+    added = (None, 0, 0, 0) if coarse is None else (coarse[0].permute(1, 2, 0), coarse.stride(0), *coarse.shape[2:])
+    cpu_kernels.call("group_norm", x, *arguments, *added)
+    return x
+
+
+def _fits_rows(x: Tensor, branch: Tensor | None, norm: nn.LayerNorm) -> bool:
+    if type(norm) is not nn.LayerNorm or x.numel() == 0 or norm.normalized_shape != x.shape[-1:]:
+        return False
+    if branch is not None and branch.shape != x.shape:
+        return False
+    return _is_plain(norm, x.shape[-1]) and cpu_kernels.runs(x, branch, norm.weight, norm.bias)
+
+
+def _fits_maps(x: Tensor, coarse: Tensor | None, norm: nn.GroupNorm) -> bool:
+    if type(norm) is not nn.GroupNorm or x.ndim != 4 or x.shape[1] != norm.num_channels or x.shape[1] % BLOCK:
+        return False
+    if x.numel() == 0 or not x.permute(0, 2, 3, 1).is_contiguous():
+        return False
+    if coarse is not None:
+        if coarse.ndim != 4 or coarse.numel() == 0 or coarse.shape[:2] != x.shape[:2]:
+            return False
+        if not coarse[0].permute(1, 2, 0).is_contiguous():  # maps may lie apart, as levels of a token sequence do
+            return False
+    return _is_plain(norm, x.shape[1]) and cpu_kernels.runs(x, coarse, norm.weight, norm.bias)
+
+
+def _is_plain(norm: nn.LayerNorm | nn.GroupNorm, channels: int) -> bool:
+    """Whether a call of the norm is its function of a weight and a bias for these channels, and not hooked."""
+    if norm._forward_hooks or norm._forward_pre_hooks or norm.weight is None or norm.bias is None:
+        return False
+    return all(values.shape == (channels,) and values.is_contiguous() for values in (norm.weight, norm.bias))
