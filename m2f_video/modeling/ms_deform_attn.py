@@ -25,7 +25,7 @@ class MSDeformAttn(nn.Module):
         backend: implementation of the sampling, see `m2f_video.ops.ms_deform_attn`.
 
     Attributes:
-        compiled: let a compiled kernel prepare the sampling, see `m2f_video.ops.ms_deform_attn_from_offsets`.
+        compiled: let `auto` be the compiled kernel for a CPU, see `m2f_video.ops.resolve_backend`.
     """
 
     def __init__(

@@ -6,6 +6,7 @@ B clips, T frames of a clip, Q queries, K classes, C channels, H W height and wi
 """
 
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +18,13 @@ from torch import Tensor, nn
 
 from m2f_video.config import SwinConfig, VideoMask2FormerConfig
 from m2f_video.hub import load_checkpoint, load_state_dict_strictly, parse_device, parse_dtype, staged_folder
-from m2f_video.modeling.ms_deform_attn import MSDeformAttn
 from m2f_video.modeling.pixel_decoder import MSDeformAttnPixelDecoder
 from m2f_video.modeling.swin import SwinTransformer
 from m2f_video.modeling.timm_backbone import TimmBackbone
 from m2f_video.modeling.transformer_decoder import MaskedTransformerDecoder, Prediction, predict_masks
-from m2f_video.ops.embedding_bag import can_compile
+from m2f_video.ops import cpu_kernels
 from m2f_video.ops.linear import Linear
+from m2f_video.ops.winograd import WinogradConv
 from weights_convert import write_checkpoint
 
 
@@ -337,34 +338,41 @@ class VideoMask2Former(
 
         Args:
             dtype: cast to this floating-point type; None keeps the weights' own.
-            compile: what `torch.compile` makes faster. `kernels` are the elementwise parts of the deformable attention
-                on a CPU: some seconds with the first frame, one kernel for any size of video. `model` compiles
-                backbone, pixel decoder and transformer decoder each as a whole, which takes minutes. `auto` is
-                `kernels` on a CPU where there is a C++ compiler, else `none`. PyTorch keeps what it compiles on disk
-                for the next process.
+            compile: what is compiled. `kernels` are our own in C++ for a CPU (`m2f_video.ops.cpu_kernels`), for any
+                size of video: 2 to 5 seconds in this call, once, and kept on disk for the next process. `model` lets
+                `torch.compile` work on backbone, pixel decoder and transformer decoder each as a whole, which takes
+                minutes with the first frame. `auto` is `kernels` on a CPU where there is a C++ compiler, else `none`;
+                where that does not compile the kernels, it warns and goes on without them.
 
         Returns:
             This model, in evaluation mode.
 
         Raises:
             ValueError: an unknown dtype or way to compile, or `kernels` on another device than a CPU, or without a
-                compiler. The model is as it was then.
+                compiler.
+            RuntimeError: `kernels` do not compile. The model is as it was then, as with the other errors.
         """
         if compile not in ("auto", "kernels", "model", "none"):
             raise ValueError(f"compile must be auto, kernels, model or none, got {compile!r}")
         target_dtype, on_cpu = self.dtype if dtype is None else parse_dtype(dtype), self.device.type == "cpu"
         if compile == "kernels" and not on_cpu:
             raise ValueError(f"compile='kernels' is for a CPU, the model is on {self.device}; take 'model' or 'none'")
-        if compile == "kernels" and not can_compile():
-            raise ValueError("compile='kernels' needs a C++ compiler and Python's headers; install them or take 'none'")
+        reason = cpu_kernels.why_no_kernels()
+        if compile == "kernels" and reason:
+            raise ValueError(f"compile='kernels' cannot be done: {reason}; or take 'none'")
+        if compile == "kernels":
+            cpu_kernels.load()
         if compile == "auto":
-            compile = "kernels" if on_cpu and can_compile() else "none"
+            compile = "kernels" if on_cpu and not reason and _kernels_load() else "none"
         self.eval().requires_grad_(False).to(dtype=target_dtype)
+        kernels = compile == "kernels"
         for module in self.modules():
-            if isinstance(module, Linear) and on_cpu and compile != "model":  # the compiler packs for itself
+            if hasattr(module, "compiled"):
+                setattr(module, "compiled", kernels)  # noqa: B010  # not known to every module
+            if (isinstance(module, Linear) and on_cpu and compile != "model") or (  # the compiler packs for itself
+                isinstance(module, WinogradConv) and kernels
+            ):
                 module.pack()
-            elif isinstance(module, MSDeformAttn):
-                module.compiled = compile == "kernels"
         for part in (self.backbone, self.pixel_decoder, self.transformer_decoder):
             part._compiled_call_impl = None  # what an earlier call has left
             if compile == "model":
@@ -442,6 +450,16 @@ class VideoMask2Former(
     def _save_pretrained(self, save_directory: Path) -> None:
         state_dict = {name: tensor.detach().cpu() for name, tensor in self.state_dict().items()}
         write_checkpoint(save_directory, state_dict, self.config.to_dict())
+
+
+def _kernels_load() -> bool:
+    """Whether they do; warns where not."""
+    try:
+        cpu_kernels.load()
+    except RuntimeError as error:
+        warnings.warn(f"going on without compiled kernels: {error}", RuntimeWarning, stacklevel=3)
+        return False
+    return True
 
 
 def _check_pixel_values(pixels: Tensor, *, ndim: int, layout: str) -> None:

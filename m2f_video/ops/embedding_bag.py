@@ -8,14 +8,8 @@ Autograd differentiates the making of the weights; the sums have a backward of t
 B batch, N tokens of all levels, Q queries, M heads, D channels of a head, L levels, P points.
 """
 
-import os
-import shutil
-import sys
-import sysconfig
 import warnings
 from collections.abc import Callable
-from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -52,14 +46,12 @@ def ms_deform_attn_embedding_bag_from_offsets(
     reference_points: Tensor,
     offsets: Tensor,
     attention_logits: Tensor,
-    compiled: bool = False,
 ) -> Tensor:
     """The same from what a module predicts; arguments and result as `m2f_video.ops.ms_deform_attn_from_offsets`."""
     grid = _grid(spatial_shapes, offsets, reference_points.dtype)
     keeps = needs_gradient(value, offsets, attention_logits)
-    corners = _compiled_corners() if compiled and not keeps else _corners_at_offsets
     predicted = offsets.flatten(2), attention_logits.flatten(2)
-    return _sums(value, spatial_shapes, grid, corners, predicted, reference_points, in_parts=not (keeps or compiled))
+    return _sums(value, spatial_shapes, grid, _corners_at_offsets, predicted, reference_points, in_parts=not keeps)
 
 
 def _sums(
@@ -145,18 +137,6 @@ def _corners_at_offsets(offsets: Tensor, attention_logits: Tensor, reference_poi
     weights = attention_logits.to(dtype).unflatten(2, (grid.heads, grid.samples)).softmax(-1)
     centres = reference_points.repeat(1, grid.size.numel() // 2) * grid.size - 0.5
     return _corners(offsets.to(dtype) + centres, weights.flatten(2), grid)
-
-
-def can_compile() -> bool:
-    """Whether `torch.compile` finds what it needs for kernels on a CPU: a C++ compiler and Python's headers."""
-    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
-    return shutil.which(compiler) is not None and Path(sysconfig.get_path("include"), "Python.h").exists()
-
-
-@cache
-def _compiled_corners() -> Callable[..., Corners]:
-    """`_corners_at_offsets` as one kernel for any sizes; made when it is first called."""
-    return torch.compile(_corners_at_offsets, dynamic=True)
 
 
 def _corners(positions: Tensor, attention_weights: Tensor, grid: _Grid) -> Corners:

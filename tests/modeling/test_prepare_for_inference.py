@@ -7,7 +7,7 @@ from torch import Tensor
 
 from m2f_video import VideoMask2Former
 from m2f_video.modeling.ms_deform_attn import MSDeformAttn
-from m2f_video.ops.embedding_bag import can_compile
+from m2f_video.ops import cpu_kernels
 from m2f_video.ops.linear import Linear
 from tests.tolerances import assert_close, differences, identical, relative_error
 
@@ -33,7 +33,18 @@ def test_it_predicts_the_same(tiny_model: VideoMask2Former, prepared: VideoMask2
         assert differences(predictions(prepared, clips(frames)), predictions(tiny_model, clips(frames))) == {}
 
 
-@pytest.mark.skipif(not can_compile(), reason="needs a C++ compiler")
+needs_kernels = pytest.mark.skipif(
+    cpu_kernels.why_no_kernels() is not None, reason=cpu_kernels.why_no_kernels() or "they compile"
+)
+
+
+@pytest.fixture
+def no_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if no kernels had been loaded in this process."""
+    monkeypatch.setattr(cpu_kernels, "_library", cpu_kernels._library.__wrapped__)
+
+
+@needs_kernels
 def test_compiled_kernels_predict_the_same_at_any_size(tiny_model: VideoMask2Former) -> None:
     prepared = copy.deepcopy(tiny_model).prepare_for_inference(compile="kernels")
     assert all(module.compiled for module in prepared.modules() if isinstance(module, MSDeformAttn))
@@ -128,9 +139,47 @@ def test_bad_options_are_named(prepared: VideoMask2Former, monkeypatch: pytest.M
     with pytest.raises(ValueError, match="int8"):
         prepared.prepare_for_inference(dtype="int8")
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(ValueError, match=r"needs a C\+\+ compiler"):
+    with pytest.raises(ValueError, match=r"compile='kernels' cannot be done: there is no C\+\+ compiler 'no-such"):
         prepared.prepare_for_inference(compile="kernels", dtype="bfloat16")
     assert prepared.training
     assert prepared.dtype == torch.float32
     with pytest.raises(ValueError, match=r"compile='kernels' is for a CPU, the model is on meta"):
         prepared.to("meta").prepare_for_inference(compile="kernels")
+
+
+def is_compiled(model: VideoMask2Former) -> bool:
+    return any(module.compiled for module in model.modules() if isinstance(module, MSDeformAttn))
+
+
+@needs_kernels
+def test_everything_that_knows_kernels_gets_them_and_loses_them(prepared: VideoMask2Former) -> None:
+    knows = [module for module in prepared.modules() if hasattr(module, "compiled")]
+    assert knows
+    for compile, expected in (("kernels", True), ("none", False), ("auto", True)):
+        prepared.prepare_for_inference(compile=compile)
+        assert {module.compiled for module in knows} == {expected}
+
+
+@needs_kernels
+@pytest.mark.usefixtures("no_library")
+def test_kernels_that_do_not_compile_leave_the_model(
+    prepared: VideoMask2Former, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared.train()
+    monkeypatch.setenv("CXX", "false")
+    with pytest.raises(RuntimeError, match="do not compile: false"):
+        prepared.prepare_for_inference(compile="kernels", dtype="bfloat16")
+    assert prepared.training
+    assert prepared.dtype == torch.float32
+    assert not is_compiled(prepared)
+
+
+@needs_kernels
+@pytest.mark.usefixtures("no_library")
+def test_auto_goes_on_without_kernels(prepared: VideoMask2Former, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "false")
+    with pytest.warns(RuntimeWarning, match="going on without compiled kernels: .*do not compile: false"):
+        prepared.prepare_for_inference()
+    assert not is_compiled(prepared)
+    monkeypatch.setenv("CXX", "no-such-compiler")  # no reason to warn
+    assert not is_compiled(prepared.prepare_for_inference())

@@ -164,8 +164,17 @@ def test_forward_mode_derivatives() -> None:
     assert_close(derivative, F.conv2d(direction, layer.weight, padding=1))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_other_dtypes_run_the_plain_way(dtype: torch.dtype) -> None:
+@needs_kernels
+def test_maps_in_bfloat16_are_rounded_at_the_end_alone() -> None:
+    layer, x = convolution().to(torch.bfloat16), image(2, 32, 9, 13).to(torch.bfloat16)
+    layer.pack()
+    assert uses_kernel(layer, x)
+    expected = F.conv2d(x.double(), layer.weight.double(), padding=1)
+    assert_close(layer(x).double(), expected, rtol=2**-8, atol=1e-4)
+
+
+def test_float64_runs_the_plain_way() -> None:
+    dtype = torch.float64
     layer, x = convolution().to(dtype), image(1, 32, 5, 6).to(dtype)
     expected = F.conv2d(x, layer.weight, padding=1)
     assert torch.equal(layer(x), expected)

@@ -1,4 +1,4 @@
-// 3x3 convolution with zeros around the map, of float32 maps whose channels come last, by F(4x4, 3x3) of
+// 3x3 convolution with zeros around the map, of maps whose channels come last, by F(4x4, 3x3) of
 // arXiv 1509.09308: each tile of 4x4 results is A^T [ sum over channels of U * (B^T d B) ] A of the 6x6 inputs d.
 //
 // The points are 0, a, -a, b, -b and infinity. B^T has the coefficients of the product of (x - q) over the other
@@ -64,9 +64,10 @@ struct Map {
 };
 
 // B^T d B of a tile, its numbers `step` floats apart; zeros are what lies outside the map.
-void read_tile(const Map& map, Map::Tile tile, const float* input, int64_t channels, const float* zeros, float* to,
+template <typename T>
+void read_tile(const Map& map, Map::Tile tile, const T* input, int64_t channels, const T* zeros, float* to,
                int64_t step) {
-    const float* pixels[PRODUCTS];
+    const T* pixels[PRODUCTS];
     for (int i = 0; i < PRODUCTS; ++i) {
         const int y = i / INPUTS - 1, x = i % INPUTS - 1;
         pixels[i] = map.contains(tile, y, x) ? input + map.pixel(tile, y, x) * channels : zeros;
@@ -86,7 +87,8 @@ void read_tile(const Map& map, Map::Tile tile, const float* input, int64_t chann
 }
 
 // A^T m A of `COLUMNS` channels of a tile, those of them and of its pixels that are in the result.
-void write_tile(const Map& map, Map::Tile tile, const float* products, int64_t step, float* output, int64_t channels,
+template <typename T>
+void write_tile(const Map& map, Map::Tile tile, const float* products, int64_t step, T* output, int64_t channels,
                 int64_t channel) {
     for (int lanes = 0; lanes < COLUMNS && channel + lanes < channels; lanes += LANES) {
         Vec columns[INPUTS * SIZE], rows[SIZE];
@@ -127,16 +129,12 @@ void multiply(const float* matrix, int64_t row_step, const float* panel, int64_t
     }
 }
 
-}  // namespace
-
-// input (batch, height, width, channels), weight (panels, PRODUCTS, channels, COLUMNS) of as many panels as have all
-// outputs -> output (batch, height, width, outputs). Channels and outputs are multiples of 16.
-EXPORT void winograd_convolution(int64_t, int64_t threads, const float* input, const float* weight, float* output,
-                                 int64_t batch, int64_t height, int64_t width, int64_t channels, int64_t outputs) {
-    const Map map{height, width, (height + SIZE - 1) / SIZE, (width + SIZE - 1) / SIZE};
+template <typename T>
+void convolve(int64_t threads, const T* input, const float* weight, T* output, const Map& map, int64_t batch,
+              int64_t channels, int64_t outputs) {
     const int64_t tiles = batch * map.tile_rows * map.tile_columns;
     const int64_t row_step = channels + LANES;  // no power of two, at which rows would evict each other from a cache
-    const std::vector<float> zeros(channels);
+    const std::vector<T> zeros(channels);
 #pragma omp parallel num_threads(std::min(threads, (tiles + TILES - 1) / TILES))
     {
         // full-sized, so that products of whole `ROWS` may read and write past the last tile: zeros or earlier tiles
@@ -162,4 +160,17 @@ EXPORT void winograd_convolution(int64_t, int64_t threads, const float* input, c
             }
         }
     }
+}
+
+}  // namespace
+
+// input (batch, height, width, channels), weight (panels, PRODUCTS, channels, COLUMNS) of as many panels as have all
+// outputs -> output (batch, height, width, outputs). Channels and outputs are multiples of 16.
+EXPORT void winograd_convolution(int64_t dtype, int64_t threads, const void* input, const float* weight, void* output,
+                                 int64_t batch, int64_t height, int64_t width, int64_t channels, int64_t outputs) {
+    const Map map{height, width, (height + SIZE - 1) / SIZE, (width + SIZE - 1) / SIZE};
+    if (dtype == 0)
+        convolve(threads, (const float*)input, weight, (float*)output, map, batch, channels, outputs);
+    else
+        convolve(threads, (const bfloat16*)input, weight, (bfloat16*)output, map, batch, channels, outputs);
 }
