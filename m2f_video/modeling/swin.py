@@ -135,13 +135,13 @@ class WindowAttention(nn.Module):
         Args:
             x: (B, H, W, C). Windows that do not fill up are padded with zeros, which are attended to.
             shift: tokens by which the windows are shifted; 0 for regular windows.
-            shift_mask: (n, N, N) from `shifted_window_mask`, which shifted windows need.
+            shift_mask: (n, N, N) from `shifted_window_mask`, which shifted windows need unless `kernel_runs`.
 
         Returns:
             (B, H, W, C).
         """
         S = self.window_size
-        if self.compiled and kernels_run(x.shape[-1] // self.num_heads, x, self.qkv.weight, self.qkv.bias):
+        if self.kernel_runs(x):
             return self.proj(window_attention(self.qkv(x), self.qkv.bias, self._position_bias(), S, shift))
         _, H, W, _ = x.shape
         x = pad_to_multiple(x, S)
@@ -154,6 +154,10 @@ class WindowAttention(nn.Module):
         x = x[:, :H, :W]
         # Otherwise a compiled graph depends on whether the view is contiguous: on whether there was padding.
         return x.clone(memory_format=torch.contiguous_format) if torch.compiler.is_compiling() else x
+
+    def kernel_runs(self, x: Tensor) -> bool:
+        """Whether `on_map` attends to this map by a compiled kernel, which needs no mask."""
+        return self.compiled and kernels_run(x.shape[-1] // self.num_heads, x, self.qkv.weight, self.qkv.bias)
 
     def _position_bias(self) -> Tensor:
         """(M, N, N)."""
@@ -216,7 +220,8 @@ class SwinBlock(nn.Module):
 
         Args:
             x: (B, H, W, C).
-            shift_mask: (n, N, N) from `shifted_window_mask`; read by shifted blocks only, which need it.
+            shift_mask: (n, N, N) from `shifted_window_mask`; read by shifted blocks only, which need it unless their
+                attention's `kernel_runs`.
 
         Returns:
             (B, H, W, C).
@@ -292,7 +297,8 @@ class SwinStage(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, H, W, C) -> the stage's output (B, H, W, C) and what the next stage gets (merged, unless last)."""
         shift_mask = None
-        if len(self.blocks) > 1:
+        shifted = self.blocks[1::2]
+        if not all(isinstance(block, SwinBlock) and block.attn.kernel_runs(x) for block in shifted):
             S = self.window_size
             height, width = round_up(x.shape[1], S), round_up(x.shape[2], S)
             shift_mask = shifted_window_mask(height, width, S, S // 2, like=x)

@@ -78,7 +78,11 @@ def attention_mask(mask_logits: Tensor) -> Tensor:
 
 def resize_frames(frames: Tensor, size: tuple[int, int]) -> Tensor:
     """Bilinear resize of (B, X, Y, H, W) to (B, X, Y, *size), without antialiasing."""
-    resized = F.interpolate(frames.flatten(0, 1), size=size, mode="bilinear", align_corners=False)
+    flat = frames.flatten(0, 1)
+    if flat.is_contiguous(memory_format=torch.channels_last):
+        # Views of a single frame may have any stride between frames; only the usual one makes the result channels-last.
+        flat = flat.permute(0, 2, 3, 1).flatten().view(-1, *flat.shape[2:], flat.shape[1]).permute(0, 3, 1, 2)
+    resized = F.interpolate(flat, size=size, mode="bilinear", align_corners=False)
     return resized.unflatten(0, frames.shape[:2])
 
 
@@ -297,8 +301,8 @@ class MaskedTransformerDecoder(nn.Module):
                 if level not in resized:
                     resized[level] = self._resized(mask_features.detach(), sizes[level])
                 mask_logits = predict_masks(mask_embeddings.detach(), resized[level])
-                if level == NUM_LEVELS - 1:  # the finest is large: over a long clip it costs less to make than to keep
-                    del resized[level]
+                if level == NUM_LEVELS - 1 and mask_features.shape[1] > 1:
+                    del resized[level]  # the finest is large: of several frames it costs less to make than to keep
             mask_logits = mask_logits.flatten(2)
             x = layer(x, self.query_positions.weight, levels[level], mask_logits)
             if output_hidden:

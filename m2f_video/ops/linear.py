@@ -70,7 +70,9 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O)."""
-        return linear(x, self.weight_for(x), self.bias)
+        if _runs_in_onednn(x, self.weight, self.bias):
+            return _onednn_linear(x, self.weight_in_order(), self.bias, None)
+        return F.linear(x, self.weight, self.bias)
 
     def pack(self) -> None:
         """Keep a copy of the weight in the order oneDNN reads, which it would make in every call.
@@ -86,12 +88,10 @@ class Linear(nn.Linear):
             packed = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROWS)
             self._packed = _Packed.of(self.weight, packed)
 
-    def weight_for(self, x: Tensor) -> Tensor:
-        """The packed weight where it may serve this input, else the weight itself."""
+    def weight_in_order(self) -> Tensor:
+        """The weight as oneDNN is to read it: packed, where it was and has not changed since."""
         packed = self._packed
-        if packed is None or not _runs_in_onednn(x, self.weight, self.bias) or packed.version != _version(self.weight):
-            return self.weight
-        return packed.tensor
+        return self.weight if packed is None or packed.version != _version(self.weight) else packed.tensor
 
 
 def _version(weight: Tensor) -> tuple[int, int]:
@@ -133,7 +133,7 @@ def feed_forward(
     tokens = x.reshape(-1, x.shape[-1])
     rows = max(HIDDEN_BYTES // (first.out_features * x.element_size()), 1)
     output = x.new_empty(len(tokens), second.out_features)
-    first_weight, second_weight = first.weight_for(x), second.weight_for(x)
+    first_weight, second_weight = first.weight_in_order(), second.weight_in_order()
     for start in range(0, len(tokens), rows):
         hidden = _onednn_linear(tokens[start : start + rows], first_weight, first.bias, activation)
         output[start : start + rows] = _onednn_linear(hidden, second_weight, second.bias, None)

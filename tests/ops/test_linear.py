@@ -171,11 +171,13 @@ def test_a_packed_weight_is_used_until_it_changes() -> None:
     layer = Linear(6, 8).requires_grad_(False)
     x = torch.randn(3, 6)
     layer.pack()
-    assert layer.weight_for(x).is_mkldnn
-    assert layer.weight_for(x.requires_grad_()) is layer.weight
+    assert layer.weight_in_order().is_mkldnn
+    assert_close(layer(x.requires_grad_()), F.linear(x, layer.weight, layer.bias))
     layer.weight.mul_(2)
-    assert layer.weight_for(x.detach()) is layer.weight
+    assert layer.weight_in_order() is layer.weight
     layer.pack()
-    assert layer.weight_for(x.detach()).is_mkldnn
+    assert layer.weight_in_order().is_mkldnn
+    layer.to(torch.bfloat16).to(torch.float32)  # into memory that the first weight may have left
+    assert layer.weight_in_order() is layer.weight
     layer.double().pack()
     assert layer._packed is None

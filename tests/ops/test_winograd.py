@@ -170,7 +170,7 @@ def test_maps_in_bfloat16_are_rounded_at_the_end_alone() -> None:
     layer.pack()
     assert uses_kernel(layer, x)
     expected = F.conv2d(x.double(), layer.weight.double(), padding=1)
-    assert_close(layer(x).double(), expected, rtol=2**-8, atol=1e-4)
+    torch.testing.assert_close(layer(x).double(), expected, rtol=2**-8, atol=1e-4)
 
 
 def test_float64_runs_the_plain_way() -> None:

@@ -19,9 +19,13 @@ struct Samples {
 
 // Where to read 16 samples, and by what to multiply: upper left, upper right, lower left, lower right.
 struct Corners {
-    int32_t token[CORNERS][LANES];  // -1 outside of the level
+    int32_t row[CORNERS][LANES];  // of a head's values, of which row 0 is zero and stands for all outside of the level
     float weight[CORNERS][LANES];
 };
+
+// Queries whose corners are found before the first of them is summed: numbers that were just stored as vectors are slow
+// to read one by one.
+constexpr int BLOCK = 8;
 
 static inline void store(int32_t* to, Int x) { std::memcpy(to, &x, sizeof x); }
 
@@ -103,10 +107,10 @@ static inline void find_corners(Vec x, Vec y, Vec weight, const Samples& samples
     const Int in_left = (Bits)column < (Bits)samples.columns, in_right = (Bits)(column + 1) < (Bits)samples.columns;
     const Int in_upper = (Bits)row < (Bits)samples.rows, in_lower = (Bits)(row + 1) < (Bits)samples.rows;
     const Int token = samples.first + row * samples.columns + column, lower = token + samples.columns;
-    store(corners.token[0], token | ~(in_upper & in_left));
-    store(corners.token[1], (token + 1) | ~(in_upper & in_right));
-    store(corners.token[2], lower | ~(in_lower & in_left));
-    store(corners.token[3], (lower + 1) | ~(in_lower & in_right));
+    store(corners.row[0], (token + 1) & in_upper & in_left);
+    store(corners.row[1], (token + 2) & in_upper & in_right);
+    store(corners.row[2], (lower + 1) & in_lower & in_left);
+    store(corners.row[3], (lower + 2) & in_lower & in_right);
     const Vec lower_left = left * below, lower_right = right * below;
     store(corners.weight[0], left - lower_left);
     store(corners.weight[1], right - lower_right);
@@ -114,43 +118,45 @@ static inline void find_corners(Vec x, Vec y, Vec weight, const Samples& samples
     store(corners.weight[3], lower_right);
 }
 
-// Sums over all corners of 16 channels, or `VECTORS` times as many; of the first `count` where VECTORS is 0.
-template <int VECTORS, typename T>
-static inline void sum_corners(const Corners* corners, int64_t samples, const T* image, int64_t stride,
-                               const T* zeros, float scale, T* output, int count = LANES) {
-    constexpr int PARTS = std::max(VECTORS, 1);
-    Vec sums[2][PARTS] = {};  // of upper and lower corners: additions that do not wait for each other
-    for (int64_t sample = 0; sample < samples; ++sample) {
-        const Corners& at = corners[sample / LANES];
-        for (int corner = 0; corner < CORNERS; ++corner) {
-            const int64_t token = at.token[corner][sample % LANES];
-            const float weight = at.weight[corner][sample % LANES];
-            const T* from = token < 0 ? zeros : image + token * stride;
-            for (int part = 0; part < PARTS; ++part) {
-                const Vec read = VECTORS ? load(from + part * LANES) : load(from, count);
-                sums[corner / 2][part] += read * weight;
-            }
-        }
+// Calls `add(values of the corner, weight, whether it is a lower one)` for the corners of all samples.
+template <typename T, typename Add>
+static inline void for_corners(const Corners* corners, int64_t samples, const T* values, int64_t D, Add add) {
+    for (; samples > 0; samples -= LANES, ++corners)
+        for (int lane = 0; lane < std::min<int64_t>(samples, LANES); ++lane)
+            for (int corner = 0; corner < CORNERS; ++corner)
+                add(values + corners->row[corner][lane] * D, corners->weight[corner][lane], corner / 2);
+}
+
+// Sums over all corners, times `scale`: of D channels, 32 at a time. Upper and lower corners are summed apart, so that
+// an addition does not wait for the one before it.
+template <typename T>
+static inline void sum_corners(const Corners* corners, int64_t samples, const T* values, float scale, T* output,
+                               int64_t D) {
+    int64_t channel = 0;
+    for (; channel + 2 * LANES <= D; channel += 2 * LANES) {
+        Pair sums[2] = {};
+        for_corners(corners, samples, values + channel, D, [&](const T* from, float weight, int half) {
+            const Pair read = load_pair(from);
+            sums[half].first += read.first * weight;
+            sums[half].second += read.second * weight;
+        });
+        const Vec first = sums[0].first + sums[1].first, second = sums[0].second + sums[1].second;
+        store_pair(output + channel, {first * scale, second * scale});
     }
-    for (int part = 0; part < PARTS; ++part) {
-        const Vec sum = (sums[0][part] + sums[1][part]) * scale;
-        VECTORS ? store(output + part * LANES, sum) : store(output, sum, count);
+    for (; channel < D; channel += LANES) {
+        const int count = std::min<int64_t>(D - channel, LANES);
+        Vec sums[2] = {};
+        for_corners(corners, samples, values + channel, D, [&](const T* from, float weight, int half) {
+            sums[half] += load(from, count) * weight;
+        });
+        store(output + channel, (sums[0] + sums[1]) * scale, count);
     }
 }
 
-template <typename T>
-static inline void sum_corners(const Corners* corners, int64_t samples, const T* image, int64_t stride,
-                               const T* zeros, float scale, T* output, int64_t D) {
-    int64_t channel = 0;
-    for (; channel + 4 * LANES <= D; channel += 4 * LANES)
-        sum_corners<4>(corners, samples, image + channel, stride, zeros, scale, output + channel);
-    for (; channel + 2 * LANES <= D; channel += 2 * LANES)
-        sum_corners<2>(corners, samples, image + channel, stride, zeros, scale, output + channel);
-    for (; channel + LANES <= D; channel += LANES)
-        sum_corners<1>(corners, samples, image + channel, stride, zeros, scale, output + channel);
-    if (channel < D)
-        sum_corners<0>(corners, samples, image + channel, stride, zeros, scale, output + channel, int(D - channel));
-}
+struct alignas(64) Line {  // of a cache; not set to zero
+    Line() {}
+    char bytes[64];
+};
 
 struct Sizes {
     int64_t B, N, Q, M, D, L, P;
@@ -192,38 +198,53 @@ template <bool PREDICTED, typename T, typename Position>
 static void attend(int64_t threads, const T* value, const int64_t* shapes, const float* references,
                    const Position* positions, const T* weights, T* output, const Sizes& sizes) {
     const auto [B, N, Q, M, D, L, P] = sizes;
-    const int64_t S = L * P, vectors = (S + LANES - 1) / LANES, stride = M * D;
+    const int64_t S = L * P, vectors = (S + LANES - 1) / LANES;
     const Position* positions_end = positions + B * Q * M * S * 2;
     const T* weights_end = weights + B * Q * M * S;
     const std::vector<Samples> samples = samples_of_a_head(shapes, L, P);
-    const std::vector<T> zeros(D);
+
+    // A thread takes all queries of a head, or a part of them where there are more threads than heads.
+    const int64_t parts = std::max<int64_t>((threads + B * M - 1) / (B * M), 1);
 
 #pragma omp parallel num_threads(threads)
     {
-        std::vector<Corners> corners(M * vectors);
+        // The values of the head one after the other, below a row of zeros: as they come, 128 bytes of each 1024 as a
+        // rule, they would use an eighth of a cache's sets.
+        std::vector<Line> room(((N + 1) * D * sizeof(T) + sizeof(Line) - 1) / sizeof(Line));
+        T* const values = (T*)room.data();
+        std::fill(values, values + D, T{});
+        std::vector<Corners> corners(BLOCK * vectors);
         std::vector<Vec> shares(vectors);
-        std::vector<float> scales(M, 1.0f);
-#pragma omp for
-        for (int64_t query = 0; query < B * Q; ++query) {
-            const int64_t b = query / Q, q = query % Q;
-            // First where all heads look, then what is there: numbers that were just stored as vectors are slow to read.
-            for (int64_t m = 0; m < M; ++m) {
-                const int64_t first = (query * M + m) * S;
-                for (int64_t v = 0; v < vectors; ++v) shares[v] = load_before(weights_end, weights + first + v * LANES);
-                if (PREDICTED) scales[m] = exponentials(shares, samples);
-                for (int64_t v = 0; v < vectors; ++v) {
-                    Vec x, y;
-                    load_pairs_before(positions_end, positions + (first + v * LANES) * 2, x, y);
-                    const Samples& of = samples[v];
-                    x = PREDICTED ? x + (references[2 * q] * of.width - 0.5f) : x * of.width - 0.5f;
-                    y = PREDICTED ? y + (references[2 * q + 1] * of.height - 0.5f) : y * of.height - 0.5f;
-                    find_corners(x, y, shares[v], of, corners[m * vectors + v]);
-                }
-            }
+        float scales[BLOCK];
+        std::fill(scales, scales + BLOCK, 1.0f);
+#pragma omp for collapse(3)
+        for (int64_t b = 0; b < B; ++b)
             for (int64_t m = 0; m < M; ++m)
-                sum_corners(&corners[m * vectors], S, value + (b * N * M + m) * D, stride, zeros.data(), scales[m],
-                            output + (query * M + m) * D, D);
-        }
+                for (int64_t part = 0; part < parts; ++part) {
+                    for (int64_t n = 0; n < N; ++n)
+                        std::copy_n(value + ((b * N + n) * M + m) * D, D, values + (n + 1) * D);
+                    const int64_t last = Q * (part + 1) / parts;
+                    for (int64_t block = Q * part / parts; block < last; block += BLOCK) {
+                        const int64_t end = std::min(block + BLOCK, last);
+                        for (int64_t q = block; q < end; ++q) {
+                            const int64_t first = ((b * Q + q) * M + m) * S;
+                            for (int64_t v = 0; v < vectors; ++v)
+                                shares[v] = load_before(weights_end, weights + first + v * LANES);
+                            if (PREDICTED) scales[q - block] = exponentials(shares, samples);
+                            for (int64_t v = 0; v < vectors; ++v) {
+                                Vec x, y;
+                                load_pairs_before(positions_end, positions + (first + v * LANES) * 2, x, y);
+                                const Samples& of = samples[v];
+                                x = PREDICTED ? x + (references[2 * q] * of.width - 0.5f) : x * of.width - 0.5f;
+                                y = PREDICTED ? y + (references[2 * q + 1] * of.height - 0.5f) : y * of.height - 0.5f;
+                                find_corners(x, y, shares[v], of, corners[(q - block) * vectors + v]);
+                            }
+                        }
+                        for (int64_t q = block; q < end; ++q)
+                            sum_corners(&corners[(q - block) * vectors], S, values, scales[q - block],
+                                        output + ((b * Q + q) * M + m) * D, D);
+                    }
+                }
     }
 }
 
