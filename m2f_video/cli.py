@@ -190,6 +190,7 @@ def parity(
     random: int | None = None,
     config: str | None = None,
     dtype: Literal["float32", "float64", "bfloat16"] = "float32",
+    prepare: bool = False,
     frames: int = 1,
     height: int = 480,
     width: int = 864,
@@ -207,6 +208,7 @@ def parity(
         config: what to build for random weights or a bare weight file: a preset or a config.json; by default
             swin_tiny_youtubevis_2019.
         dtype: both implementations run in it. In bfloat16 the differences are reported and not judged.
+        prepare: compare what `prepare_for_inference` makes of the model: packed weights and compiled kernels.
         frames: number of random frames, each compared alone.
         height: of the frames, in pixels.
         width: of the frames, in pixels.
@@ -226,9 +228,10 @@ def parity(
         model = random_model(resolve_config(preset), random or 0)
         what = f"{preset}, random weights of seed {random or 0}"
     pixels = random_frames(frames, height, width, seed=random or 0)
-    ours, own = compare_with_transformers(model, pixels, model_dtype)
+    ours, own = compare_with_transformers(model, pixels, model_dtype, prepare)
 
-    print(f"{what}; {frames} x {height} x {width}, {dtype}, against {reference} in float64")
+    how = f"{dtype}, prepared" if prepare else dtype
+    print(f"{what}; {frames} x {height} x {width}, {how}, against {reference} in float64")
     table = Table("stage", "max abs", "relative", "1 - cosine", "mask bits", f"{reference}'s own")
     for mine, theirs in zip(ours, own, strict=True):
         if mine.flips is None:

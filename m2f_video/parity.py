@@ -76,7 +76,7 @@ def random_frames(frames: int, height: int, width: int, seed: int) -> Tensor:
 
 
 def compare_with_transformers(
-    model: VideoMask2Former, frames: Tensor, dtype: torch.dtype
+    model: VideoMask2Former, frames: Tensor, dtype: torch.dtype, prepare: bool = False
 ) -> tuple[list[StageComparison], list[StageComparison]]:
     """Run both implementations in `dtype` and compare every stage they share with the reference in float64.
 
@@ -84,6 +84,7 @@ def compare_with_transformers(
         model: on the CPU; transformers' `Mask2FormerForUniversalSegmentation` gets its weights, converted.
         frames: (F, 3, H, W), normalised.
         dtype: a key of `TOLERANCES`, or `REPORTED`; both models run in it, on the same rounded weights and frames.
+        prepare: run what `prepare_for_inference` makes of ours.
 
     Returns:
         How our stages differ from the float64 reference, and how those of the reference in `dtype` do.
@@ -99,6 +100,8 @@ def compare_with_transformers(
     reference = transformers_model(model)
     same_dtype = transformers_stages(reference, frames)
     exact = same_dtype if dtype == torch.float64 else transformers_stages(reference.double(), frames.double())
+    if prepare:
+        model.prepare_for_inference()
     return compare(model_stages(model, frames), exact), compare(same_dtype, exact)
 
 

@@ -151,9 +151,11 @@ class WindowAttention(nn.Module):
         x = window_merge(self(window_partition(x, S), shift_mask if shift else None), S, padded_height, padded_width)
         if shift:
             x = x.roll((shift, shift), dims=(1, 2))
-        x = x[:, :H, :W]
-        # Otherwise a compiled graph depends on whether the view is contiguous: on whether there was padding.
-        return x.clone(memory_format=torch.contiguous_format) if torch.compiler.is_compiling() else x
+        if torch.compiler.is_compiling():
+            # A graph with the view would depend on whether that is contiguous, and so on which sizes are padded.
+            rows, columns = torch.arange(H, device=x.device), torch.arange(W, device=x.device)
+            return x.index_select(1, rows).index_select(2, columns)
+        return x[:, :H, :W]
 
     def kernel_runs(self, x: Tensor) -> bool:
         """Whether `on_map` attends to this map by a compiled kernel, which needs no mask."""

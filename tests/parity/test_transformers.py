@@ -9,6 +9,7 @@ import torch
 
 from m2f_video.config import PixelDecoderConfig, SwinConfig, TransformerDecoderConfig, VideoMask2FormerConfig
 from m2f_video.modeling.video_mask2former import VideoMask2Former
+from m2f_video.ops import cpu_kernels
 from m2f_video.parity import (
     TOLERANCES,
     StageComparison,
@@ -37,6 +38,9 @@ UNEQUAL_WIDTHS = SMALL.replace(
 WITHOUT_QKV_BIAS = SMALL.replace(
     backbone=SwinConfig(embed_dim=8, depths=(1, 2, 1, 1), num_heads=(1, 2, 2, 4), window_size=4, qkv_bias=False)
 )
+IN_LANES = SMALL.replace(  # of a width that the compiled kernels know
+    backbone=SwinConfig(embed_dim=32, depths=(2, 1, 2, 1), num_heads=(1, 2, 4, 8), window_size=3),
+)
 
 
 def of_stage(comparisons: list[StageComparison]) -> dict[str, StageComparison]:
@@ -54,6 +58,19 @@ def test_every_stage_agrees(size: tuple[int, int], dtype: torch.dtype) -> None:
     assert all(stage.flips == (0, stage.flips[1]) for stage in ours if stage.flips)
     assert all(stage.cosine == pytest.approx(1, abs=1e-9) for stage in ours)
     assert [stage.stage for stage in ours] == [stage.stage for stage in theirs]
+
+
+@pytest.mark.skipif(cpu_kernels.why_no_kernels() is not None, reason="needs compiled kernels")
+@pytest.mark.parametrize("size", [(64, 96), (70, 90)])
+def test_every_stage_agrees_by_compiled_kernels(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    called = set()
+    call = cpu_kernels.call
+    monkeypatch.setattr(cpu_kernels, "call", lambda name, *args: (called.add(name), call(name, *args)))
+    model, frames = random_model(IN_LANES, 1), random_frames(2, *size, seed=0)
+    ours, _ = compare_with_transformers(model, frames, torch.float32, prepare=True)
+    assert within_tolerance(ours, torch.float32), ours
+    assert all(stage.flips == (0, stage.flips[1]) for stage in ours if stage.flips)
+    assert len(called) == 6  # window, masked and deformable attention, convolution, both norms
 
 
 @pytest.mark.parametrize("config", [UNEQUAL_WIDTHS, WITHOUT_QKV_BIAS, SMALL.replace(temporal="per_frame")])
@@ -192,8 +209,8 @@ def test_every_parameter_of_a_random_model_is_moved() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_published_size_agrees(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("dtype", "prepare"), [(torch.float32, False), (torch.float32, True), (torch.float64, False)])
+def test_the_published_size_agrees(dtype: torch.dtype, prepare: bool) -> None:
     config = VideoMask2FormerConfig.preset("swin_tiny_youtubevis_2021")
-    ours, _ = compare_with_transformers(random_model(config, 0), random_frames(1, 480, 864, seed=0), dtype)
+    ours, _ = compare_with_transformers(random_model(config, 0), random_frames(1, 480, 864, seed=0), dtype, prepare)
     assert within_tolerance(ours, dtype), ours
