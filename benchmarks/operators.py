@@ -25,12 +25,10 @@ from m2f_video.parity import random_frames, random_model
 
 KINDS = {
     "linear layers": ("mkldnn::_linear", "aten::addmm", "aten::mm", "aten::linear"),
-    "convolutions": ("aten::mkldnn_convolution",),
-    "mask logits": ("aten::bmm",),
-    "attention": ("aten::_scaled_dot_product",),
-    "sampling: sums of rows": ("aten::_embedding_bag",),
-    "sampling: rows and weights": ("Torch-Compiled", "torch_compile", "CompiledFxGraph", "graph_"),
-    "norms": ("aten::native_layer_norm", "aten::native_group_norm"),
+    "convolutions": ("aten::mkldnn_convolution", "m2f_video::winograd"),
+    "attention": ("aten::_scaled_dot_product", "m2f_video::window_attention", "m2f_video::masked_attention"),
+    "deformable sampling": ("m2f_video::ms_deform_attn", "aten::_embedding_bag"),
+    "norms": ("aten::native_layer_norm", "aten::native_group_norm", "m2f_video::layer_norm", "m2f_video::group_norm"),
     "resizing": ("aten::upsample",),
     "copies": ("aten::copy_", "aten::cat", "aten::fill_"),
     "elementwise": ("aten::add", "aten::mul", "aten::sub", "aten::gelu", "aten::clamp", "aten::relu", "aten::where"),

@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 Source = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
 DtypeName = Literal["float32", "float64", "bfloat16", "float16"]
 
-PREPARE_PIXELS = 100 * 480 * 864
-"""Of a video's frames as the model sees them, from which on preparing pays: compiling takes 8 s at most, where PyTorch
-has not kept the kernels, and a frame of 480x864 gets cheaper by about 0.1 s."""
+PREPARE_PIXELS = 25 * 480 * 864
+"""Of a video's frames as the model sees them, from which on preparing pays: compiling takes 8 s at most, where the
+kernels are not on disk yet, and a frame of 480x864 gets cheaper by about 0.4 s."""
 
 
 def segment(
@@ -287,7 +287,7 @@ def benchmark(
         threads: of PyTorch; by default as many as it chooses.
         device: such as cpu, cuda or cuda:1.
         prepare: time the model as `prepare_for_inference` leaves it.
-        compile: what `prepare_for_inference` compiles: elementwise kernels in seconds, or the whole model in minutes;
+        compile: what `prepare_for_inference` compiles: our kernels in seconds, or the whole model in minutes;
             auto is kernels on a CPU where there is a C++ compiler, else none.
         json: write the numbers to this file.
     """
@@ -355,7 +355,7 @@ def info() -> int:
     """Show versions and devices, and which implementation of deformable attention runs on them."""
     from importlib.metadata import version
 
-    from m2f_video.ops import BACKEND_VARIABLE, available_backends, resolve_backend
+    from m2f_video.ops import BACKEND_VARIABLE, available_backends, cpu_kernels, resolve_backend
 
     for package in ("m2f-video", "torch", "torchvision", "timm", "av"):
         print(f"{package} {version(package)}")
@@ -367,11 +367,13 @@ def info() -> int:
 
     choice = os.environ.get(BACKEND_VARIABLE)
     table = Table("deformable attention", *devices, title=f"{BACKEND_VARIABLE} is {choice or 'not set'}")
-    for task, needs_grad in (("to segment", False), ("to train", True)):
+    tasks = {"to segment": (False, False), "to segment, prepared": (False, True), "to train": (True, False)}
+    for task, (needs_grad, prepared) in tasks.items():
         cells: list[str] = []
         for device in devices:
             try:
-                cells.append(resolve_backend("auto", torch.zeros(1, device=device, requires_grad=needs_grad)))
+                like = torch.zeros(1, device=device, requires_grad=needs_grad)
+                cells.append(resolve_backend("auto", like, compiled=prepared and cpu_kernels.why_no_kernels() is None))
             except ValueError as error:
                 cells.append(str(error))
         table.add_row(task, *cells)

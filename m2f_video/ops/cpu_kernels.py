@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.profiler import record_function
 
 from m2f_video.ops.linear import needs_gradient
 from m2f_video.video_io import atomic_path
@@ -84,7 +85,8 @@ def call(name: str, like: Tensor, *args: Tensor | float | None) -> None:
             values.append(ctypes.c_float(arg))
         else:
             values.append(ctypes.c_void_p() if arg is None else ctypes.c_int64(arg))
-    getattr(_library(), name)(*values)
+    with record_function(f"m2f_video::{name}"):  # which profiles show
+        getattr(_library(), name)(*values)
 
 
 @cache
