@@ -11,7 +11,10 @@ has our weights, but not the four norms of its maps, and pads after the shift of
 
 import copy
 import importlib.util
+import os
+import shutil
 import sys
+import sysconfig
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -31,7 +34,6 @@ from m2f_video.console import print_table, progress_bars
 from m2f_video.evaluation.report import check_writable
 from m2f_video.hub import parse_device
 from m2f_video.modeling.video_mask2former import VideoMask2Former
-from m2f_video.ops import cpu_kernels
 from m2f_video.parity import random_frames, random_model, transformers_model
 from m2f_video.video_io import open_video
 
@@ -136,8 +138,9 @@ class Models:
         self.timm = timm_backbone(model, size).to(model.device, dtype) if is_swin else None
 
     def _add_compiled(self, model: VideoMask2Former) -> None:
-        if model.device.type == "cpu" and (reason := cpu_kernels.why_no_kernels()):
-            self.failures = dict.fromkeys((COMPILED, THEIRS_COMPILED), f"torch.compile: {reason}")
+        headers = Path(sysconfig.get_path("include"), "Python.h")
+        if model.device.type == "cpu" and not (shutil.which(os.environ.get("CXX") or "g++") and headers.exists()):
+            self.failures = dict.fromkeys((COMPILED, THEIRS_COMPILED), "needs a C++ compiler and Python's headers")
             return
         frame = torch.zeros(1, 3, *self.size, device=model.device, dtype=self.dtype)
         ours, theirs = bench.variant(model, self.dtype, True, compile="model"), copy.deepcopy(self.theirs[THEIRS])

@@ -88,7 +88,8 @@ class ConvNorm(nn.Sequential):
     def forward(self, x: Tensor, *, coarse: Tensor | None = None, relu: bool = False) -> Tensor:
         """Maps (B, C', H, W) -> (B, C, H, W); a coarser map (B, C, h, w) is resized and added before the ReLU."""
         convolution, norm = cast("tuple[nn.Conv2d, nn.GroupNorm]", tuple(self))
-        return group_norm_channels_last(convolution(x), norm, self.compiled, coarse=coarse, relu=relu)
+        compiled = self.compiled and not convolution._forward_hooks  # which may keep what the kernel writes over
+        return group_norm_channels_last(convolution(x), norm, compiled, coarse=coarse, relu=relu)
 
 
 class MSDeformAttnPixelDecoder(nn.Module):

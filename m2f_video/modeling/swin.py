@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m2f_video.ops.attention import kernels_run, window_attention
-from m2f_video.ops.linear import Linear, feed_forward
+from m2f_video.ops.linear import Linear, feed_forward, needs_gradient
 from m2f_video.ops.norm import add_layer_norm, layer_norm
 
 # Added to the logits of token pairs that the cyclic shift brought together; the published model's value.
@@ -135,7 +135,7 @@ class WindowAttention(nn.Module):
         Args:
             x: (B, H, W, C). Windows that do not fill up are padded with zeros, which are attended to.
             shift: tokens by which the windows are shifted; 0 for regular windows.
-            shift_mask: (n, N, N) from `shifted_window_mask`, which shifted windows need unless `kernel_runs`.
+            shift_mask: (n, N, N) from `shifted_window_mask`, made here where shifted windows need it and get None.
 
         Returns:
             (B, H, W, C).
@@ -148,6 +148,8 @@ class WindowAttention(nn.Module):
         padded_height, padded_width = x.shape[1:3]
         if shift:
             x = x.roll((-shift, -shift), dims=(1, 2))
+            if shift_mask is None:
+                shift_mask = shifted_window_mask(padded_height, padded_width, S, shift, like=x)
         x = window_merge(self(window_partition(x, S), shift_mask if shift else None), S, padded_height, padded_width)
         if shift:
             x = x.roll((shift, shift), dims=(1, 2))
@@ -159,7 +161,11 @@ class WindowAttention(nn.Module):
 
     def kernel_runs(self, x: Tensor) -> bool:
         """Whether `on_map` attends to this map by a compiled kernel, which needs no mask."""
-        return self.compiled and kernels_run(x.shape[-1] // self.num_heads, x, self.qkv.weight, self.qkv.bias)
+        if not self.compiled or self._forward_hooks or self._forward_pre_hooks:
+            return False
+        if needs_gradient(self.relative_position_bias_table):
+            return False
+        return kernels_run(x.shape[-1] // self.num_heads, x, self.qkv.weight, self.qkv.bias)
 
     def _position_bias(self) -> Tensor:
         """(M, N, N)."""
@@ -222,8 +228,7 @@ class SwinBlock(nn.Module):
 
         Args:
             x: (B, H, W, C).
-            shift_mask: (n, N, N) from `shifted_window_mask`; read by shifted blocks only, which need it unless their
-                attention's `kernel_runs`.
+            shift_mask: (n, N, N) from `shifted_window_mask`, for shifted blocks; None lets each make its own.
 
         Returns:
             (B, H, W, C).

@@ -357,7 +357,7 @@ class VideoMask2Former(
         target_dtype, on_cpu = self.dtype if dtype is None else parse_dtype(dtype), self.device.type == "cpu"
         if compile == "kernels" and not on_cpu:
             raise ValueError(f"compile='kernels' is for a CPU, the model is on {self.device}; take 'model' or 'none'")
-        reason = cpu_kernels.why_no_kernels()
+        reason = cpu_kernels.why_no_kernels() if compile in ("auto", "kernels") else None
         if compile == "kernels" and reason:
             raise ValueError(f"compile='kernels' cannot be done: {reason}; or take 'none'")
         if compile == "kernels":
@@ -367,7 +367,7 @@ class VideoMask2Former(
         self.eval().requires_grad_(False).to(dtype=target_dtype)
         kernels = compile == "kernels"
         for module in self.modules():
-            if hasattr(module, "compiled"):
+            if hasattr(module, "compiled") and type(module).__module__.startswith("m2f_video."):
                 setattr(module, "compiled", kernels)  # noqa: B010  # not known to every module
             if (isinstance(module, Linear) and on_cpu and compile != "model") or (  # the compiler packs for itself
                 isinstance(module, WinogradConv) and kernels

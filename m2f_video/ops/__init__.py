@@ -107,6 +107,7 @@ def ms_deform_attn_from_offsets(
     _check_shapes(value, spatial_shapes, offsets, attention_logits)
     if reference_points.shape != (offsets.shape[1], 2):
         raise ValueError(f"reference_points must be {(offsets.shape[1], 2)}, got {tuple(reference_points.shape)}")
+    compiled = compiled and not needs_gradient(reference_points)
     resolved = resolve_backend(backend, value, offsets, attention_logits, compiled=compiled)
     if resolved == "embedding_bag":
         return ms_deform_attn_embedding_bag_from_offsets(
@@ -128,12 +129,14 @@ def _ms_deform_attn_cpp(
 ) -> Tensor:
     """By the kernels: of offsets from the reference points and logits; without these, of locations and weights."""
     (B, N, M, D), (_, Q, _, L, P, _) = value.shape, positions.shape
+    if reference_points is not None and needs_gradient(reference_points):
+        raise ValueError("deformable attention backend 'cpp' has no gradients; take 'embedding_bag'")
     if N >= 2**31:
         raise ValueError(f"deformable attention backend 'cpp' takes fewer than 2^31 tokens, got {N}")
     if L * P * B * Q * M * D == 0:
         return value.new_zeros(B, Q, M * D)
     output = value.new_empty(B, Q, M * D)
-    shapes, sizes = torch.tensor(spatial_shapes, dtype=torch.int64), (B, N, Q, M, D, L, P)
+    shapes, sizes = torch.tensor(spatial_shapes, device="cpu"), (B, N, Q, M, D, L, P)
     value = value.contiguous()
     if reference_points is None:
         positions, weights = positions.float().contiguous(), weights.to(value.dtype).contiguous()

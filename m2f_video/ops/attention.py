@@ -45,14 +45,19 @@ def window_attention(
         raise ValueError(
             f"qkv {tuple(qkv.shape)} and position_bias {tuple(position_bias.shape)} do not fit windows of {window_size}"
         )
-    if not 0 <= shift < window_size or (qkv_bias is not None and qkv_bias.shape != (channels,)):
-        raise ValueError(f"the shift must be from 0 to {window_size - 1} and qkv_bias ({channels},), got {shift}")
+    if not 0 <= shift < window_size:
+        raise ValueError(f"the shift of windows of {window_size} must be from 0 to {window_size - 1}, got {shift}")
+    if qkv_bias is not None and (qkv_bias.shape != (channels,) or qkv_bias.dtype != qkv.dtype):
+        raise ValueError(
+            f"qkv_bias must be ({channels},) in {qkv.dtype}, got {tuple(qkv_bias.shape)}, {qkv_bias.dtype}"
+        )
     blocks = -(-N // QUERY_BLOCK)
     bias = F.pad(position_bias.float().transpose(1, 2), (0, blocks * QUERY_BLOCK - N))  # (M, keys, queries)
     bias = bias.unflatten(2, (blocks, QUERY_BLOCK)).transpose(1, 2).contiguous()
     padding = qkv.new_zeros(channels) if qkv_bias is None else qkv_bias.contiguous()
     qkv, output = qkv.contiguous(), qkv.new_empty(B, H, W, M * dim)
-    cpu_kernels.call("window_attention", qkv, qkv, padding, bias, output, B, H, W, M, dim, window_size, shift)
+    if output.numel():
+        cpu_kernels.call("window_attention", qkv, qkv, padding, bias, output, B, H, W, M, dim, window_size, shift)
     return output
 
 
@@ -79,9 +84,12 @@ def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask_logits: Ten
     if not key.shape == value.shape == (B, S, channels) or mask_logits.shape != (B, Q, S):
         shapes = [tuple(tensor.shape) for tensor in (query, key, value, mask_logits)]
         raise ValueError(f"query, key, value and mask logits do not fit together: {shapes}")
+    if len({tensor.dtype for tensor in (query, key, value, mask_logits)}) > 1:
+        raise ValueError("query, key, value and mask logits must be of one dtype")
     if S == 0 or channels != num_heads * dim or dim % LANES:
         raise ValueError(f"there must be keys, and heads of a multiple of {LANES} channels; got {S} keys of {channels}")
     query, key, value, output = query.contiguous(), key.contiguous(), value.contiguous(), query.new_empty(query.shape)
     mask_logits = mask_logits.contiguous()
-    cpu_kernels.call("masked_attention", query, query, key, value, mask_logits, output, B, Q, S, num_heads, dim)
+    if output.numel():
+        cpu_kernels.call("masked_attention", query, query, key, value, mask_logits, output, B, Q, S, num_heads, dim)
     return output

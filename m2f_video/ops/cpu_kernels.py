@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.profiler import record_function
 
@@ -39,7 +39,10 @@ def why_no_kernels() -> str | None:
     """Why the kernels cannot be compiled here; None where nothing speaks against it."""
     if not sys.platform.startswith("linux"):
         return f"they are for Linux, this is {sys.platform}"
-    command = _compiler()
+    try:
+        command = _compiler()
+    except ValueError as error:
+        return f"CXX is no command: {error}"
     if shutil.which(command[0]) is None:
         return f"there is no C++ compiler {command[0]!r}; install g++, or name another in CXX"
     return None
@@ -57,13 +60,16 @@ def load() -> None:
 def runs(*tensors: Tensor | None) -> bool:
     """Whether the kernels know these inputs: of one dtype of `DTYPES` on a CPU, without derivatives or tracing."""
     given = [tensor for tensor in tensors if tensor is not None]
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
-        return False
-    if any(tensor.device.type != "cpu" or tensor.dtype != given[0].dtype for tensor in given):
+    dtype = given[0].dtype
+    if dtype not in DTYPES or any(tensor.device.type != "cpu" or tensor.dtype != dtype for tensor in given):
         return False
     if needs_gradient(*given) or forward_ad._current_level >= 0 or torch.is_autocast_enabled("cpu"):
         return False
-    return given[0].dtype in DTYPES
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+        return False
+    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.maybe_current_level() is not None:
+        return False  # what records operators or works on tensors without memory
+    return all(type(tensor) in (Tensor, nn.Parameter) for tensor in given)
 
 
 def call(name: str, like: Tensor, *args: Tensor | float | None) -> None:
@@ -78,8 +84,11 @@ def call(name: str, like: Tensor, *args: Tensor | float | None) -> None:
     values: list[object] = [ctypes.c_int64(DTYPES.index(like.dtype)), ctypes.c_int64(torch.get_num_threads())]
     for arg in args:
         if isinstance(arg, Tensor):
-            if not arg.is_contiguous():
-                raise ValueError(f"kernel {name} takes contiguous tensors, got strides {arg.stride()}")
+            if not arg.is_contiguous() or arg.device.type != "cpu" or type(arg) not in (Tensor, nn.Parameter):
+                raise ValueError(
+                    f"kernel {name} takes contiguous tensors on a CPU, got a {type(arg).__name__} with strides "
+                    f"{arg.stride()} on {arg.device}"
+                )
             values.append(ctypes.c_void_p(arg.data_ptr()))
         elif isinstance(arg, float):
             values.append(ctypes.c_float(arg))
@@ -92,7 +101,7 @@ def call(name: str, like: Tensor, *args: Tensor | float | None) -> None:
 @cache
 def _library() -> ctypes.CDLL:
     if reason := why_no_kernels():
-        raise RuntimeError(f"the kernels for a CPU cannot be compiled: {reason}")
+        raise RuntimeError(f"the kernels for a CPU cannot be compiled: {reason}; or prepare with compile='none'")
     sources = sorted(SOURCES.glob("*.cpp"))
     digest = hashlib.sha256(repr((*_compiler(), *FLAGS)).encode())
     for file in (*sources, *sorted(SOURCES.glob("*.h"))):
@@ -100,11 +109,22 @@ def _library() -> ctypes.CDLL:
     # what the compiler defines names its version and all instruction sets of this machine
     digest.update(_run("-march=native", "-dM", "-E", "-x", "c++", os.devnull).encode())
     path = _folder() / f"kernels-{digest.hexdigest()[:16]}.so"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(path) as temporary:
-            _run(*FLAGS, *map(str, sources), "-o", str(temporary))
-    return ctypes.CDLL(str(path))
+    try:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_path(path) as temporary:
+                _run(*FLAGS, *map(str, sources), "-o", str(temporary))
+                with temporary.open("rb") as compiled:  # so that a power cut leaves no file that is cut off
+                    os.fsync(compiled.fileno())
+        for place in (path.parent, path):
+            status = place.stat()
+            if status.st_uid not in (os.getuid(), 0) or status.st_mode & 0o002:
+                raise RuntimeError(f"{place} is not loaded from: others could have written it; remove it")
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise RuntimeError(
+            f"the kernels for a CPU cannot be kept or loaded: {error}; name another folder in TORCH_EXTENSIONS_DIR"
+        ) from error
 
 
 def _folder() -> Path:

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.testing import assert_close
 
-from m2f_video.modeling.swin import SwinBlock, WindowAttention, round_up, shifted_window_mask
+from m2f_video.modeling.swin import SwinBlock, SwinStage, WindowAttention, round_up, shifted_window_mask
 from m2f_video.modeling.transformer_decoder import Attention
 from m2f_video.ops import cpu_kernels
 from m2f_video.ops.attention import kernels_run, masked_attention, window_attention
@@ -13,6 +14,15 @@ from m2f_video.ops.attention import kernels_run, masked_attention, window_attent
 pytestmark = pytest.mark.skipif(cpu_kernels.why_no_kernels() is not None, reason="needs Linux and a C++ compiler")
 TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+
+
+@pytest.fixture(autouse=True)
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the kernels that were called."""
+    names: list[str] = []
+    call = cpu_kernels.call
+    monkeypatch.setattr(cpu_kernels, "call", lambda name, *args: (names.append(name), call(name, *args)))
+    return names
 
 
 def close(ours: Tensor, expected: Tensor) -> None:
@@ -35,7 +45,7 @@ def attention(*, dtype: torch.dtype, window_size: int, num_heads: int = 2, dim: 
     [(7, 14, 21, 0, 1), (7, 14, 21, 3, 2), (7, 9, 25, 3, 1), (7, 3, 2, 3, 2), (3, 1, 1, 1, 1), (12, 20, 13, 6, 1)],
 )
 def test_windows_equal_pytorchs(
-    dtype: torch.dtype, window_size: int, height: int, width: int, shift: int, batch: int
+    dtype: torch.dtype, window_size: int, height: int, width: int, shift: int, batch: int, calls: list[str]
 ) -> None:
     module = attention(dtype=dtype, window_size=window_size)
     x = torch.randn(batch, height, width, 64).to(dtype)
@@ -44,31 +54,77 @@ def test_windows_equal_pytorchs(
     expected = attention(dtype=dtype, window_size=window_size).double().on_map(x.double(), shift, mask)
     module.compiled = True
     close(module.on_map(x, shift, mask), expected)
+    assert calls == ["window_attention"]
 
 
 @pytest.mark.parametrize("dim", [16, 48, 64])
-def test_windows_with_heads_of_other_widths_and_without_a_bias(dim: int) -> None:
+def test_windows_with_heads_of_other_widths_and_without_a_bias(dim: int, calls: list[str]) -> None:
     module = attention(dtype=torch.float32, window_size=4, num_heads=3, dim=dim, bias=False)
     x = torch.randn(1, 6, 7, 3 * dim)
     expected = module.double().on_map(x.double(), 0, None)
     module.float().compiled = True
     close(module.on_map(x, 0, None), expected)
+    assert calls == ["window_attention"]
 
 
-def test_windows_of_heads_that_the_kernel_does_not_know_go_through_pytorch() -> None:
+def test_windows_of_heads_that_the_kernel_does_not_know_go_through_pytorch(calls: list[str]) -> None:
     module = attention(dtype=torch.float32, window_size=4, dim=12)
     x = torch.randn(1, 6, 7, 24)
     expected = module.on_map(x, 0, None)
     module.compiled = True
     assert not kernels_run(12, x)
     assert torch.equal(module.on_map(x, 0, None), expected)
+    assert calls == []
 
 
-def test_gradients_go_through_pytorch() -> None:
-    block = SwinBlock(dim=32, num_heads=1, window_size=4, shift=0)
+@pytest.mark.parametrize("learns", ["attn.qkv.weight", "norm1.weight", "attn.relative_position_bias_table"])
+def test_gradients_go_through_pytorch(learns: str, calls: list[str]) -> None:
+    block = SwinBlock(dim=32, num_heads=1, window_size=4, shift=0).requires_grad_(False)
     block.attn.compiled = True
+    parameter = block.get_parameter(learns).requires_grad_()
     block(torch.randn(1, 4, 4, 32)).sum().backward()
-    assert block.attn.qkv.weight.grad.abs().sum() > 0
+    assert parameter.grad is not None
+    assert calls == []
+
+
+def test_a_shifted_block_that_goes_through_pytorch_after_all_makes_its_mask(calls: list[str]) -> None:
+    torch.manual_seed(0)
+    stage = SwinStage(
+        dim=32, num_heads=1, window_size=4, drop_path=[0.0] * 2, mlp_ratio=2.0, qkv_bias=True, downsample=False
+    ).requires_grad_(False)
+    x = torch.randn(1, 9, 10, 32)
+    expected = stage(x)[0]
+    for block in stage.blocks:
+        block.attn.compiled = True
+    stage.blocks[0].mlp.requires_grad_()  # what the second block gets needs gradients, what the stage gets does not
+    assert_close(stage(x)[0], expected)
+    assert calls == ["window_attention"]
+
+
+def test_hooks_see_the_attention(calls: list[str]) -> None:
+    module = attention(dtype=torch.float32, window_size=4)
+    module.compiled, seen = True, []
+    module.register_forward_hook(lambda *args: seen.append(args))
+    module.on_map(torch.randn(1, 8, 8, 64), 0, None)
+    assert len(seen) == 1
+    assert calls == []
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_what_records_operators_gets_pytorchs(calls: list[str]) -> None:
+    module = attention(dtype=torch.float32, window_size=4)
+    module.compiled, x = True, torch.randn(3, 1, 8, 8, 64)
+    expected = torch.stack([module.on_map(maps, 0, None) for maps in x])
+    assert_close(torch.vmap(lambda maps: module.on_map(maps, 0, None))(x), expected)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert module.on_map(mode.from_tensor(x[0]), 0, None).shape == (1, 8, 8, 64)
+    assert calls == ["window_attention"] * 3
+
+
+def test_no_frames_and_no_queries_give_nothing() -> None:
+    assert window_attention(torch.zeros(0, 4, 4, 96), None, torch.zeros(2, 16, 16), 4, 0).shape == (0, 4, 4, 32)
+    nothing = masked_attention(*(torch.zeros(0, size, 32) for size in (2, 3, 3)), torch.zeros(0, 2, 3), 2)
+    assert nothing.shape == (0, 2, 32)
 
 
 def test_a_token_that_is_not_a_number_spoils_its_window_alone() -> None:
@@ -93,7 +149,7 @@ def test_a_token_that_is_not_a_number_spoils_its_window_alone() -> None:
 )
 def test_windows_check_their_inputs(shapes: tuple[tuple[int, ...], ...], window_size: int, shift: int) -> None:
     qkv, qkv_bias, position_bias = (torch.zeros(shape) for shape in shapes)
-    with pytest.raises(ValueError, match="qkv"):
+    with pytest.raises(ValueError, match=r"qkv|shift"):
         window_attention(qkv, qkv_bias, position_bias, window_size, shift)
 
 
@@ -115,7 +171,7 @@ def under_masks(*tensors: Tensor, heads: int) -> tuple[Tensor, Tensor]:
     [(1, 100, 405, 8, 32), (2, 7, 61, 3, 16), (1, 64, 60, 1, 48), (3, 1, 1, 2, 32), (1, 129, 200, 5, 64)],
 )
 def test_masked_attention_equals_pytorchs(
-    dtype: torch.dtype, batch: int, queries: int, keys: int, heads: int, dim: int
+    dtype: torch.dtype, batch: int, queries: int, keys: int, heads: int, dim: int, calls: list[str]
 ) -> None:
     torch.manual_seed(0)
     query, key, value = (torch.randn(batch, size, heads * dim).to(dtype) for size in (queries, keys, keys))
@@ -123,6 +179,7 @@ def test_masked_attention_equals_pytorchs(
     mask_logits[:, queries // 2] = -1.0  # sees no key, and so all
     mask_logits[0, 0, : keys - 1] = -1.0  # sees the last one
     close(*under_masks(3 * query, key, value, mask_logits, heads=heads))
+    assert calls == ["masked_attention"]
 
 
 def test_large_logits_neither_overflow_nor_vanish() -> None:

@@ -93,12 +93,6 @@ inline float to_float(bfloat16 x) {
     return value;
 }
 
-inline float sum(Vec x) {
-    float total = 0;
-    for (int lane = 0; lane < LANES; ++lane) total += x[lane];
-    return total;
-}
-
 // e^x to about one unit in the last place; 0 below -87.3, and NaN of NaN.
 inline Vec exp(Vec x) {
     const Vec lowest = broadcast(-87.33f), highest = broadcast(88.37f);
@@ -118,5 +112,5 @@ inline Vec exp(Vec x) {
     p = p * r + 1.0f;
     const Bits power = (Bits)shifted << 23;  // n in the exponent's place
     const Vec result = (Vec)((Bits)p + power);
-    return underflows ? Vec{} : result;
+    return x == x ? (underflows ? Vec{} : result) : x;
 }
