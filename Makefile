@@ -34,8 +34,9 @@ format: $(STAMP) ## Format the code and fix what ruff can fix
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-parity: $(STAMP) ## Compare every stage with the reference on random weights, in float32 and in float64
+parity: $(STAMP) ## Compare every stage with the reference on random weights: float32, prepared, float64
 	$(BIN)/m2f-video parity --random 0 $(ARGS)
+	$(BIN)/m2f-video parity --random 0 --prepare $(ARGS)
 	$(BIN)/m2f-video parity --random 0 --dtype float64 $(ARGS)
 
 bench: $(STAMP) ## Measure speed

@@ -1,6 +1,6 @@
 """Time our model beside transformers' and timm's, with the same weights and input, taking turns in one process.
 
-    python benchmarks/speed.py [--dtypes float32 bfloat16 --frames 1 4 --repeats 5 --json-file FILE --plot FILE.png]
+    python benchmarks/speed.py [--dtypes float32 bfloat16 --frames 1 4 --repeats 3 --json-file FILE --plot FILE.png]
 
 Every part is given the input that it has within the model, of all frames at once; our whole model goes frame by frame
 on a CPU. "End to end" goes from a video file to masks: ours by
@@ -46,8 +46,8 @@ def main(
     frames: tuple[int, ...] = (1, 4),
     height: int = 480,
     width: int = 864,
-    video_frames: int = 4,
-    repeats: int = 5,
+    video_frames: int = 2,
+    repeats: int = 3,
     threads: int | None = None,
     device: str = "cpu",
     preset: str = "swin_tiny_youtubevis_2019",
