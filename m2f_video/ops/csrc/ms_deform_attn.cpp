@@ -6,7 +6,7 @@
 
 #include "vector.h"
 
-typedef int32_t Int __attribute__((vector_size(64)));
+namespace {
 
 constexpr int CORNERS = 4;
 
@@ -27,29 +27,7 @@ struct Corners {
 // to read one by one.
 constexpr int BLOCK = 8;
 
-static inline void store(int32_t* to, Int x) { std::memcpy(to, &x, sizeof x); }
-
-// Lane i is what lane i + STEP was, counted round.
-template <int STEP>
-static inline Vec rotated(Vec x) {
-#ifdef __clang__
-    return __builtin_shufflevector(x, x, STEP, STEP + 1, STEP + 2, STEP + 3, STEP + 4, STEP + 5, STEP + 6, STEP + 7,
-                                   STEP + 8, STEP + 9, STEP + 10, STEP + 11, STEP + 12, STEP + 13, STEP + 14,
-                                   STEP + 15);
-#else
-    return __builtin_shuffle(x, Int{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} + STEP);
-#endif
-}
-
-// Over all lanes, in every lane; in registers, since a sum lane by lane would wait for each addition.
-static inline Vec total(Vec x) {
-    x += rotated<8>(x);
-    x += rotated<4>(x);
-    x += rotated<2>(x);
-    return x + rotated<1>(x);
-}
-
-static inline Vec highest(Vec x) {
+inline Vec highest(Vec x) {
     x = maximum(x, rotated<8>(x));
     x = maximum(x, rotated<4>(x));
     x = maximum(x, rotated<2>(x));
@@ -58,13 +36,13 @@ static inline Vec highest(Vec x) {
 
 // The next 16, or what is left before the end: a full load is much faster, and reads what follows in the tensor.
 template <typename T>
-static inline Vec load_before(const T* end, const T* from) {
+inline Vec load_before(const T* end, const T* from) {
     const int64_t left = end - from;
     return left >= LANES ? load(from) : load(from, int(left));
 }
 
 // 16 pairs (x, y).
-static inline void load_pairs(const float* from, Vec& x, Vec& y) {
+inline void load_pairs(const float* from, Vec& x, Vec& y) {
     float parts[2][LANES];
     for (int lane = 0; lane < LANES; ++lane) {
         parts[0][lane] = from[2 * lane];
@@ -74,7 +52,7 @@ static inline void load_pairs(const float* from, Vec& x, Vec& y) {
     y = load(parts[1]);
 }
 
-static inline void load_pairs(const bfloat16* from, Vec& x, Vec& y) {
+inline void load_pairs(const bfloat16* from, Vec& x, Vec& y) {
     Bits pairs;  // x in the lower half, and a bfloat16 is the upper half of a float
     std::memcpy(&pairs, from, sizeof pairs);
     x = (Vec)(pairs << 16);
@@ -83,7 +61,7 @@ static inline void load_pairs(const bfloat16* from, Vec& x, Vec& y) {
 
 // The next 16 pairs before the end, as `load_before`.
 template <typename T>
-static inline void load_pairs_before(const T* end, const T* from, Vec& x, Vec& y) {
+inline void load_pairs_before(const T* end, const T* from, Vec& x, Vec& y) {
     if (end - from >= 2 * LANES) return load_pairs(from, x, y);
     T rest[2 * LANES] = {};
     std::memcpy(rest, from, (end - from) * sizeof(T));
@@ -92,7 +70,7 @@ static inline void load_pairs_before(const T* end, const T* from, Vec& x, Vec& y
 
 // Of positions in pixels, 0 being the centre of the level's first. Beyond the border, or where it is no number, a
 // position moves to -1 or the size, where all that counts is outside; so any position has integers.
-static inline void find_corners(Vec x, Vec y, Vec weight, const Samples& samples, Corners& corners) {
+inline void find_corners(Vec x, Vec y, Vec weight, const Samples& samples, Corners& corners) {
     x = maximum(x, broadcast(-1));
     y = maximum(y, broadcast(-1));
     x = x < samples.width ? x : samples.width;
@@ -120,7 +98,7 @@ static inline void find_corners(Vec x, Vec y, Vec weight, const Samples& samples
 
 // Calls `add(values of the corner, weight, whether it is a lower one)` for the corners of all samples.
 template <typename T, typename Add>
-static inline void for_corners(const Corners* corners, int64_t samples, const T* values, int64_t D, Add add) {
+inline void for_corners(const Corners* corners, int64_t samples, const T* values, int64_t D, Add add) {
     for (; samples > 0; samples -= LANES, ++corners)
         for (int lane = 0; lane < std::min<int64_t>(samples, LANES); ++lane)
             for (int corner = 0; corner < CORNERS; ++corner)
@@ -130,7 +108,7 @@ static inline void for_corners(const Corners* corners, int64_t samples, const T*
 // Sums over all corners, times `scale`: of D channels, 32 at a time. Upper and lower corners are summed apart, so that
 // an addition does not wait for the one before it.
 template <typename T>
-static inline void sum_corners(const Corners* corners, int64_t samples, const T* values, float scale, T* output,
+inline void sum_corners(const Corners* corners, int64_t samples, const T* values, float scale, T* output,
                                int64_t D) {
     int64_t channel = 0;
     for (; channel + 2 * LANES <= D; channel += 2 * LANES) {
@@ -162,7 +140,7 @@ struct Sizes {
     int64_t B, N, Q, M, D, L, P;
 };
 
-static std::vector<Samples> samples_of_a_head(const int64_t* shapes, int64_t L, int64_t P) {
+std::vector<Samples> samples_of_a_head(const int64_t* shapes, int64_t L, int64_t P) {
     std::vector<Samples> samples((L * P + LANES - 1) / LANES);
     int64_t first = 0;
     for (int64_t level = 0; level < L; ++level) {
@@ -180,7 +158,7 @@ static std::vector<Samples> samples_of_a_head(const int64_t* shapes, int64_t L, 
 }
 
 // Of the logits of a head, less the highest; returns what to multiply their sum with to make them a softmax.
-static inline float exponentials(std::vector<Vec>& logits, const std::vector<Samples>& samples) {
+inline float exponentials(std::vector<Vec>& logits, const std::vector<Samples>& samples) {
     const Vec none = broadcast(-__builtin_inff());
     Vec most = none, sum = {};
     for (size_t v = 0; v < logits.size(); ++v) {
@@ -195,7 +173,7 @@ static inline float exponentials(std::vector<Vec>& logits, const std::vector<Sam
 // PREDICTED: positions are offsets in pixels from reference points, and weights are logits. Otherwise positions are
 // relative to the level, 0 to 1, and weights are what they are.
 template <bool PREDICTED, typename T, typename Position>
-static void attend(int64_t threads, const T* value, const int64_t* shapes, const float* references,
+void attend(int64_t threads, const T* value, const int64_t* shapes, const float* references,
                    const Position* positions, const T* weights, T* output, const Sizes& sizes) {
     const auto [B, N, Q, M, D, L, P] = sizes;
     const int64_t S = L * P, vectors = (S + LANES - 1) / LANES;
@@ -247,6 +225,8 @@ static void attend(int64_t threads, const T* value, const int64_t* shapes, const
                 }
     }
 }
+
+}  // namespace
 
 // value (B, N, M, D), shapes (L, 2) as (height, width), references (Q, 2) as (x, y), offsets (B, Q, M, L, P, 2) as
 // (x, y) in pixels, logits (B, Q, M, L, P), output (B, Q, M, D)

@@ -47,14 +47,6 @@ inline void store_one(T* to, float x) {
     store(to, broadcast(x), 1);
 }
 
-inline float tree_sum(Vec x) {
-    float all[LANES], halves[8], quarters[4];
-    std::memcpy(all, &x, sizeof all);
-    for (int i = 0; i < 8; ++i) halves[i] = all[i] + all[i + 8];
-    for (int i = 0; i < 4; ++i) quarters[i] = halves[i] + halves[i + 4];
-    return (quarters[0] + quarters[2]) + (quarters[1] + quarters[3]);
-}
-
 template <typename T>
 void add_rows(const T* a, const T* b, T* sum, int64_t channels) {
     int64_t c = 0;
@@ -79,7 +71,7 @@ struct LayerNorm {
         float shift = to_float(x[0]);
         if (blocks) {
             const Pair pair = load_pair(x);
-            shift = tree_sum(pair.first + pair.second) / BLOCK;
+            shift = total(pair.first + pair.second)[0] / BLOCK;
         }
         Pair sums{}, squares{};
         for (int64_t i = 0; i < blocks; ++i) {
@@ -90,7 +82,7 @@ struct LayerNorm {
             squares.first += first * first;
             squares.second += second * second;
         }
-        float sum = tree_sum(sums.first + sums.second), square = tree_sum(squares.first + squares.second);
+        float sum = total(sums.first + sums.second)[0], square = total(squares.first + squares.second)[0];
         for (int64_t c = blocks * BLOCK; c < channels; ++c) {
             const float difference = to_float(x[c]) - shift;
             sum += difference;

@@ -10,6 +10,7 @@
 
 constexpr int LANES = 16;
 typedef float Vec __attribute__((vector_size(64)));
+typedef int32_t Int __attribute__((vector_size(64)));
 typedef uint32_t Bits __attribute__((vector_size(64)));
 typedef uint16_t HalfBits __attribute__((vector_size(32)));
 
@@ -34,6 +35,8 @@ inline Vec load(const bfloat16* from) {
 }
 
 inline void store(float* to, Vec x) { std::memcpy(to, &x, sizeof x); }
+
+inline void store(int32_t* to, Int x) { std::memcpy(to, &x, sizeof x); }
 
 inline void store(bfloat16* to, Vec x) {  // rounded to the nearest, ties to even
     const Bits bits = (Bits)x, rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
@@ -91,6 +94,26 @@ inline float to_float(bfloat16 x) {
     float value;
     std::memcpy(&value, &bits, sizeof value);
     return value;
+}
+
+// Lane i is what lane i + STEP was, counted round.
+template <int STEP>
+inline Vec rotated(Vec x) {
+#ifdef __clang__
+    return __builtin_shufflevector(x, x, STEP, STEP + 1, STEP + 2, STEP + 3, STEP + 4, STEP + 5, STEP + 6, STEP + 7,
+                                   STEP + 8, STEP + 9, STEP + 10, STEP + 11, STEP + 12, STEP + 13, STEP + 14,
+                                   STEP + 15);
+#else
+    return __builtin_shuffle(x, Int{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} + STEP);
+#endif
+}
+
+// Over all lanes, in every lane; in registers, since a sum lane by lane would wait for each addition.
+inline Vec total(Vec x) {
+    x += rotated<8>(x);
+    x += rotated<4>(x);
+    x += rotated<2>(x);
+    return x + rotated<1>(x);
 }
 
 // e^x to about one unit in the last place; 0 below -87.3, and NaN of NaN.
