@@ -340,7 +340,7 @@ class VideoMask2Former(
         Args:
             dtype: cast to this floating-point type; None keeps the weights' own.
             compile: what is compiled. `kernels` are our own in C++ for a CPU (`m2f_video.ops.cpu_kernels`), for any
-                size of video: 2 to 5 seconds in this call, once, and kept on disk for the next process. `model` lets
+                size of video: up to 8 seconds in this call, once, and kept on disk for the next process. `model` lets
                 `torch.compile` work on backbone, pixel decoder and transformer decoder each as a whole, which takes
                 minutes with the first frame. `auto` is `kernels` on a CPU where there is a C++ compiler, else `none`;
                 where that does not compile the kernels, it warns and goes on without them.

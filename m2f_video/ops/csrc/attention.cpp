@@ -79,7 +79,7 @@ void add_values(float* output, const float* factors, const float* weights, const
         }
 }
 
-// Softmax over keys so far: logits become weights of the new maximum, `factors` what older sums are to be multiplied by.
+// Softmax over keys so far: logits become weights of the new maximum, `factors` what older sums are multiplied by then.
 void update_softmax(float* logits, int keys, float* maxima, float* sums, float* factors) {
     for (int i = 0; i < QUERY_VECTORS; ++i) {
         float* column = logits + i * LANES;
@@ -112,7 +112,7 @@ void window_attention_of(int threads, const T* qkv, const T* qkv_bias, const flo
 #pragma omp parallel num_threads(threads)
     {
         std::vector<float> tokens(count * 3 * channels);  // queries, keys and values of a window
-        std::vector<int64_t> place(count);    // of the token in the map; -1 in the padding
+        std::vector<int64_t> place(count);                // of the token in the map; -1 in the padding
         std::vector<int> region(blocks * QUERIES);
         std::vector<float> keys(key_room * dim), values(key_room * dim), queries(dim * QUERIES);
         std::vector<float> logits(key_room * QUERIES), attended(QUERIES * dim);
@@ -147,7 +147,8 @@ void window_attention_of(int threads, const T* qkv, const T* qkv_bias, const flo
                                 for (int k = 0; k < count; ++k)
                                     for (int q = 0; q < present; ++q)
                                         if (region[k] != region[first + q]) logits[k * QUERIES + q] -= 100;
-                            for (int q = 0; q < present; ++q) query_rows[q] = &tokens[3 * (first + q) * channels + head * dim];
+                            for (int q = 0; q < present; ++q)
+                                query_rows[q] = &tokens[3 * (first + q) * channels + head * dim];
                             transpose_queries(queries.data(), query_rows, present, dim);
                             add_logits(logits.data(), queries.data(), keys.data(), count, dim);
                             std::fill(maxima, maxima + QUERIES, -INFINITY);
@@ -203,7 +204,8 @@ void masked_attention_of(int threads, const T* query, const T* key, const T* val
             const int first_head = heads * group / groups, last_head = heads * (group + 1) / groups;
             const int group_dim = (last_head - first_head) * dim;
             std::vector<float> rows_of_keys(KEYS * group_dim), head_keys(KEYS * dim), head_values(KEYS * dim);
-            std::vector<float> rows_of_values(KEYS * group_dim), logits(KEYS * QUERIES), biases(blocks * KEYS * QUERIES);
+            std::vector<float> rows_of_values(KEYS * group_dim), logits(KEYS * QUERIES);
+            std::vector<float> biases(blocks * KEYS * QUERIES);
             std::vector<float> transposed((last_head - first_head) * blocks * dim * QUERIES);
             std::vector<State> states((last_head - first_head) * blocks, State(dim));
             const auto present_in = [&](int block) { return std::min(queries - block * QUERIES, QUERIES); };
