@@ -19,8 +19,8 @@ from torch.autograd.function import once_differentiable
 
 from m2f_video.ops.linear import needs_gradient
 
-CHUNK_BYTES = 2**20
-"""Of a chunk's positions: with no gradient to keep things for, queries are worked on in parts that stay in a cache."""
+CHUNK_BYTES = 2**19
+"""Of a chunk's x or y: with no gradient to keep things for, queries are worked on in parts that stay in a cache."""
 
 Corners = tuple[tuple[Tensor, Tensor], ...]
 """Rows and weights (B, Q, M L P) of the upper left, upper right, lower left and lower right corner of every sample.
@@ -78,7 +78,7 @@ def _sums(
     if not in_parts or torch.compiler.is_compiling():
         return attend(slice(None))
     output = value.new_empty(B, Q, M * D)
-    step = max(CHUNK_BYTES // (B * grid.size.nbytes), 1)
+    step = max(CHUNK_BYTES // (B * grid.width.nbytes), 1)
     for start in range(0, Q, step):
         part = slice(start, start + step)
         output[:, part] = attend(part)
@@ -94,8 +94,9 @@ class _Grid(NamedTuple):
 
     heads: int  # M
     samples: int  # L P
-    size: Tensor  # (2 M L P,): width and height of the sample's level
-    before: Tensor  # (2 M L P,): -1
+    width: Tensor  # (M L P,): of the sample's level
+    height: Tensor  # (M L P,)
+    before: Tensor  # (M L P,): -1
     down: Tensor  # (M L P,) int32: rows from a pixel to the one below it
     origin: Tensor  # (M L P,) int32: row of the level's first pixel
     batch: Tensor  # (B, 1, 1) int32: rows before those of a batch item
@@ -105,21 +106,22 @@ def _grid(spatial_shapes: tuple[tuple[int, int], ...], samples: Tensor, dtype: t
     """Constants for samples (B, Q, M, L, P, 2), whose positions are of this dtype."""
     (B, _, M, L, P, _), device = samples.shape, samples.device
 
-    def per_sample(level_values: Tensor) -> Tensor:  # (L, X) -> (M L P X)
-        return level_values[None, :, None, :].expand(M, L, P, -1).reshape(-1)
+    def per_sample(level_values: Tensor) -> Tensor:  # (L,) -> (M L P,)
+        return level_values[None, :, None].expand(M, L, P).reshape(-1)
 
-    shapes = torch.tensor([(w, h) for h, w in spatial_shapes], device=device)  # (L, 2) as (x, y)
-    padded_widths = shapes[:, :1] + 2
-    areas = padded_widths * (shapes[:, 1:] + 2)
+    heights, widths = torch.tensor(spatial_shapes, device=device).unbind(1)
+    padded_widths = widths + 2
+    areas = padded_widths * (heights + 2)
     first_inner = areas.cumsum(0) - areas + padded_widths + 1  # pixel (0, 0) of each level in the padded tokens
     padded_length = sum((h + 2) * (w + 2) for h, w in spatial_shapes)
     head = torch.arange(M, device=device, dtype=torch.int32).repeat_interleave(L * P)
-    size = per_sample(shapes.to(dtype))
+    width = per_sample(widths.to(dtype))
     return _Grid(
         heads=M,
         samples=L * P,
-        size=size,
-        before=torch.full_like(size, -1),
+        width=width,
+        height=per_sample(heights.to(dtype)),
+        before=torch.full_like(width, -1),
         down=per_sample((padded_widths * M).int()),
         origin=per_sample((first_inner * M).int()) + head,
         batch=torch.arange(B, device=device, dtype=torch.int32)[:, None, None] * (padded_length * M),
@@ -128,40 +130,56 @@ def _grid(spatial_shapes: tuple[tuple[int, int], ...], samples: Tensor, dtype: t
 
 def _corners_at_locations(locations: Tensor, attention_weights: Tensor, grid: _Grid) -> Corners:
     """Of relative locations (B, Q, 2 M L P) and their weights (B, Q, M L P)."""
-    return _corners(locations * grid.size - 0.5, attention_weights, grid)
+    x, y = locations[..., 0::2], locations[..., 1::2]
+    return _corners(x * grid.width - 0.5, y * grid.height - 0.5, attention_weights, grid)
 
 
 def _corners_at_offsets(offsets: Tensor, attention_logits: Tensor, reference_points: Tensor, grid: _Grid) -> Corners:
     """Of offsets (B, Q, 2 M L P), in pixels, from points (Q, 2), and logits (B, Q, M L P) of their weights."""
     dtype = reference_points.dtype
-    weights = attention_logits.to(dtype).unflatten(2, (grid.heads, grid.samples)).softmax(-1)
-    centres = reference_points.repeat(1, grid.size.numel() // 2) * grid.size - 0.5
-    return _corners(offsets.to(dtype) + centres, weights.flatten(2), grid)
+    weights = _softmax(attention_logits.to(dtype).unflatten(2, (grid.heads, grid.samples))).flatten(2)
+    x = offsets[..., 0::2].to(dtype) + (reference_points[:, :1] * grid.width - 0.5)
+    y = offsets[..., 1::2].to(dtype) + (reference_points[:, 1:] * grid.height - 0.5)
+    return _corners(x, y, weights, grid)
 
 
-def _corners(positions: Tensor, attention_weights: Tensor, grid: _Grid) -> Corners:
-    """Of positions (B, Q, 2 M L P) in pixels, 0 being the centre of the level's first one."""
-    # A position beyond half a pixel outside moves to the zero border, where its contribution is zero as well. fmax
-    # (unlike clamp) sends NaN there too, so that no row number is out of range.
-    positions = torch.minimum(torch.fmax(positions, grid.before), grid.size)
-    corner = torch.minimum(positions.detach().floor(), grid.size - 1)  # so that the corner after it exists
-    fraction = (positions - corner).unflatten(2, (-1, 2))
-    corner = corner.int().unflatten(2, (-1, 2))
+def _softmax(logits: Tensor) -> Tensor:
+    """Over the last axis. For a dozen samples a head, PyTorch's own takes three times as long, forward."""
+    if needs_gradient(logits) or torch.compiler.is_compiling():
+        return logits.softmax(-1)
+    weights = (logits - logits.amax(-1, keepdim=True)).exp_()
+    return weights.div_(weights.sum(-1, keepdim=True))
 
-    rows = corner[..., 1] * grid.down
-    rows.add_(corner[..., 0], alpha=grid.heads).add_(grid.origin).add_(grid.batch)
+
+def _corners(x: Tensor, y: Tensor, attention_weights: Tensor, grid: _Grid) -> Corners:
+    """Of positions (B, Q, M L P) in pixels, 0 being the centre of the level's first one."""
+    left, x_fraction = _cell(x, grid.width, grid.before)
+    upper, y_fraction = _cell(y, grid.height, grid.before)
+    rows = upper * grid.down
+    rows.add_(left, alpha=grid.heads).add_(grid.origin).add_(grid.batch)
 
     # (1-x)(1-y), x(1-y), (1-x)y and xy times the attention weight, by one product and one difference each
-    weights = attention_weights.to(positions.dtype)
-    right = fraction[..., 0] * weights
-    left = weights - right
-    lower_right, lower_left = right * fraction[..., 1], left * fraction[..., 1]
+    weights = attention_weights.to(x.dtype)
+    right_weights = x_fraction * weights
+    left_weights = weights - right_weights
+    lower_right, lower_left = right_weights * y_fraction, left_weights * y_fraction
     return (
-        (rows, left - lower_left),
-        (rows + grid.heads, right - lower_right),
+        (rows, left_weights - lower_left),
+        (rows + grid.heads, right_weights - lower_right),
         (rows + grid.down, lower_left),
         (rows + (grid.down + grid.heads), lower_right),
     )
+
+
+def _cell(position: Tensor, size: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
+    """Last pixel at or before a position, int32, and the rest of the way to the next one, 0 to 1.
+
+    A position beyond half a pixel outside moves to the zero border, where its contribution is zero as well, and so does
+    NaN: no row number may be out of range.
+    """
+    position = torch.clamp(position, before, size).nan_to_num(nan=-1.0)
+    pixel = torch.minimum(position.detach().floor(), size - 1)  # so that the pixel after it exists
+    return pixel.int(), position - pixel
 
 
 def _pad_levels(value: Tensor, spatial_shapes: tuple[tuple[int, int], ...]) -> Tensor:
