@@ -24,7 +24,7 @@ from m2f_video.modeling.video_mask2former import VideoMask2Former
 from m2f_video.parity import random_frames, random_model
 
 KINDS = {
-    "linear layers": ("mkldnn::_linear", "aten::addmm", "aten::mm", "aten::linear"),
+    "linear layers": ("m2f_video::linear_layers", "mkldnn::_linear", "aten::addmm", "aten::mm", "aten::linear"),
     "convolutions": ("aten::mkldnn_convolution", "m2f_video::winograd"),
     "attention": ("aten::_scaled_dot_product", "m2f_video::window_attention", "m2f_video::masked_attention"),
     "deformable sampling": ("m2f_video::ms_deform_attn", "aten::_embedding_bag"),

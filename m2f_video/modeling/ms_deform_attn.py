@@ -75,9 +75,19 @@ class MSDeformAttn(nn.Module):
         Returns:
             (B, Q, C).
         """
+        return self.output_proj(self.sample(query, value, reference_points, spatial_shapes))
+
+    def sample(
+        self,
+        query: Tensor,
+        value: Tensor,
+        reference_points: Tensor,
+        spatial_shapes: tuple[tuple[int, int], ...],
+    ) -> Tensor:
+        """`forward` without the last projection: the heads' weighted sums of samples, (B, Q, C)."""
         B, Q, _ = query.shape
         L, M, P = self.num_levels, self.num_heads, self.num_points
-        output = ms_deform_attn_from_offsets(
+        return ms_deform_attn_from_offsets(
             self.value_proj(value).view(B, -1, M, value.shape[-1] // M),
             spatial_shapes,
             reference_points,
@@ -86,7 +96,6 @@ class MSDeformAttn(nn.Module):
             backend=self.backend,
             compiled=self.compiled,
         )
-        return self.output_proj(output)
 
 
 def initial_offsets(num_heads: int, num_levels: int, num_points: int) -> Tensor:

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from m2f_video.config import GROUP_NORM_GROUPS
 from m2f_video.modeling.ms_deform_attn import MSDeformAttn
 from m2f_video.modeling.position_encoding import position_dtype, sine_2d
-from m2f_video.ops.linear import Linear, PointwiseConv, feed_forward
-from m2f_video.ops.norm import group_norm_channels_last, layer_norm_of_sum
+from m2f_video.ops.conditions import has_hooks
+from m2f_video.ops.linear import Linear, PointwiseConv, feed_forward, project
+from m2f_video.ops.norm import group_norm_channels_last
 from m2f_video.ops.winograd import WinogradConv
 
 NUM_LEVELS = 3  # strides 32, 16 and 8 pass through the encoder
@@ -46,14 +47,10 @@ class DeformableEncoderLayer(nn.Module):
         num_heads: attention heads.
         num_points: sampling points per head and level.
         dropout: after the attention and after both layers of the feed-forward network, in training.
-
-    Attributes:
-        compiled: let compiled kernels compute the norms, see `m2f_video.ops.cpu_kernels`.
     """
 
     def __init__(self, *, dim: int, ffn_dim: int, num_heads: int, num_points: int, dropout: float = 0.0) -> None:
         super().__init__()
-        self.compiled = False
         self.self_attn = MSDeformAttn(dim=dim, num_heads=num_heads, num_levels=NUM_LEVELS, num_points=num_points)
         self.self_attn_norm = nn.LayerNorm(dim)
         self.linear1 = Linear(dim, ffn_dim)
@@ -67,10 +64,14 @@ class DeformableEncoderLayer(nn.Module):
         self, x: Tensor, position: Tensor, reference_points: Tensor, spatial_shapes: tuple[tuple[int, int], ...]
     ) -> Tensor:
         """Tokens (B, N, C) -> (B, N, C); positions (N, C) are added to the queries only, not to the values."""
-        attended = self.self_attn(x + position, x, reference_points, spatial_shapes)
-        x = layer_norm_of_sum(x, self.dropout(attended), self.self_attn_norm, self.compiled)
-        hidden = feed_forward(x, self.linear1, self.linear2, "relu", self.dropout)
-        return layer_norm_of_sum(x, self.dropout(hidden), self.ffn_norm, self.compiled)
+        inputs = x + position, x, reference_points, spatial_shapes
+        if has_hooks(self.self_attn):
+            x = self.self_attn_norm(x + self.dropout(self.self_attn(*inputs)))
+        else:
+            sampled, layer = self.self_attn.sample(*inputs), self.self_attn.output_proj
+            x = project(sampled, layer, residual=x, drop=self.dropout, after=self.self_attn_norm)
+        layers, dropout = (self.linear1, self.linear2), self.dropout
+        return feed_forward(x, *layers, "relu", dropout, residual=x, drop=dropout, after=self.ffn_norm)
 
 
 class ConvNorm(nn.Sequential):

@@ -7,13 +7,16 @@ B frames, H W height and width in tokens, C channels, M heads, D channels of a h
 window, n windows of a frame.
 """
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m2f_video.ops.attention import kernels_run, window_attention
-from m2f_video.ops.linear import Linear, feed_forward, needs_gradient
-from m2f_video.ops.norm import add_layer_norm, layer_norm
+from m2f_video.ops.conditions import has_hooks, needs_gradient
+from m2f_video.ops.linear import Linear, feed_forward, project
+from m2f_video.ops.norm import layer_norm
 
 # Added to the logits of token pairs that the cyclic shift brought together; the published model's value.
 SHIFT_MASK = -100.0
@@ -129,21 +132,41 @@ class WindowAttention(nn.Module):
         output = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
         return self.proj(output.transpose(1, 2).reshape(count, N, C))
 
-    def on_map(self, x: Tensor, shift: int, shift_mask: Tensor | None) -> Tensor:
-        """Attend within the windows of a map.
+    def on_map(
+        self,
+        x: Tensor,
+        shift: int,
+        shift_mask: Tensor | None,
+        *,
+        before: nn.LayerNorm | None = None,
+        residual: Tensor | None = None,
+        drop: nn.Module | None = None,
+    ) -> Tensor:
+        """Attend within the windows of a map, `residual + drop(attention(before(x)))`, of which all may be missing.
 
         Args:
             x: (B, H, W, C). Windows that do not fill up are padded with zeros, which are attended to.
             shift: tokens by which the windows are shifted; 0 for regular windows.
             shift_mask: (n, N, N) from `shifted_window_mask`, made here where shifted windows need it and get None.
+            before: norm over C, before the padding.
+            residual: (B, H, W, C), what is added.
+            drop: stochastic depth, in training.
 
         Returns:
             (B, H, W, C).
         """
-        S = self.window_size
-        if self.kernel_runs(x):
-            return self.proj(window_attention(self.qkv(x), self.qkv.bias, self._position_bias(), S, shift))
-        _, H, W, _ = x.shape
+        if self.kernel_runs(x) and not (before is not None and needs_gradient(*before.parameters())):
+            qkv = project(x, self.qkv, before=before)
+            attended = window_attention(qkv, self.qkv.bias, self._position_bias(), self.window_size, shift)
+            return project(attended, self.proj, residual=residual, drop=drop)
+        attended = self._in_cut_windows(
+            x if before is None else layer_norm(x, before, self.compiled), shift, shift_mask
+        )
+        attended = attended if drop is None else drop(attended)
+        return attended if residual is None else residual + attended
+
+    def _in_cut_windows(self, x: Tensor, shift: int, shift_mask: Tensor | None) -> Tensor:
+        S, (_, H, W, _) = self.window_size, x.shape
         x = pad_to_multiple(x, S)
         padded_height, padded_width = x.shape[1:3]
         if shift:
@@ -161,7 +184,7 @@ class WindowAttention(nn.Module):
 
     def kernel_runs(self, x: Tensor) -> bool:
         """Whether `on_map` attends to this map by a compiled kernel, which needs no mask."""
-        if not self.compiled or self._forward_hooks or self._forward_pre_hooks:
+        if not self.compiled or has_hooks(self):
             return False
         if needs_gradient(self.relative_position_bias_table):
             return False
@@ -196,9 +219,6 @@ class SwinBlock(nn.Module):
         mlp_ratio: hidden width of the MLP over C.
         qkv_bias: whether queries, keys and values have a bias.
         drop_path: probability of skipping a branch for a frame, in training.
-
-    Attributes:
-        compiled: let compiled kernels compute the norms, see `m2f_video.ops.cpu_kernels`.
     """
 
     def __init__(
@@ -215,7 +235,6 @@ class SwinBlock(nn.Module):
         from timm.layers import DropPath
 
         super().__init__()
-        self.compiled = False
         self.shift = shift
         self.norm1 = nn.LayerNorm(dim)
         self.attn = WindowAttention(dim=dim, num_heads=num_heads, window_size=window_size, qkv_bias=qkv_bias)
@@ -233,9 +252,11 @@ class SwinBlock(nn.Module):
         Returns:
             (B, H, W, C).
         """
-        attended = self.attn.on_map(layer_norm(x, self.norm1, self.compiled), self.shift, shift_mask)
-        x, normalised = add_layer_norm(x, self.drop_path(attended), self.norm2, self.compiled)
-        return x + self.drop_path(self.mlp(normalised))
+        x = self.attn.on_map(x, self.shift, shift_mask, before=self.norm1, residual=x, drop=self.drop_path)
+        if has_hooks(self.mlp):
+            return x + self.drop_path(self.mlp(self.norm2(x)))
+        layers = self.mlp.fc1, self.mlp.fc2
+        return feed_forward(x, *layers, "gelu", before=self.norm2, residual=x, drop=self.drop_path)
 
 
 class PatchMerging(nn.Module):
@@ -252,14 +273,19 @@ class PatchMerging(nn.Module):
         B, H, W, C = x.shape
         # neighbours in the order (row, column) = (0, 0), (1, 0), (0, 1), (1, 1)
         x = x.view(B, H // 2, 2, W // 2, 2, C).permute(0, 1, 3, 4, 2, 5).reshape(B, H // 2, W // 2, 4 * C)
-        return self.reduction(self.norm(x))
+        return project(x, self.reduction, before=self.norm)
 
 
 class PatchEmbedding(nn.Module):
-    """Non-overlapping patches, embedded linearly and normalised."""
+    """Non-overlapping patches, embedded linearly and normalised.
+
+    Attributes:
+        compiled: let a compiled kernel compute the norm, see `m2f_video.ops.cpu_kernels`.
+    """
 
     def __init__(self, *, patch_size: int, dim: int) -> None:
         super().__init__()
+        self.compiled = False
         self.patch_size = patch_size
         self.proj = nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size)
         self.norm = nn.LayerNorm(dim)
@@ -268,7 +294,7 @@ class PatchEmbedding(nn.Module):
         """(B, 3, height, width) -> (B, ceil(height/p), ceil(width/p), C) for patch size p."""
         (height, width), patch = frames.shape[-2:], self.patch_size
         frames = F.pad(frames, (0, round_up(width, patch) - width, 0, round_up(height, patch) - height))
-        return self.norm(self.proj(frames).permute(0, 2, 3, 1))
+        return layer_norm(self.proj(frames).permute(0, 2, 3, 1), self.norm, self.compiled)
 
 
 class SwinStage(nn.Module):
@@ -326,6 +352,9 @@ class SwinTransformer(nn.Module):
         mlp_ratio: hidden width of each MLP over its input width.
         qkv_bias: whether queries, keys and values have a bias.
         drop_path_rate: stochastic depth of the last block; it rises linearly from 0 over all blocks.
+
+    Attributes:
+        compiled: let compiled kernels compute the stages' norms, see `m2f_video.ops.cpu_kernels`.
     """
 
     def __init__(
@@ -341,6 +370,7 @@ class SwinTransformer(nn.Module):
         drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__()
+        self.compiled = False
         self.channels = tuple(embed_dim * 2**stage for stage in range(len(depths)))
         self.patch_embed = PatchEmbedding(patch_size=patch_size, dim=embed_dim)
         rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
@@ -373,5 +403,5 @@ class SwinTransformer(nn.Module):
         maps = []
         for stage, norm in zip(self.stages, self.out_norms, strict=True):
             output, x = stage(x)
-            maps.append(norm(output).permute(0, 3, 1, 2))
+            maps.append(layer_norm(output, cast("nn.LayerNorm", norm), self.compiled).permute(0, 3, 1, 2))
         return tuple(maps)

@@ -220,7 +220,7 @@ class DecoderLayer(nn.Module):
         """
         x = self.cross_attn_norm(x + self.cross_attn(x + query_position, level, mask_logits))
         x = self.self_attn_norm(x + self.self_attn(x, query_position))
-        return self.ffn_norm(x + feed_forward(x, self.linear1, self.linear2, "relu"))
+        return feed_forward(x, self.linear1, self.linear2, "relu", residual=x, after=self.ffn_norm)
 
 
 class MaskedTransformerDecoder(nn.Module):

@@ -23,7 +23,7 @@ from m2f_video.modeling.swin import SwinTransformer
 from m2f_video.modeling.timm_backbone import TimmBackbone
 from m2f_video.modeling.transformer_decoder import MaskedTransformerDecoder, Prediction, predict_masks
 from m2f_video.ops import cpu_kernels
-from m2f_video.ops.linear import Linear
+from m2f_video.ops.linear import PackingLayer
 from m2f_video.ops.winograd import WinogradConv
 from weights_convert import write_checkpoint
 
@@ -370,7 +370,7 @@ class VideoMask2Former(
         for module in self.modules():
             if hasattr(module, "compiled") and type(module).__module__.startswith("m2f_video."):
                 setattr(module, "compiled", kernels)  # noqa: B010  # not known to every module
-            if (isinstance(module, Linear) and on_cpu and compile != "model") or (  # the compiler packs for itself
+            if (isinstance(module, PackingLayer) and on_cpu and compile != "model") or (  # the compiler packs itself
                 isinstance(module, WinogradConv) and kernels
             ):
                 module.pack()

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from m2f_video.ops import cpu_kernels
+from m2f_video.ops.conditions import needs_gradient
 from m2f_video.ops.embedding_bag import ms_deform_attn_embedding_bag, ms_deform_attn_embedding_bag_from_offsets
-from m2f_video.ops.linear import needs_gradient
 from m2f_video.ops.reference import ms_deform_attn_reference, sampling_locations_from_offsets
 
 __all__ = [

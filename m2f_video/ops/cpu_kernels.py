@@ -20,10 +20,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.profiler import record_function
 
-from m2f_video.ops.linear import needs_gradient
+from m2f_video.ops.conditions import only_values
 from m2f_video.video_io import atomic_path
 
 SOURCES = Path(__file__).with_name("csrc")
@@ -63,13 +62,16 @@ def runs(*tensors: Tensor | None) -> bool:
     dtype = given[0].dtype
     if dtype not in DTYPES or any(tensor.device.type != "cpu" or tensor.dtype != dtype for tensor in given):
         return False
-    if needs_gradient(*given) or forward_ad._current_level >= 0 or torch.is_autocast_enabled("cpu"):
-        return False
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+    if not only_values(*given):
         return False
     if torch._C._len_torch_dispatch_stack() or torch._C._functorch.maybe_current_level() is not None:
         return False  # what records operators or works on tensors without memory
     return all(type(tensor) in (Tensor, nn.Parameter) for tensor in given)
+
+
+def has_fast_products(dtype: torch.dtype) -> bool:
+    """Whether the kernels' own matrix products of this type are made for this machine's instructions."""
+    return bool(_library().fast_products(ctypes.c_int64(DTYPES.index(dtype))))
 
 
 def call(name: str, like: Tensor, *args: Tensor | float | None) -> None:

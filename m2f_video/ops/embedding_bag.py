@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from m2f_video.ops.linear import needs_gradient
+from m2f_video.ops.conditions import needs_gradient
 
 CHUNK_BYTES = 2**19
 """Of a chunk's x or y: with no gradient to keep things for, queries are worked on in parts that stay in a cache."""

@@ -1,17 +1,23 @@
-"""Linear layers and feed-forward networks, by oneDNN on CPUs when no gradient is asked for.
+"""Linear layers and feed-forward networks, with the norms and sums around them, for inference on CPUs in few passes.
 
 `F.linear` in float32 writes the bias before it multiplies and knows no activation: three passes over a result that, at
 the sizes of a video frame, fits no cache. oneDNN's operator, which `torch.compile` puts in the place of linear layers
-on CPUs, makes one pass of them, and its products are the faster ones on AMD processors.
+on CPUs, makes one pass of them, and its products are the faster ones on AMD processors. The compiled kernel takes a
+block of rows from the norm before a layer to the norm after the sum with the residual, hidden layer included, before it
+goes on to the next.
 """
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
+
+from m2f_video.ops import cpu_kernels
+from m2f_video.ops.conditions import has_hooks, only_values
+from m2f_video.ops.norm import is_plain_norm, layer_norm, layer_norm_of_sum
+from m2f_video.ops.packing import PackedWeight
 
 Activation = Literal["relu", "gelu"]
 
@@ -19,7 +25,15 @@ HIDDEN_BYTES = 2**22
 """Of a feed-forward network's hidden layer that are made at a time: what a cache holds, and an allocator keeps."""
 
 PACKED_ROWS = 2048
-"""Rows of an input that weights are packed for; they serve any number."""
+"""Rows of an input that weights are packed for by oneDNN; they serve any number."""
+
+PANEL = 64
+"""Outputs whose weights the compiled kernel reads together."""
+
+LANES = 16
+"""The compiled kernel takes multiples of it as widths of hidden layers and outputs."""
+
+_ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2}  # the compiled kernel's numbers
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -38,44 +52,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-@dataclass(frozen=True, eq=False)
-class _Packed:
-    """A weight in the order that a kernel reads. Copies of a module lose it.
+class PackingLayer(nn.Module):
+    """What `Linear` and `PointwiseConv` share: a weight that may be packed.
 
     Attributes:
-        tensor: the weight in that order.
-        version: of the weight's state that it was made of.
-        source: that weight, held so that none that takes its place comes to lie at its address.
+        compiled: let the compiled kernel compute it, with weights that `pack` made, see `m2f_video.ops.cpu_kernels`.
     """
 
-    tensor: Tensor
-    version: tuple[int, int]
-    source: Tensor
-
-    @classmethod
-    def of(cls, weight: Tensor, tensor: Tensor) -> "_Packed":
-        return cls(tensor, _version(weight), weight.detach())
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        return None
-
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        return type(None), ()
-
-
-class Linear(nn.Linear):
-    """`nn.Linear` by `linear`."""
-
-    _packed: _Packed | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., I) -> (..., O)."""
-        if _runs_in_onednn(x, self.weight, self.bias):
-            return _onednn_linear(x, self.weight_in_order(), self.bias, None)
-        return F.linear(x, self.weight, self.bias)
+    weight: Tensor
+    compiled: bool = False
+    _packed: PackedWeight | None = None
 
     def pack(self) -> None:
-        """Keep a copy of the weight in the order oneDNN reads, which it would make in every call.
+        """Keep a copy of the weight in the order that the kernel reads, or oneDNN, which would make it in every call.
 
         The copy is for inference on a CPU. It takes no part in the state dict, and is left unused once the weight has
         changed in value, dtype or device; but not where `weight.data` or a NumPy view of it was written to, of which
@@ -84,22 +73,49 @@ class Linear(nn.Linear):
         """
         self._packed = None
         weight = self.weight.detach()
-        if _runs_in_onednn(weight, weight) and not weight.is_inference():
-            packed = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROWS)
-            self._packed = _Packed.of(self.weight, packed)
+        if weight.is_inference():
+            return
+        if self.compiled and _kernel_takes(weight.flatten(1)):
+            self._packed = PackedWeight.of(self.weight, pack_weight(weight.flatten(1)))
+        elif _runs_in_onednn(weight.flatten(1), weight.flatten(1)):
+            packed = torch.ops.mkldnn._reorder_linear_weight(weight.flatten(1), PACKED_ROWS)
+            self._packed = PackedWeight.of(self.weight, packed)
 
-    def weight_in_order(self) -> Tensor:
-        """The weight as oneDNN is to read it: packed, where it was and has not changed since."""
+    def offsets(self) -> Tensor | None:
+        """The bias (O,), None where there is none."""
+        return cast("Tensor | None", self.bias)
+
+    def weight_for_onednn(self) -> Tensor:
+        """(O, I), packed where it was and has not changed since."""
         packed = self._packed
-        return self.weight if packed is None or packed.version != _version(self.weight) else packed.tensor
+        valid = packed is not None and packed.tensor.is_mkldnn and packed.fits(self.weight)
+        return packed.tensor if valid and packed is not None else self.weight.flatten(1)
+
+    def weight_for_kernel(self) -> Tensor | None:
+        """As `pack_weight` made it; None where it did not, or the weight has changed since."""
+        packed = self._packed
+        valid = packed is not None and not packed.tensor.is_mkldnn and packed.fits(self.weight)
+        return packed.tensor if valid and packed is not None else None
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """(..., I) -> (..., O)."""
+        if _kernel_runs(x, self):
+            return _in_kernel(x, None, self, None)
+        weight = self.weight.flatten(1)
+        if _runs_in_onednn(x, weight, self.offsets()):
+            return _onednn_linear(x, self.weight_for_onednn(), self.offsets(), None)
+        return F.linear(x, weight, self.offsets())
 
 
-def _version(weight: Tensor) -> tuple[int, int]:
-    """Changes with the weight's values, in place or by new memory; -1 stands for changes that are not counted."""
-    return weight.data_ptr(), -1 if weight.is_inference() else weight._version
+class Linear(PackingLayer, nn.Linear):
+    """`nn.Linear` by oneDNN, or by the compiled kernel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., I) -> (..., O)."""
+        return self._rows(x)
 
 
-class PointwiseConv(nn.Conv2d):
+class PointwiseConv(PackingLayer, nn.Conv2d):
     """A 1x1 convolution, computed as a linear layer over pixels."""
 
     def __init__(self, in_channels: int, out_channels: int, bias: bool = True) -> None:
@@ -107,13 +123,51 @@ class PointwiseConv(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, I, H, W), read without a copy where channels come last, as in tokens -> (B, O, H, W) of that kind."""
-        return linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+        return self._rows(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def project(
+    x: Tensor,
+    layer: Linear,
+    *,
+    before: nn.LayerNorm | None = None,
+    residual: Tensor | None = None,
+    drop: nn.Module | None = None,
+    after: nn.LayerNorm | None = None,
+) -> Tensor:
+    """`after(residual + drop(layer(before(x))))`, of which all but the layer may be missing.
+
+    Args:
+        x: (..., I).
+        layer: from I to O.
+        before: norm over I, of pre-norm layers.
+        residual: (..., O), what is added.
+        drop: dropout or stochastic depth, in training.
+        after: norm over O, of post-norm layers.
+
+    Returns:
+        (..., O).
+    """
+    if _is_plain(layer) and _is_silent(drop) and _kernel_runs(x, layer, before=before, residual=residual, after=after):
+        return _in_kernel(x, None, layer, None, before=before, residual=residual, after=after)
+    return _around(x, layer, _asks_for_kernels(layer), before, residual, drop, after)
 
 
 def feed_forward(
-    x: Tensor, first: Linear, second: Linear, activation: Activation, dropout: nn.Dropout | None = None
+    x: Tensor,
+    first: Linear,
+    second: Linear,
+    activation: Activation,
+    dropout: nn.Dropout | None = None,
+    *,
+    before: nn.LayerNorm | None = None,
+    residual: Tensor | None = None,
+    drop: nn.Module | None = None,
+    after: nn.LayerNorm | None = None,
 ) -> Tensor:
     """`second(activation(first(x)))`, without a hidden layer of all tokens where no gradient needs it.
+
+    What is around it, `after(residual + drop(...(before(x))))`, is as in `project`.
 
     Args:
         x: (..., I).
@@ -121,49 +175,169 @@ def feed_forward(
         second: from the hidden width to O.
         activation: between them, `relu` or the exact `gelu`.
         dropout: of the hidden layer, in training.
+        before: norm over I.
+        residual: (..., O), what is added.
+        drop: dropout or stochastic depth, in training.
+        after: norm over O.
 
     Returns:
         (..., O).
     """
-    drops = dropout is not None and dropout.training and dropout.p > 0
-    plain = _is_plain(first) and _is_plain(second) and not drops
-    if not (plain and _runs_in_onednn(x, first.weight, first.bias, second.weight, second.bias)):
+    plain = _is_plain(first) and _is_plain(second) and _is_silent(dropout)
+    if plain and _is_silent(drop) and _kernel_runs(x, first, second, before=before, residual=residual, after=after):
+        return _in_kernel(x, first, second, activation, before=before, residual=residual, after=after)
+
+    def network(x: Tensor) -> Tensor:
+        if plain and _runs_in_onednn(x, first.weight, first.bias, second.weight, second.bias):
+            return _in_parts(x, first, second, activation)
         hidden = _activate(first(x), activation)
         return second(hidden if dropout is None else dropout(hidden))
+
+    return _around(x, network, _asks_for_kernels(first), before, residual, drop, after)
+
+
+def _around(
+    x: Tensor,
+    branch: Callable[[Tensor], Tensor],
+    compiled: bool,
+    before: nn.LayerNorm | None,
+    residual: Tensor | None,
+    drop: nn.Module | None,
+    after: nn.LayerNorm | None,
+) -> Tensor:
+    output = branch(x if before is None else layer_norm(x, before, compiled))
+    if drop is not None:
+        output = drop(output)
+    if residual is not None and after is not None:
+        return layer_norm_of_sum(residual, output, after, compiled)
+    if residual is not None:
+        output = residual + output
+    return output if after is None else layer_norm(output, after, compiled)
+
+
+def _in_parts(x: Tensor, first: Linear, second: Linear, activation: Activation) -> Tensor:
+    """The feed-forward network by oneDNN, some rows at a time."""
     tokens = x.reshape(-1, x.shape[-1])
     rows = max(HIDDEN_BYTES // (first.out_features * x.element_size()), 1)
     output = x.new_empty(len(tokens), second.out_features)
-    first_weight, second_weight = first.weight_in_order(), second.weight_in_order()
+    first_weight, second_weight = first.weight_for_onednn(), second.weight_for_onednn()
     for start in range(0, len(tokens), rows):
         hidden = _onednn_linear(tokens[start : start + rows], first_weight, first.bias, activation)
         output[start : start + rows] = _onednn_linear(hidden, second_weight, second.bias, None)
     return output.view(*x.shape[:-1], second.out_features)
 
 
+def pack_weight(weight: Tensor) -> Tensor:
+    """Put the weight of a linear layer into the order in which the compiled kernel reads it.
+
+    Args:
+        weight: (O, I), I even in bfloat16.
+
+    Returns:
+        (panels, I / step, PANEL, step), where step is 1 in float32 and 2 in bfloat16: inputs that are multiplied at a
+        time. The last panel ends in zeros where PANEL does not divide O.
+    """
+    step = torch.float32.itemsize // weight.dtype.itemsize
+    padded = F.pad(weight, (0, 0, 0, -len(weight) % PANEL))
+    return padded.view(-1, PANEL, weight.shape[1] // step, step).transpose(1, 2).contiguous()
+
+
+def _kernel_takes(weight: Tensor) -> bool:
+    """Whether the compiled kernel knows layers of this weight (O, I), and is fast where we are."""
+    outputs, inputs = weight.shape
+    return (
+        weight.device.type == "cpu"
+        and weight.dtype in cpu_kernels.DTYPES
+        and (outputs % LANES, inputs % 2) == (0, 0)
+        and min(outputs, inputs) > 0
+        and cpu_kernels.has_fast_products(weight.dtype)
+    )
+
+
+def _kernel_runs(
+    x: Tensor,
+    *layers: PackingLayer,
+    before: nn.LayerNorm | None = None,
+    residual: Tensor | None = None,
+    after: nn.LayerNorm | None = None,
+) -> bool:
+    """Whether the kernel computes these layers, which were packed for it, one after the other on this input."""
+    if not all(layer.compiled and layer.weight_for_kernel() is not None for layer in layers) or x.numel() == 0:
+        return False
+    inputs, outputs = layers[0].weight.shape[1], layers[-1].weight.shape[0]
+    if x.shape[-1] != inputs or (residual is not None and residual.shape != (*x.shape[:-1], outputs)):
+        return False  # and PyTorch says what is wrong, or broadcasts
+    if len(layers) > 1 and layers[0].weight.shape[0] != layers[1].weight.shape[1]:
+        return False
+    if before is not None and not is_plain_norm(before, inputs):
+        return False
+    if after is not None and not is_plain_norm(after, outputs):
+        return False
+    norms = [values for norm in (before, after) if norm is not None for values in (norm.weight, norm.bias)]
+    parameters = [parameter for layer in layers for parameter in (layer.weight, layer.offsets())]
+    return cpu_kernels.runs(x, residual, *norms, *parameters)
+
+
+def _in_kernel(
+    x: Tensor,
+    first: PackingLayer | None,
+    second: PackingLayer,
+    activation: Activation | None,
+    *,
+    before: nn.LayerNorm | None = None,
+    residual: Tensor | None = None,
+    after: nn.LayerNorm | None = None,
+) -> Tensor:
+    outputs, inputs = len(second.weight), x.shape[-1]
+    output = x.new_empty(*x.shape[:-1], outputs)
+    hidden = (None, None) if first is None else (first.weight_for_kernel(), _contiguous(first.offsets()))
+    cpu_kernels.call(
+        "linear_layers",
+        x,
+        x.contiguous(),
+        *_values(before),
+        *hidden,
+        *(second.weight_for_kernel(), _contiguous(second.offsets()), _ACTIVATIONS[activation]),
+        *(_contiguous(residual), *_values(after)),
+        *(output, x.numel() // inputs, inputs, 0 if first is None else len(first.weight), outputs),
+    )
+    return output
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _values(norm: nn.LayerNorm | None) -> tuple[Tensor | None, Tensor | None, float]:
+    return (None, None, 0.0) if norm is None else (norm.weight, norm.bias, float(norm.eps))
+
+
 def _is_plain(layer: nn.Module) -> bool:
     """Whether a call of the layer is its function of weight and bias: not replaced, hooked, pruned or parametrised."""
-    return type(layer) is Linear and not (layer._forward_hooks or layer._forward_pre_hooks)
+    return type(layer) is Linear and not has_hooks(layer)
+
+
+def _asks_for_kernels(layer: nn.Module) -> bool:
+    return isinstance(layer, PackingLayer) and layer.compiled
+
+
+def _is_silent(drop: nn.Module | None) -> bool:
+    """Whether a dropout, or timm's stochastic depth, drops nothing."""
+    if drop is None:
+        return True
+    return type(drop).__name__ in ("Dropout", "DropPath") and not (drop.training or has_hooks(drop))
 
 
 def _runs_in_onednn(x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
     """Whether oneDNN's operator does the same as `F.linear`: it knows no derivatives, no autocast and no tracing."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling():  # the compiler chooses for itself
-        return False
-    if torch.jit.is_tracing():  # type: ignore[attr-defined]
+    tensors = [tensor for tensor in (x, weight, *others) if tensor is not None]
+    if x.device.type != "cpu" or not only_values(*tensors):  # the compiler chooses for itself
         return False
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
-        return False
-    tensors = [tensor for tensor in (x, weight, *others) if tensor is not None]
-    if needs_gradient(*tensors) or forward_ad._current_level >= 0 or torch.is_autocast_enabled("cpu"):
         return False
     if any(tensor.dtype != x.dtype for tensor in tensors) or x.numel() == 0 or x.shape[-1] != weight.shape[-1]:
         return False  # and `F.linear` says what is wrong
     return x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def needs_gradient(*tensors: Tensor) -> bool:
-    """Whether autograd will ask for the derivative by one of the tensors."""
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation | None) -> Tensor:

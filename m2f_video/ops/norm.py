@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m2f_video.ops import cpu_kernels
+from m2f_video.ops.conditions import has_hooks
 
 BLOCK = 32
 """Channels that the kernel for group norms takes at a time."""
@@ -27,7 +28,7 @@ def layer_norm(x: Tensor, norm: nn.LayerNorm, compiled: bool) -> Tensor:
         (..., C).
     """
     if compiled and _fits_rows(x, None, norm):
-        return _normalised(x, None, norm, None)
+        return _normalised(x, None, norm)
     return norm(x)
 
 
@@ -44,27 +45,8 @@ def layer_norm_of_sum(x: Tensor, branch: Tensor, norm: nn.LayerNorm, compiled: b
         (..., C).
     """
     if compiled and _fits_rows(x, branch, norm):
-        return _normalised(x, branch, norm, None)
+        return _normalised(x, branch, norm)
     return norm(x + branch)
-
-
-def add_layer_norm(x: Tensor, branch: Tensor, norm: nn.LayerNorm, compiled: bool) -> tuple[Tensor, Tensor]:
-    """`x + branch` and its norm, as in pre-norm layers, which go on with both.
-
-    Args:
-        x: (..., C).
-        branch: (..., C).
-        norm: over the C channels.
-        compiled: whether a kernel in C++ computes it, where it can.
-
-    Returns:
-        The sum and the normalised sum, (..., C) each.
-    """
-    if compiled and _fits_rows(x, branch, norm):
-        total = x.new_empty(x.shape)
-        return total, _normalised(x, branch, norm, total)
-    total = x + branch
-    return total, norm(total)
 
 
 def group_norm_channels_last(
@@ -92,10 +74,20 @@ def group_norm_channels_last(
     return normalised.relu_() if relu else normalised
 
 
-def _normalised(x: Tensor, branch: Tensor | None, norm: nn.LayerNorm, total: Tensor | None) -> Tensor:
+def is_plain_norm(norm: nn.Module, channels: int) -> bool:
+    """Whether a call of the module is PyTorch's layer or group norm of so many channels, affine, and not hooked."""
+    if type(norm) not in (nn.LayerNorm, nn.GroupNorm) or has_hooks(norm):
+        return False
+    weight, bias = norm.weight, norm.bias
+    if not (isinstance(weight, Tensor) and isinstance(bias, Tensor)):
+        return False
+    return all(values.shape == (channels,) and values.is_contiguous() for values in (weight, bias))
+
+
+def _normalised(x: Tensor, branch: Tensor | None, norm: nn.LayerNorm) -> Tensor:
     output, C = x.new_empty(x.shape), x.shape[-1]
     branch = None if branch is None else branch.contiguous()
-    arguments = (x.contiguous(), branch, norm.weight, norm.bias, float(norm.eps), total, output)
+    arguments = (x.contiguous(), branch, norm.weight, norm.bias, float(norm.eps), output)
     cpu_kernels.call("layer_norm", x, *arguments, x.numel() // C, C)
     return output
 
@@ -110,15 +102,13 @@ def _normalise_(x: Tensor, coarse: Tensor | None, norm: nn.GroupNorm, relu: bool
 
 
 def _fits_rows(x: Tensor, branch: Tensor | None, norm: nn.LayerNorm) -> bool:
-    if type(norm) is not nn.LayerNorm or x.numel() == 0 or norm.normalized_shape != x.shape[-1:]:
+    if x.numel() == 0 or (branch is not None and branch.shape != x.shape):
         return False
-    if branch is not None and branch.shape != x.shape:
-        return False
-    return _is_plain(norm, x.shape[-1]) and cpu_kernels.runs(x, branch, norm.weight, norm.bias)
+    return is_plain_norm(norm, x.shape[-1]) and cpu_kernels.runs(x, branch, norm.weight, norm.bias)
 
 
 def _fits_maps(x: Tensor, coarse: Tensor | None, norm: nn.GroupNorm) -> bool:
-    if type(norm) is not nn.GroupNorm or x.ndim != 4 or x.shape[1] != norm.num_channels or x.shape[1] % BLOCK:
+    if x.ndim != 4 or x.shape[1] % BLOCK:
         return False
     if x.numel() == 0 or not x.permute(0, 2, 3, 1).is_contiguous():
         return False
@@ -127,11 +117,4 @@ def _fits_maps(x: Tensor, coarse: Tensor | None, norm: nn.GroupNorm) -> bool:
             return False
         if not coarse[0].permute(1, 2, 0).is_contiguous():  # maps may lie apart, as levels of a token sequence do
             return False
-    return _is_plain(norm, x.shape[1]) and cpu_kernels.runs(x, coarse, norm.weight, norm.bias)
-
-
-def _is_plain(norm: nn.LayerNorm | nn.GroupNorm, channels: int) -> bool:
-    """Whether a call of the norm is its function of a weight and a bias for these channels, and not hooked."""
-    if norm._forward_hooks or norm._forward_pre_hooks or norm.weight is None or norm.bias is None:
-        return False
-    return all(values.shape == (channels,) and values.is_contiguous() for values in (norm.weight, norm.bias))
+    return is_plain_norm(norm, x.shape[1]) and cpu_kernels.runs(x, coarse, norm.weight, norm.bias)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from m2f_video.ops import cpu_kernels
-from m2f_video.ops.linear import _Packed, _version
+from m2f_video.ops.packing import PackedWeight
 
 POINTS = (0.0, 0.6875, -0.6875, 1.5, -1.5)
 """Where polynomials are evaluated, beside infinity; the kernel has their transforms of inputs and results."""
@@ -35,7 +35,7 @@ class WinogradConv(nn.Conv2d):
         compiled: let a compiled kernel compute it, for inference on a CPU, with weights that `pack` made.
     """
 
-    _packed: _Packed | None = None
+    _packed: PackedWeight | None = None
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, kernel_size=3, padding=1, bias=False)
@@ -47,7 +47,7 @@ class WinogradConv(nn.Conv2d):
         In the kernel, NaN and infinity spread from the results that depend on them to others of their 4x4 tiles.
         """
         packed = self._packed
-        if packed is None or not self._runs_in_kernel(x) or packed.version != _version(self.weight):
+        if packed is None or not self._runs_in_kernel(x) or not packed.fits(self.weight):
             return super().forward(x)
         pixels = x.permute(0, 2, 3, 1).contiguous()
         output = pixels.new_empty(*pixels.shape[:3], self.out_channels)
@@ -66,7 +66,7 @@ class WinogradConv(nn.Conv2d):
         weight, channels = self.weight.detach(), (self.in_channels, self.out_channels)
         known = weight.device.type == "cpu" and weight.dtype in cpu_kernels.DTYPES and not weight.is_inference()
         if known and all(number % 16 == 0 for number in channels):
-            self._packed = _Packed.of(self.weight, pack_weight(weight))
+            self._packed = PackedWeight.of(self.weight, pack_weight(weight))
 
     def _runs_in_kernel(self, x: Tensor) -> bool:
         if not self.compiled or not cpu_kernels.runs(x, self.weight):

@@ -84,7 +84,7 @@ def test_gradients_go_through_pytorch(learns: str, calls: list[str]) -> None:
     parameter = block.get_parameter(learns).requires_grad_()
     block(torch.randn(1, 4, 4, 32)).sum().backward()
     assert parameter.grad is not None
-    assert calls == []
+    assert "window_attention" not in calls
 
 
 def test_a_shifted_block_that_goes_through_pytorch_after_all_makes_its_mask(calls: list[str]) -> None:

@@ -1,4 +1,6 @@
+import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -7,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from m2f_video.ops import cpu_kernels
 from m2f_video.ops import linear as module
-from m2f_video.ops.linear import Activation, Linear, PointwiseConv, feed_forward, linear
+from m2f_video.ops.linear import Activation, Linear, PackingLayer, PointwiseConv, feed_forward, linear, project
 from tests.tolerances import assert_close, relative_error
 
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu}
@@ -171,13 +174,186 @@ def test_a_packed_weight_is_used_until_it_changes() -> None:
     layer = Linear(6, 8).requires_grad_(False)
     x = torch.randn(3, 6)
     layer.pack()
-    assert layer.weight_in_order().is_mkldnn
+    assert layer.weight_for_onednn().is_mkldnn
     assert_close(layer(x.requires_grad_()), F.linear(x, layer.weight, layer.bias))
     layer.weight.mul_(2)
-    assert layer.weight_in_order() is layer.weight
+    assert layer.weight_for_onednn() is layer.weight
     layer.pack()
-    assert layer.weight_in_order().is_mkldnn
+    assert layer.weight_for_onednn().is_mkldnn
     layer.to(torch.bfloat16).to(torch.float32)  # into memory that the first weight may have left
-    assert layer.weight_in_order() is layer.weight
+    assert layer.weight_for_onednn() is layer.weight
     layer.double().pack()
     assert layer._packed is None
+
+
+needs_kernels = pytest.mark.skipif(
+    cpu_kernels.why_no_kernels() is not None or not cpu_kernels.has_fast_products(torch.float32),
+    reason="needs a C++ compiler and AVX-512",
+)
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def packed(*modules: nn.Module, dtype: torch.dtype = torch.float32) -> None:
+    """For the kernel, with weights of norms that are not those they start with."""
+    for one in modules:
+        if isinstance(one, nn.LayerNorm):
+            nn.init.normal_(one.weight)
+            nn.init.normal_(one.bias)
+        one.to(dtype).requires_grad_(False)
+        if isinstance(one, PackingLayer):
+            one.compiled = True
+            one.pack()
+
+
+def in_double(*modules: nn.Module) -> Any:
+    return (copy.deepcopy(one).double() for one in modules)
+
+
+def fast(dtype: torch.dtype) -> None:
+    if not cpu_kernels.has_fast_products(dtype):
+        pytest.skip(f"products of {dtype} are oneDNN's here")
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs"),
+    [(1, 2, 16), (5, 6, 32), (6, 96, 48), (7, 96, 288), (100, 256, 256), (97, 384, 80), (200, 10, 64), (13, 3072, 128)],
+)
+def test_the_kernel_multiplies(rows: int, inputs: int, outputs: int, dtype: torch.dtype, calls: list[str]) -> None:
+    fast(dtype)
+    torch.manual_seed(0)
+    layer, bare = Linear(inputs, outputs), Linear(inputs, outputs, bias=False)
+    packed(layer, bare, dtype=dtype)
+    x = torch.randn(rows, inputs).to(dtype)
+    for ours in (layer, bare):
+        bias = None if ours.bias is None else ours.bias.double()
+        expected = F.linear(x.double(), ours.weight.double(), bias)
+        assert relative_error(ours(x), expected) < (1e-6 if dtype == torch.float32 else 4e-3)
+    assert calls == ["linear_layers"] * 2
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("before", [False, True])
+def test_the_kernel_does_what_is_around_a_layer(
+    before: bool, after: bool, residual: bool, dtype: torch.dtype, calls: list[str]
+) -> None:
+    fast(dtype)
+    torch.manual_seed(0)
+    first, second, single = Linear(48, 80), Linear(80, 96), Linear(48, 96)
+    norms = nn.LayerNorm(48), nn.LayerNorm(96)
+    packed(first, second, single, *norms, dtype=dtype)
+    x, added = torch.randn(3, 67, 48).to(dtype), torch.randn(3, 67, 96).to(dtype) if residual else None
+    around = {"before": norms[0] if before else None, "after": norms[1] if after else None, "residual": added}
+    ours = project(x, single, **around), feed_forward(x, first, second, "gelu", **around)  # type: ignore[arg-type]
+
+    first, second, single, *doubles = in_double(first, second, single, *norms)
+    y = doubles[0](x.double()) if before else x.double()
+    for result, branch in zip(ours, (single(y), second(F.gelu(first(y)))), strict=True):
+        expected = branch if added is None else branch + added.double()
+        expected = doubles[1](expected) if after else expected
+        assert result.dtype == dtype
+        assert relative_error(result, expected) < (2e-6 if dtype == torch.float32 else 2e-2)
+    assert calls == ["linear_layers"] * 2
+
+
+@needs_kernels
+def test_gelu_is_exact_to_rounding() -> None:
+    first, second = Linear(16, 16), Linear(16, 16)
+    for layer in (first, second):
+        nn.init.eye_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    packed(first, second)
+    x = torch.cat([torch.linspace(-12, 12, 160_001), torch.tensor([0.0, -0.0, 1e-30, 30.0, -30.0, 1e30, -1e30])])
+    x = F.pad(x, (0, -len(x) % 16)).view(-1, 16)
+    ours, expected = feed_forward(x, first, second, "gelu"), F.gelu(x.double())
+    assert (ours - expected).abs().div(1 + expected.abs()).max() < 3e-7
+    spoilt = feed_forward(torch.tensor([[torch.nan] * 16, [torch.inf] * 16]), first, second, "gelu")
+    assert spoilt.isnan().all()  # infinity times the zeros of the weights
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_what_is_not_finite_stays_in_its_row(activation: Activation, dtype: torch.dtype) -> None:
+    fast(dtype)
+    first, second, norm = Linear(32, 64), Linear(64, 32), nn.LayerNorm(32)
+    packed(first, second, norm, dtype=dtype)
+    x = torch.randn(40, 32).to(dtype)
+    expected = feed_forward(x, first, second, activation, residual=x, after=norm)
+    x[17, 5] = torch.nan
+    ours = feed_forward(x, first, second, activation, residual=x, after=norm)
+    assert ours[17].isnan().all()
+    rest = torch.arange(40) != 17
+    assert torch.equal(ours[rest], expected[rest])
+
+
+@needs_kernels
+def test_threads_change_nothing() -> None:
+    first, second, norm = Linear(32, 64), Linear(64, 32), nn.LayerNorm(32)
+    packed(first, second, norm)
+    x = torch.randn(301, 32)
+    alone = feed_forward(x, first, second, "gelu", before=norm, residual=x)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert torch.equal(feed_forward(x, first, second, "gelu", before=norm, residual=x), alone)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_kernels
+def test_pointwise_convs_by_the_kernel(calls: list[str]) -> None:
+    layer = PointwiseConv(32, 48)
+    packed(layer)
+    x = torch.randn(2, 32, 5, 7)
+    expected = F.conv2d(x, layer.weight, layer.bias)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        assert_close(layer(x.contiguous(memory_format=memory_format)), expected)
+    assert calls == ["linear_layers"] * 2
+
+
+@needs_kernels
+def test_what_the_kernel_does_not_know(calls: list[str]) -> None:
+    first, second, norm = Linear(32, 64), Linear(64, 32), nn.LayerNorm(32)
+    packed(first, second, norm)
+    x = torch.randn(4, 32)
+    plain = second(F.relu(first(x)))
+    calls.clear()
+
+    odd = Linear(32, 41)  # not a multiple of 16
+    packed(odd)
+    assert_close(odd(x), F.linear(x, odd.weight, odd.bias))
+    assert project(x, Linear(32, 32), residual=x).shape == (4, 32)  # not packed
+    assert project(x[:0], first).shape == (0, 64)
+    hooked = copy.deepcopy(norm)
+    hooked.register_forward_hook(lambda module, args, output: output + 1)
+    assert_close(
+        feed_forward(x, first, second, "relu", residual=x, after=hooked),
+        hooked(x + feed_forward(x, first, second, "relu")),
+    )
+    assert "linear_layers" in calls  # of the layers one by one
+    calls.clear()
+    assert_close(feed_forward(x, first, second, "relu", residual=x[:1]), x[:1] + plain)  # broadcasts
+    drop = nn.Dropout(0.5).train()
+    assert (feed_forward(x, first, second, "relu", residual=torch.zeros_like(x), drop=drop) == 0).any()
+    first.weight.mul_(2)  # no longer what was packed
+    assert first.weight_for_kernel() is None
+    calls.clear()
+    assert_close(first(x), F.linear(x, first.weight, first.bias))
+    assert calls == []
+    with torch.enable_grad():
+        second.bias.requires_grad_()
+        assert second(torch.randn(2, 64)).requires_grad
+    assert calls == []
+
+
+@needs_kernels
+def test_wrong_widths_are_refused_by_pytorch() -> None:
+    layer = Linear(32, 64)
+    packed(layer)
+    with pytest.raises(RuntimeError, match="2x30 and 32x64"):
+        layer(torch.randn(2, 30))

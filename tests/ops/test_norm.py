@@ -7,27 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m2f_video.ops import cpu_kernels
-from m2f_video.ops.norm import add_layer_norm, group_norm_channels_last, layer_norm, layer_norm_of_sum
+from m2f_video.ops.norm import group_norm_channels_last, layer_norm, layer_norm_of_sum
 from tests.tolerances import assert_close, relative_error
 
 needs_kernels = pytest.mark.skipif(cpu_kernels.why_no_kernels() is not None, reason="needs a C++ compiler")
 DTYPES = [torch.float32, torch.bfloat16]
 ERROR = {torch.float32: 5e-7, torch.bfloat16: 3e-3}
 """Of a result that was rounded once."""
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The kernels that have been called."""
-    names: list[str] = []
-    call = cpu_kernels.call
-
-    def recorded(name: str, *args: Any) -> None:
-        names.append(name)
-        call(name, *args)
-
-    monkeypatch.setattr(cpu_kernels, "call", recorded)
-    return names
 
 
 @pytest.fixture(autouse=True)
@@ -65,14 +51,12 @@ def group_norm_in_double(x: Tensor, norm: nn.GroupNorm, coarse: Tensor | None = 
 def test_layer_norms(shape: tuple[int, ...], dtype: torch.dtype, calls: list[str]) -> None:
     norm = affine(nn.LayerNorm(shape[-1], eps=1e-3), dtype)
     x, branch = torch.randn(shape, dtype=dtype), torch.randn(shape, dtype=dtype)
-    total, normalised = add_layer_norm(x, branch, norm, True)
-    assert torch.equal(total, x + branch)
+    normalised = layer_norm_of_sum(x, branch, norm, True)
     assert normalised.shape == shape
     assert normalised.dtype == dtype
-    assert relative_error(normalised, layer_norm_in_double(total, norm)) < ERROR[dtype]
-    assert torch.equal(layer_norm_of_sum(x, branch, norm, True), normalised)
-    assert torch.equal(layer_norm(total, norm, True), normalised)
-    assert calls == ["layer_norm"] * 3
+    assert relative_error(normalised, layer_norm_in_double(x + branch, norm)) < ERROR[dtype]
+    assert torch.equal(layer_norm(x + branch, norm, True), normalised)
+    assert calls == ["layer_norm"] * 2
 
 
 @needs_kernels
@@ -104,8 +88,7 @@ def test_what_is_not_finite_stays_in_its_row(channels: int, value: float, dtype:
     x, branch = torch.randn(channels, channels, dtype=dtype), torch.randn(channels, channels, dtype=dtype)
     expected = norm(x + branch)
     x[1:].fill_diagonal_(value)  # in every place of a row, but not in the first row
-    total, normalised = add_layer_norm(x, branch, norm, True)
-    assert torch.equal(total.nan_to_num(), (x + branch).nan_to_num())
+    normalised = layer_norm_of_sum(x, branch, norm, True)
     assert normalised[1:].isnan().all()
     assert relative_error(normalised[0], expected[0]) < 2 * ERROR[dtype]
 
@@ -114,9 +97,7 @@ def test_what_is_not_finite_stays_in_its_row(channels: int, value: float, dtype:
 def test_layer_norms_of_tensors_that_are_not_contiguous(calls: list[str]) -> None:
     norm = affine(nn.LayerNorm(32))
     x, branch = torch.randn(2, 32, 5, 6).permute(0, 2, 3, 1), torch.randn(2, 7, 8, 32)[:, 1:6, :6]
-    total, normalised = add_layer_norm(x, branch, norm, True)
-    assert_close(total, x + branch)
-    assert_close(normalised, norm(x + branch))
+    assert_close(layer_norm_of_sum(x, branch, norm, True), norm(x + branch))
     assert_close(layer_norm(x, norm, True), norm(x))
     expanded = torch.randn(32).expand(6, 32)
     assert_close(layer_norm_of_sum(expanded, branch[0, 0], norm, True), norm(expanded + branch[0, 0]))
@@ -127,8 +108,6 @@ def rows(norm: nn.LayerNorm, x: Tensor, branch: Tensor) -> None:
     """Ours are the plain ones."""
     assert_close(layer_norm(x, norm, True), norm(x))
     assert_close(layer_norm_of_sum(x, branch, norm, True), norm(x + branch))
-    for ours, expected in zip(add_layer_norm(x, branch, norm, True), (x + branch, norm(x + branch)), strict=True):
-        assert_close(ours, expected)
 
 
 def test_layer_norms_that_no_kernel_knows(calls: list[str]) -> None:
@@ -152,7 +131,7 @@ def test_layer_norms_that_no_kernel_knows(calls: list[str]) -> None:
     rows(affine(Doubled(6)), x, x)
     norm = affine(nn.LayerNorm(6))
     assert_close(layer_norm_of_sum(x, x[0], norm, True), norm(x + x[0]))
-    assert_close(add_layer_norm(x[0], x, norm, True)[1], norm(x + x[0]))
+    assert_close(layer_norm_of_sum(x[0], x, norm, True), norm(x + x[0]))
     assert calls == []
 
 
@@ -160,7 +139,6 @@ def test_layer_norms_without_kernels(calls: list[str]) -> None:
     norm, x = affine(nn.LayerNorm(6)), torch.randn(3, 6)
     assert torch.equal(layer_norm(x, norm, False), norm(x))
     assert torch.equal(layer_norm_of_sum(x, x, norm, False), norm(x + x))
-    assert torch.equal(add_layer_norm(x, x, norm, False)[1], norm(x + x))
     assert calls == []
 
 
@@ -181,9 +159,6 @@ def gradients(function: Callable[[], Tensor], *inputs: Tensor) -> tuple[Tensor, 
 def test_gradients_are_the_plain_ones(calls: list[str]) -> None:
     norm, x, branch = affine(nn.LayerNorm(32)), torch.randn(4, 32, requires_grad=True), torch.randn(4, 32)
     inputs = x, norm.weight, norm.bias
-    expected = gradients(lambda: norm(x + branch) * (x + branch), *inputs)
-    ours = gradients(lambda: torch.mul(*add_layer_norm(x, branch, norm, True)), *inputs)
-    assert all(map(torch.equal, ours, expected))
     expected = gradients(lambda: norm(norm(x + branch)), *inputs)
     ours = gradients(lambda: layer_norm(layer_norm_of_sum(x, branch, norm, True), norm, True), *inputs)
     assert all(map(torch.equal, ours, expected))
@@ -267,15 +242,14 @@ def test_threads_change_nothing(dtype: torch.dtype) -> None:
     norm, maps = affine(nn.LayerNorm(48), dtype), affine(nn.GroupNorm(8, 64), dtype)
     x, y, coarse = torch.randn(101, 48, dtype=dtype), channels_last(3, 64, 13, 17), channels_last(3, 64, 5, 8)
     y, coarse = y.to(dtype), coarse.to(dtype)
-    alone = add_layer_norm(x, x, norm, True), group_norm_channels_last(y.clone(), maps, True, coarse=coarse)
+    alone = layer_norm_of_sum(x, x, norm, True), group_norm_channels_last(y.clone(), maps, True, coarse=coarse)
     threads = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        shared = add_layer_norm(x, x, norm, True), group_norm_channels_last(y.clone(), maps, True, coarse=coarse)
+        shared = layer_norm_of_sum(x, x, norm, True), group_norm_channels_last(y.clone(), maps, True, coarse=coarse)
     finally:
         torch.set_num_threads(threads)
-    assert all(map(torch.equal, alone[0], shared[0]))
-    assert torch.equal(alone[1], shared[1])
+    assert all(map(torch.equal, alone, shared))
 
 
 def maps(norm: nn.GroupNorm, x: Tensor, coarse: Tensor | None = None) -> None:

@@ -1,16 +1,14 @@
 // Layer norms and group norms, with what is added before or after, in as few passes over memory as there can be.
 //
-// Sums are taken of differences from a number near the mean: the squares of values far from zero that differ by little
-// would lose the variance in rounding.
+// Sums are taken of differences from a number near the mean, see layer_norm.h.
 #include <algorithm>
 #include <cmath>
 #include <vector>
 
-#include "vector.h"
+#include "layer_norm.h"
 
 namespace {
 
-constexpr int64_t BLOCK = 2 * LANES;  // channels of a pair of vectors
 constexpr int64_t PIXELS = 128;       // whose sums are taken in float; these sums are added in double
 
 // Where a pair of values of this type has a channel of its block.
@@ -36,18 +34,6 @@ std::vector<float> to_channels(const std::vector<Pair>& pairs) {
 }
 
 template <typename T>
-std::vector<Pair> to_pairs(const T* channels, int64_t blocks) {
-    std::vector<Pair> pairs(blocks);
-    for (int64_t i = 0; i < blocks; ++i) pairs[i] = load_pair(channels + i * BLOCK);
-    return pairs;
-}
-
-template <typename T>
-inline void store_one(T* to, float x) {
-    store(to, broadcast(x), 1);
-}
-
-template <typename T>
 void add_rows(const T* a, const T* b, T* sum, int64_t channels) {
     int64_t c = 0;
     for (; c + BLOCK <= channels; c += BLOCK) {
@@ -58,62 +44,15 @@ void add_rows(const T* a, const T* b, T* sum, int64_t channels) {
 }
 
 template <typename T>
-struct LayerNorm {
-    const T *weight, *bias;
-    float eps;
-    int64_t channels;
-    int64_t blocks = channels / BLOCK;  // the channels after these are taken one by one
-    std::vector<Pair> weights = to_pairs(weight, blocks), biases = to_pairs(bias, blocks);
-
-    // Normalises a row, in place if output is x.
-    void operator()(const T* x, T* output) const {
-        // The mean of some of the values is at most sqrt(channels / their number) standard deviations from that of all.
-        float shift = to_float(x[0]);
-        if (blocks) {
-            const Pair pair = load_pair(x);
-            shift = total(pair.first + pair.second)[0] / BLOCK;
-        }
-        Pair sums{}, squares{};
-        for (int64_t i = 0; i < blocks; ++i) {
-            const Pair pair = load_pair(x + i * BLOCK);
-            const Vec first = pair.first - shift, second = pair.second - shift;
-            sums.first += first;
-            sums.second += second;
-            squares.first += first * first;
-            squares.second += second * second;
-        }
-        float sum = total(sums.first + sums.second)[0], square = total(squares.first + squares.second)[0];
-        for (int64_t c = blocks * BLOCK; c < channels; ++c) {
-            const float difference = to_float(x[c]) - shift;
-            sum += difference;
-            square += difference * difference;
-        }
-        const float share = 1.0f / channels, mean = sum * share, variance = square * share - mean * mean;
-        const float scale = 1 / std::sqrt((variance < 0 ? 0 : variance) + eps);  // NaN stays
-        const float offset = -mean * scale;
-        for (int64_t i = 0; i < blocks; ++i) {
-            const Pair pair = load_pair(x + i * BLOCK), &w = weights[i], &b = biases[i];
-            store_pair(output + i * BLOCK, {((pair.first - shift) * scale + offset) * w.first + b.first,
-                                            ((pair.second - shift) * scale + offset) * w.second + b.second});
-        }
-        for (int64_t c = blocks * BLOCK; c < channels; ++c) {
-            const float normalised = (to_float(x[c]) - shift) * scale + offset;
-            store_one(output + c, normalised * to_float(weight[c]) + to_float(bias[c]));
-        }
-    }
-};
-
-template <typename T>
-void layer_norm(int64_t threads, const T* x, const T* branch, const LayerNorm<T>& norm, T* total, T* output,
+void layer_norm(int64_t threads, const T* x, const T* branch, const LayerNorm<T>& norm, T* output,
                 int64_t rows) {
 #pragma omp parallel for num_threads(threads)
     for (int64_t row = 0; row < rows; ++row) {
         const int64_t start = row * norm.channels;
         const T* values = x + start;
         if (branch) {
-            T* sum = (total ? total : output) + start;
-            add_rows(values, branch + start, sum, norm.channels);
-            values = sum;  // as it was rounded
+            add_rows(values, branch + start, output + start, norm.channels);
+            values = output + start;  // the sum, as it was rounded
         }
         norm(values, output + start);
     }
@@ -272,14 +211,13 @@ void group_norm(int64_t threads, const T* x, const T* weight, const T* bias, flo
 
 }  // namespace
 
-// Normalises rows of `channels` values of x. Unless `branch` is null it is added before, and the sums are written to
-// `total`, unless that is null.
+// Normalises rows of `channels` values of x, to which `branch` is added before unless it is null.
 EXPORT void layer_norm(int64_t dtype, int64_t threads, const void* x, const void* branch, const void* weight,
-                       const void* bias, float eps, void* total, void* output, int64_t rows, int64_t channels) {
+                       const void* bias, float eps, void* output, int64_t rows, int64_t channels) {
     const auto run = [&](auto zero) {
         using T = decltype(zero);
         const LayerNorm<T> norm{(const T*)weight, (const T*)bias, eps, channels};
-        layer_norm(threads, (const T*)x, (const T*)branch, norm, (T*)total, (T*)output, rows);
+        layer_norm(threads, (const T*)x, (const T*)branch, norm, (T*)output, rows);
     };
     dtype ? run(bfloat16{}) : run(0.0f);
 }

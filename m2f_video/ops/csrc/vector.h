@@ -3,6 +3,10 @@
 // GCC and Clang turn these into whatever the machine has: one AVX-512 register, two of AVX2, four of NEON.
 #pragma once
 
+#if defined(__AVX512BF16__)
+#include <immintrin.h>  // for its two instructions, which no operators stand for
+#endif
+
 #include <cstdint>
 #include <cstring>
 
@@ -39,8 +43,12 @@ inline void store(float* to, Vec x) { std::memcpy(to, &x, sizeof x); }
 inline void store(int32_t* to, Int x) { std::memcpy(to, &x, sizeof x); }
 
 inline void store(bfloat16* to, Vec x) {  // rounded to the nearest, ties to even
+#if defined(__AVX512BF16__)
+    const auto half = _mm512_cvtneps_pbh((__m512)x);
+#else
     const Bits bits = (Bits)x, rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     const HalfBits half = __builtin_convertvector(x == x ? rounded : Bits{} + 0x7fc0u, HalfBits);
+#endif
     std::memcpy(to, &half, sizeof half);
 }
 
