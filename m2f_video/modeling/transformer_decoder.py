@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from m2f_video.modeling.pixel_decoder import NUM_LEVELS
 from m2f_video.modeling.position_encoding import position_dtype, sine_1d, sine_2d
 from m2f_video.ops.attention import kernels_run, masked_attention
-from m2f_video.ops.linear import Linear, PointwiseConv, feed_forward, linear
+from m2f_video.ops.linear import PANEL, Linear, PointwiseConv, feed_forward, linear, packed_for_kernel
+from m2f_video.ops.packing import PackedWeight
 
 
 @dataclass(frozen=True)
@@ -121,8 +122,11 @@ class Attention(nn.Module):
         num_heads: heads M.
 
     Attributes:
-        compiled: attend under masks by a compiled kernel where it can run, see `m2f_video.ops.cpu_kernels`.
+        compiled: project, and attend under masks, by compiled kernels where they can run, see
+            `m2f_video.ops.cpu_kernels`.
     """
+
+    _packed: PackedWeight | None = None
 
     def __init__(self, *, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -134,6 +138,18 @@ class Attention(nn.Module):
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.xavier_uniform_(self.out_proj.weight)
         nn.init.zeros_(self.out_proj.bias)
+
+    def pack(self) -> None:
+        """Pack the projections for the compiled kernel, if it is asked for, as `m2f_video.ops.linear.Linear.pack`."""
+        whole_panels = self.in_proj_weight.shape[1] % PANEL == 0  # of each of them
+        self._packed = packed_for_kernel(self.in_proj_weight) if self.compiled and whole_panels else None
+
+    def _projections(self) -> tuple[tuple[Tensor, Tensor, Tensor | None], ...]:
+        """Weight (C, C), bias (C,) and packed weight of queries, keys and values."""
+        packed: tuple[Tensor | None, ...] = (None, None, None)
+        if self.compiled and self._packed is not None and self._packed.fits(self.in_proj_weight):
+            packed = self._packed.tensor.chunk(3)
+        return tuple(zip(self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3), packed, strict=True))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask_logits: Tensor | None) -> Tensor:
         """Attention of projected queries (B, Q, C) to projected keys and values (B, S, C)."""
@@ -151,9 +167,9 @@ class SelfAttention(Attention):
 
     def forward(self, x: Tensor, position: Tensor) -> Tensor:
         """Queries (B, Q, C) and their positions (Q, C) -> (B, Q, C)."""
-        (wq, wk, wv), (bq, bk, bv) = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
+        of_queries, of_keys, of_values = self._projections()
         positioned = x + position
-        return self._attend(linear(positioned, wq, bq), linear(positioned, wk, bk), linear(x, wv, bv), None)
+        return self._attend(linear(positioned, *of_queries), linear(positioned, *of_keys), linear(x, *of_values), None)
 
 
 class CrossAttention(Attention):
@@ -171,18 +187,19 @@ class CrossAttention(Attention):
         Returns:
             (B, Q, C).
         """
-        (wq, wk, wv), (bq, bk, bv) = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
+        of_queries, (wk, bk, packed_k), (wv, bv, packed_v) = self._projections()
         # projections are linear: that of the embedding is added to those of the tokens, and so are those of the
         # positions where several frames share them
-        key_bias = linear(level.embedding, wk, bk)
+        key_bias = linear(level.embedding, wk, bk, packed_k)
         if level.tokens.shape[1] == 1:
-            k = linear(level.tokens + level.pixel_position + level.frame_position, wk, key_bias)  # (B, T, H*W, C)
+            positioned = level.tokens + level.pixel_position + level.frame_position
+            k = linear(positioned, wk, key_bias, packed_k)  # (B, T, H*W, C)
         else:
-            k = linear(level.tokens, wk, key_bias)
-            k += linear(level.pixel_position, wk)
-            k += linear(level.frame_position, wk)[:, None]
-        v = linear(level.tokens, wv, linear(level.embedding, wv, bv))
-        return self._attend(linear(query, wq, bq), k.flatten(1, 2), v.flatten(1, 2), mask_logits)
+            k = linear(level.tokens, wk, key_bias, packed_k)
+            k += linear(level.pixel_position, wk, None, packed_k)
+            k += linear(level.frame_position, wk, None, packed_k)[:, None]
+        v = linear(level.tokens, wv, linear(level.embedding, wv, bv, packed_v), packed_v)
+        return self._attend(linear(query, *of_queries), k.flatten(1, 2), v.flatten(1, 2), mask_logits)
 
 
 class DecoderLayer(nn.Module):

@@ -21,7 +21,7 @@ from m2f_video.hub import load_checkpoint, load_state_dict_strictly, parse_devic
 from m2f_video.modeling.pixel_decoder import MSDeformAttnPixelDecoder
 from m2f_video.modeling.swin import SwinTransformer
 from m2f_video.modeling.timm_backbone import TimmBackbone
-from m2f_video.modeling.transformer_decoder import MaskedTransformerDecoder, Prediction, predict_masks
+from m2f_video.modeling.transformer_decoder import Attention, MaskedTransformerDecoder, Prediction, predict_masks
 from m2f_video.ops import cpu_kernels
 from m2f_video.ops.linear import PackingLayer
 from m2f_video.ops.winograd import WinogradConv
@@ -370,10 +370,8 @@ class VideoMask2Former(
         for module in self.modules():
             if hasattr(module, "compiled") and type(module).__module__.startswith("m2f_video."):
                 setattr(module, "compiled", kernels)  # noqa: B010  # not known to every module
-            if (isinstance(module, PackingLayer) and on_cpu and compile != "model") or (  # the compiler packs itself
-                isinstance(module, WinogradConv) and kernels
-            ):
-                module.pack()
+            if isinstance(module, PackingLayer | Attention | WinogradConv) and on_cpu and compile != "model":
+                module.pack()  # `torch.compile` packs for itself
         for part in (self.backbone, self.pixel_decoder, self.transformer_decoder):
             part._compiled_call_impl = None  # what an earlier call has left
             if compile == "model":

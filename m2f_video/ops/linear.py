@@ -36,17 +36,20 @@ LANES = 16
 _ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2}  # the compiled kernel's numbers
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, packed: Tensor | None = None) -> Tensor:
     """`x weight^T + bias`.
 
     Args:
         x: (..., I).
         weight: (O, I).
         bias: (O,); None adds nothing.
+        packed: what `pack_weight` made of the weight, for the compiled kernel.
 
     Returns:
         (..., O).
     """
+    if packed is not None and x.numel() and x.shape[-1] == weight.shape[1] and cpu_kernels.runs(x, weight, bias):
+        return _in_kernel(x, [(packed, bias, len(weight))], None)
     if _runs_in_onednn(x, weight, bias):
         return _onednn_linear(x, weight, bias, None)
     return F.linear(x, weight, bias)
@@ -71,15 +74,10 @@ class PackingLayer(nn.Module):
         PyTorch keeps no count: pack again then. A weight made in inference mode, whose changes are never counted, gets
         none.
         """
-        self._packed = None
-        weight = self.weight.detach()
-        if weight.is_inference():
-            return
-        if self.compiled and _kernel_takes(weight.flatten(1)):
-            self._packed = PackedWeight.of(self.weight, pack_weight(weight.flatten(1)))
-        elif _runs_in_onednn(weight.flatten(1), weight.flatten(1)):
-            packed = torch.ops.mkldnn._reorder_linear_weight(weight.flatten(1), PACKED_ROWS)
-            self._packed = PackedWeight.of(self.weight, packed)
+        weight = self.weight.detach().flatten(1)
+        self._packed = packed_for_kernel(self.weight) if self.compiled else None
+        if self._packed is None and _runs_in_onednn(weight, weight) and not weight.is_inference():
+            self._packed = PackedWeight.of(self.weight, _in_order_of_onednn(weight))
 
     def offsets(self) -> Tensor | None:
         """The bias (O,), None where there is none."""
@@ -99,12 +97,11 @@ class PackingLayer(nn.Module):
 
     def _rows(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O)."""
-        if _kernel_runs(x, self):
-            return _in_kernel(x, None, self, None)
-        weight = self.weight.flatten(1)
-        if _runs_in_onednn(x, weight, self.offsets()):
-            return _onednn_linear(x, self.weight_for_onednn(), self.offsets(), None)
-        return F.linear(x, weight, self.offsets())
+        weight, bias = self.weight.flatten(1), self.offsets()
+        packed = self.weight_for_kernel() if self.compiled else None
+        if packed is None and _runs_in_onednn(x, weight, bias):
+            return _onednn_linear(x, self.weight_for_onednn(), bias, None)
+        return linear(x, weight, bias, packed)
 
 
 class Linear(PackingLayer, nn.Linear):
@@ -149,7 +146,7 @@ def project(
         (..., O).
     """
     if _is_plain(layer) and _is_silent(drop) and _kernel_runs(x, layer, before=before, residual=residual, after=after):
-        return _in_kernel(x, None, layer, None, before=before, residual=residual, after=after)
+        return _in_kernel(x, _parameters(layer), None, before=before, residual=residual, after=after)
     return _around(x, layer, _asks_for_kernels(layer), before, residual, drop, after)
 
 
@@ -185,15 +182,20 @@ def feed_forward(
     """
     plain = _is_plain(first) and _is_plain(second) and _is_silent(dropout)
     if plain and _is_silent(drop) and _kernel_runs(x, first, second, before=before, residual=residual, after=after):
-        return _in_kernel(x, first, second, activation, before=before, residual=residual, after=after)
+        layers = _parameters(first, second)
+        return _in_kernel(x, layers, activation, before=before, residual=residual, after=after)
+
+    compiled = _asks_for_kernels(first)
+    if plain and _is_silent(drop):
+        others = (first.bias, second.weight, second.bias, residual, *_parameters_of(before), *_parameters_of(after))
+        if _runs_in_onednn(x, first.weight, *others):
+            return _in_parts(x, first, second, activation, compiled, before, residual, after)
 
     def network(x: Tensor) -> Tensor:
-        if plain and _runs_in_onednn(x, first.weight, first.bias, second.weight, second.bias):
-            return _in_parts(x, first, second, activation)
         hidden = _activate(first(x), activation)
         return second(hidden if dropout is None else dropout(hidden))
 
-    return _around(x, network, _asks_for_kernels(first), before, residual, drop, after)
+    return _around(x, network, compiled, before, residual, drop, after)
 
 
 def _around(
@@ -215,16 +217,44 @@ def _around(
     return output if after is None else layer_norm(output, after, compiled)
 
 
-def _in_parts(x: Tensor, first: Linear, second: Linear, activation: Activation) -> Tensor:
-    """The feed-forward network by oneDNN, some rows at a time."""
-    tokens = x.reshape(-1, x.shape[-1])
+def _in_parts(
+    x: Tensor,
+    first: Linear,
+    second: Linear,
+    activation: Activation,
+    compiled: bool,
+    before: nn.LayerNorm | None,
+    residual: Tensor | None,
+    after: nn.LayerNorm | None,
+) -> Tensor:
+    """The feed-forward network by oneDNN, and what is around it, some rows at a time."""
+    size = (*x.shape[:-1], second.out_features)
+    tokens, added = x.reshape(-1, x.shape[-1]), None if residual is None else residual.expand(size).flatten(0, -2)
     rows = max(HIDDEN_BYTES // (first.out_features * x.element_size()), 1)
-    output = x.new_empty(len(tokens), second.out_features)
     first_weight, second_weight = first.weight_for_onednn(), second.weight_for_onednn()
+    if len(tokens) > rows:  # once, rather than in every call
+        first_weight, second_weight = _in_order_of_onednn(first_weight), _in_order_of_onednn(second_weight)
+
+    def network(tokens: Tensor) -> Tensor:
+        hidden = _onednn_linear(tokens, first_weight, first.bias, activation)
+        return _onednn_linear(hidden, second_weight, second.bias, None)
+
+    output = x.new_empty(len(tokens), second.out_features)
     for start in range(0, len(tokens), rows):
-        hidden = _onednn_linear(tokens[start : start + rows], first_weight, first.bias, activation)
-        output[start : start + rows] = _onednn_linear(hidden, second_weight, second.bias, None)
-    return output.view(*x.shape[:-1], second.out_features)
+        part = slice(start, start + rows)
+        part_added = None if added is None else added[part]
+        output[part] = _around(tokens[part], network, compiled, before, part_added, None, after)
+    return output.view(size)
+
+
+def _in_order_of_onednn(weight: Tensor) -> Tensor:
+    return weight if weight.is_mkldnn else torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROWS)
+
+
+def packed_for_kernel(weight: Tensor) -> PackedWeight | None:
+    """A weight (O, I, ...) as the compiled kernel reads it; None where that is of no use, or not for inference only."""
+    matrix = weight.detach().flatten(1)
+    return None if matrix.is_inference() or not _kernel_takes(matrix) else PackedWeight.of(weight, pack_weight(matrix))
 
 
 def pack_weight(weight: Tensor) -> Tensor:
@@ -273,35 +303,32 @@ def _kernel_runs(
         return False
     if after is not None and not is_plain_norm(after, outputs):
         return False
-    norms = [values for norm in (before, after) if norm is not None for values in (norm.weight, norm.bias)]
     parameters = [parameter for layer in layers for parameter in (layer.weight, layer.offsets())]
-    return cpu_kernels.runs(x, residual, *norms, *parameters)
+    return cpu_kernels.runs(x, residual, *_parameters_of(before), *_parameters_of(after), *parameters)
 
 
 def _in_kernel(
     x: Tensor,
-    first: PackingLayer | None,
-    second: PackingLayer,
+    layers: list[tuple[Tensor | None, Tensor | None, int]],
     activation: Activation | None,
     *,
     before: nn.LayerNorm | None = None,
     residual: Tensor | None = None,
     after: nn.LayerNorm | None = None,
 ) -> Tensor:
-    outputs, inputs = len(second.weight), x.shape[-1]
-    output = x.new_empty(*x.shape[:-1], outputs)
-    hidden = (None, None) if first is None else (first.weight_for_kernel(), _contiguous(first.offsets()))
-    cpu_kernels.call(
-        "linear_layers",
-        x,
-        x.contiguous(),
-        *_values(before),
-        *hidden,
-        *(second.weight_for_kernel(), _contiguous(second.offsets()), _ACTIVATIONS[activation]),
-        *(_contiguous(residual), *_values(after)),
-        *(output, x.numel() // inputs, inputs, 0 if first is None else len(first.weight), outputs),
-    )
+    """One layer or two, of a packed weight, a bias and outputs each."""
+    *first, (weight, bias, outputs) = layers
+    hidden_weight, hidden_bias, hidden = first[0] if first else (None, None, 0)
+    inputs, output = x.shape[-1], x.new_empty(*x.shape[:-1], outputs)
+    products = hidden_weight, _contiguous(hidden_bias), weight, _contiguous(bias), _ACTIVATIONS[activation]
+    around = _contiguous(residual), *_values(after), output
+    sizes = x.numel() // inputs, inputs, hidden, outputs
+    cpu_kernels.call("linear_layers", x, x.contiguous(), *_values(before), *products, *around, *sizes)
     return output
+
+
+def _parameters(*layers: PackingLayer) -> list[tuple[Tensor | None, Tensor | None, int]]:
+    return [(layer.weight_for_kernel(), layer.offsets(), len(layer.weight)) for layer in layers]
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
@@ -310,6 +337,10 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
 
 def _values(norm: nn.LayerNorm | None) -> tuple[Tensor | None, Tensor | None, float]:
     return (None, None, 0.0) if norm is None else (norm.weight, norm.bias, float(norm.eps))
+
+
+def _parameters_of(norm: nn.LayerNorm | None) -> tuple[Tensor | None, ...]:
+    return () if norm is None else (norm.weight, norm.bias)
 
 
 def _is_plain(layer: nn.Module) -> bool:

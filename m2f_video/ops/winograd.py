@@ -57,14 +57,19 @@ class WinogradConv(nn.Conv2d):
         return output.permute(0, 3, 1, 2)
 
     def pack(self) -> None:
-        """Keep a transformed copy of the weight, four times its size, without which the kernel does not run.
+        """Keep a transformed copy of the weight, four times its size, for the kernel, if it is asked for.
 
         As with `m2f_video.ops.linear.Linear.pack`, it takes no part in the state dict, and is left unused once the
         weight has changed. A weight that the kernel does not take, or that was made in inference mode, gets none.
         """
         self._packed = None
         weight, channels = self.weight.detach(), (self.in_channels, self.out_channels)
-        known = weight.device.type == "cpu" and weight.dtype in cpu_kernels.DTYPES and not weight.is_inference()
+        known = (
+            self.compiled
+            and weight.device.type == "cpu"
+            and weight.dtype in cpu_kernels.DTYPES
+            and not weight.is_inference()
+        )
         if known and all(number % 16 == 0 for number in channels):
             self._packed = PackedWeight.of(self.weight, pack_weight(weight))
 

@@ -18,6 +18,7 @@ from m2f_video.modeling.transformer_decoder import (
     predict_masks,
     resize_frames,
 )
+from m2f_video.ops import cpu_kernels
 from tests.tolerances import assert_close, differences
 
 SIZES = ((2, 3), (4, 6), (8, 12))
@@ -118,6 +119,27 @@ def test_self_attention_equals_torch_multi_head_attention() -> None:
     random_biases(ours)
     x, position = torch.randn(2, 5, 12, dtype=torch.float64), torch.randn(5, 12, dtype=torch.float64)
     assert_close(ours(x, position), torch_attention(ours)(x + position, x + position, x)[0].detach())
+
+
+@pytest.mark.skipif(cpu_kernels.why_no_kernels() is not None, reason="needs a C++ compiler")
+@torch.no_grad()
+def test_packed_projections_are_used_until_they_change() -> None:
+    torch.manual_seed(0)
+    ours, itself = CrossAttention(dim=64, num_heads=2), SelfAttention(dim=64, num_heads=2)
+    random_biases(ours)
+    query, position = torch.randn(2, 5, 64), torch.randn(5, 64)
+    for frames in (1, 3):
+        level = Level(*(tensor.float() for tensor in vars(make_level(frames=frames, dim=64)).values()))
+        expected, expected_itself = ours(query, level), itself(query, position)
+        for attention in (ours, itself):
+            attention.compiled = True
+            attention.pack()
+        assert_close(ours(query, level), expected)
+        assert_close(itself(query, position), expected_itself)
+        ours.in_proj_weight.mul_(2)
+        changed = ours(query, level)
+        ours.compiled = False
+        assert_close(changed, ours(query, level))
 
 
 def test_a_layer_is_cross_then_self_attention_then_ffn_all_post_norm() -> None:

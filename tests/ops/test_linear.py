@@ -11,7 +11,17 @@ from torch import Tensor, nn
 
 from m2f_video.ops import cpu_kernels
 from m2f_video.ops import linear as module
-from m2f_video.ops.linear import Activation, Linear, PackingLayer, PointwiseConv, feed_forward, linear, project
+from m2f_video.ops.linear import (
+    PANEL,
+    Activation,
+    Linear,
+    PackingLayer,
+    PointwiseConv,
+    feed_forward,
+    linear,
+    packed_for_kernel,
+    project,
+)
 from tests.tolerances import assert_close, relative_error
 
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu}
@@ -357,3 +367,46 @@ def test_wrong_widths_are_refused_by_pytorch() -> None:
     packed(layer)
     with pytest.raises(RuntimeError, match="2x30 and 32x64"):
         layer(torch.randn(2, 30))
+
+
+@pytest.mark.parametrize("trained", ["before", "after", "residual"])
+def test_whatever_is_around_and_asks_for_a_gradient_gets_it(trained: str) -> None:
+    first, second = (layer.requires_grad_(False) for layer in layers(6, 8, 6))
+    before, after, residual = (
+        nn.LayerNorm(6).requires_grad_(False),
+        nn.LayerNorm(6).requires_grad_(False),
+        torch.ones(6),
+    )
+    asked = {"before": before.weight, "after": after.bias, "residual": residual}[trained].requires_grad_()
+    x = torch.randn(3, 6)
+    output = feed_forward(x, first, second, "gelu", before=before, residual=residual, after=after)
+    expected = after(residual + second(F.gelu(first(before(x)))))
+    assert_close(output, expected)
+    gradients = [torch.autograd.grad(y.square().sum(), asked)[0] for y in (output, expected)]
+    assert_close(*gradients)
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@given(rows=st.integers(1, 40), seed=st.integers(0, 2**16))
+@settings(deadline=None, max_examples=20)
+def test_what_is_around_in_parts(rows: int, activation: Activation, seed: int) -> None:
+    first, second = layers(6, 8, 5, seed)
+    before, after = nn.LayerNorm(6), nn.LayerNorm(5)
+    x, residual = torch.randn(3, 9, 6), torch.randn(3, 9, 5)
+    expected = after(residual + second(ACTIVATIONS[activation](first(before(x))))).detach()
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(module, "HIDDEN_BYTES", rows * 8 * 4)
+        ours = feed_forward(x, first, second, activation, before=before, residual=residual, after=after)
+    assert_close(ours, expected)
+
+
+@needs_kernels
+def test_linear_by_the_kernel_with_a_packed_part_of_a_weight(calls: list[str]) -> None:
+    torch.manual_seed(0)
+    weight, x = torch.randn(3 * PANEL, 32), torch.randn(5, 32)
+    packed_weight = packed_for_kernel(weight)
+    assert packed_weight is not None
+    for part, packed_part in zip(weight.chunk(3), packed_weight.tensor.chunk(3), strict=True):
+        assert_close(linear(x, part, None, packed_part), F.linear(x, part))
+    assert calls == ["linear_layers"] * 3
+    assert packed_for_kernel(weight.double()) is None

@@ -4,6 +4,7 @@
 // The points are 0, a, -a, b, -b and infinity. B^T has the coefficients of the product of (x - q) over the other
 // finite points q in the row of a point, A^T the powers of a point in its column; the divisors are in the weights U.
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "vector.h"
@@ -16,7 +17,7 @@ constexpr float a2 = a * a, b2 = b * b;
 
 constexpr int ROWS = 12, COLUMNS = 2 * LANES;  // of the result of a matrix product that stay in registers
 constexpr int TILES = 48;                      // transformed at a time: many enough to share each read of the weights
-constexpr int DEPTH = 32;                      // of sums term by term, which round most of what the result's error is
+constexpr int DEPTH = 32;                      // of sums term by term, which round most of a float result's error
 static_assert(TILES % ROWS == 0);
 
 struct alignas(64) Lanes {
@@ -106,10 +107,10 @@ void write_tile(const Map& map, Map::Tile tile, const float* products, int64_t s
     }
 }
 
-// `ROWS` rows of a matrix times a panel (depth, COLUMNS), to rows of `COLUMNS`.
-void multiply(const float* matrix, int64_t row_step, const float* panel, int64_t depth, float* to) {
-    for (int64_t start = 0; start < depth; start += DEPTH) {
-        const int64_t end = std::min<int64_t>(start + DEPTH, depth);
+// `ROWS` rows of a matrix times a panel (depth, COLUMNS), `part` terms at a time, to rows of `COLUMNS`.
+void multiply(const float* matrix, int64_t row_step, const float* panel, int64_t depth, int64_t part, float* to) {
+    for (int64_t start = 0; start < depth; start += part) {
+        const int64_t end = std::min(start + part, depth);
         Vec sums[ROWS][2] = {};
         for (int64_t k = start; k < end; ++k) {
             const Vec left = load(panel + k * COLUMNS), right = load(panel + k * COLUMNS + LANES);
@@ -134,6 +135,7 @@ void convolve(int64_t threads, const T* input, const float* weight, T* output, c
               int64_t channels, int64_t outputs) {
     const int64_t tiles = batch * map.tile_rows * map.tile_columns;
     const int64_t row_step = channels + LANES;  // no power of two, at which rows would evict each other from a cache
+    const int64_t part = std::is_same<T, float>::value ? DEPTH : channels;
     const std::vector<T> zeros(channels);
 #pragma omp parallel num_threads(std::min(threads, (tiles + TILES - 1) / TILES))
     {
@@ -152,7 +154,7 @@ void convolve(int64_t threads, const T* input, const float* weight, T* output, c
             for (int64_t channel = 0; channel < outputs; channel += COLUMNS) {
                 for (int product = 0; product < PRODUCTS; ++product, panel += channels * COLUMNS)
                     for (int64_t i = 0; i < count; i += ROWS)
-                        multiply(factors + (product * TILES + i) * row_step, row_step, panel, channels,
+                        multiply(factors + (product * TILES + i) * row_step, row_step, panel, channels, part,
                                  products + (product * TILES + i) * COLUMNS);
                 for (int64_t i = 0; i < count; ++i)
                     write_tile(map, map.tile(first + i), products + i * COLUMNS, TILES * COLUMNS, output, outputs,
