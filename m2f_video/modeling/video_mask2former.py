@@ -332,8 +332,8 @@ class VideoMask2Former(
     ) -> Self:
         """Do once, in place, what makes each frame cheaper; for inference only, the parameters are frozen.
 
-        On a CPU, linear layers get a copy of their weights in the order oneDNN reads, which takes their memory again,
-        and the 3x3 convolution one of four times its size. Results stay equal to rounding. The state dict stays as it
+        On a CPU, linear layers get a copy of their weights in the order a kernel or oneDNN reads, which takes their
+        memory again, and the 3x3 convolution one of four times its size. Results stay equal to rounding. The state dict stays as it
         is; weights that are changed or moved afterwards are used as they are then, unpacked. A copy of the model, or a
         pickle, loses what is packed and asks for the kernels wherever it runs.
 
