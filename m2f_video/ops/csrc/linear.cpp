@@ -15,6 +15,7 @@ constexpr int ROW_TILE = 6;
 constexpr int PANEL_VECTORS = 4;
 constexpr int PANEL = PANEL_VECTORS * LANES;  // outputs whose weights lie together
 constexpr int64_t ROWS = 96;                  // at most of a block
+constexpr int64_t DEPTH = 64;                 // of sums term by term, which round most of a float result's error
 
 enum Activation : int64_t { NONE, RELU, GELU };
 
@@ -112,16 +113,23 @@ template <int TILE, int VECTORS, typename T>
 inline void multiply_tile(const T* x, int64_t inputs, const T* weights, const Finish<T>& finish, int64_t row,
                           int64_t column) {
     constexpr int STEP = sizeof(float) / sizeof(T);
-    Vec sums[TILE][VECTORS] = {};
-    for (int64_t k = 0; k < inputs; k += STEP) {
-        Bits columns[VECTORS];
-        for (int j = 0; j < VECTORS; ++j) std::memcpy(&columns[j], weights + k * PANEL + j * STEP * LANES, sizeof(Bits));
-        for (int i = 0; i < TILE; ++i) {
-            const uint32_t word = word_at(x + i * inputs + k);
-            for (int j = 0; j < VECTORS; ++j) sums[i][j] = add_product(sums[i][j], word, columns[j], T{});
+    const int64_t part = STEP == 1 ? DEPTH : inputs;
+    Vec totals[TILE][VECTORS];  // set by the first part
+    for (int64_t start = 0; start < inputs; start += part) {
+        Vec sums[TILE][VECTORS] = {};
+        for (int64_t k = start; k < std::min(start + part, inputs); k += STEP) {
+            Bits columns[VECTORS];
+            for (int j = 0; j < VECTORS; ++j)
+                std::memcpy(&columns[j], weights + k * PANEL + j * STEP * LANES, sizeof(Bits));
+            for (int i = 0; i < TILE; ++i) {
+                const uint32_t word = word_at(x + i * inputs + k);
+                for (int j = 0; j < VECTORS; ++j) sums[i][j] = add_product(sums[i][j], word, columns[j], T{});
+            }
         }
+        for (int i = 0; i < TILE; ++i)
+            for (int j = 0; j < VECTORS; ++j) totals[i][j] = start ? totals[i][j] + sums[i][j] : sums[i][j];
     }
-    finish(sums, row, column);
+    finish(totals, row, column);
 }
 
 template <int VECTORS, typename T>
