@@ -4,13 +4,11 @@ B frames or clips, M heads, D channels of a head, H W height and width of a map,
 S keys.
 """
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from m2f_video.ops import cpu_kernels
 
 LANES = 16  # the kernels take multiples of it as D
-QUERY_BLOCK = 64  # queries that they work on at a time
 
 
 def kernels_run(dim: int, *tensors: Tensor | None) -> bool:
@@ -28,7 +26,7 @@ def window_attention(
     Args:
         qkv: projections (B, H, W, 3 M D) to queries, keys and values.
         qkv_bias: (3 M D,), the projection of the zeros that fill up windows; None where it has no bias.
-        position_bias: (M, N, N), added to the logits of queries by keys.
+        position_bias: (M, N, N), added to the logits of queries by keys; taken in the dtype of `qkv`.
         window_size: side of the windows, in tokens.
         shift: tokens by which the windows are shifted towards the bottom right.
 
@@ -39,7 +37,7 @@ def window_attention(
         ValueError: shapes that do not fit together.
     """
     B, H, W, channels = qkv.shape
-    M, N, _ = position_bias.shape
+    M = position_bias.shape[0]
     dim = channels // (3 * M)
     if position_bias.shape != (M, window_size**2, window_size**2) or channels != 3 * M * dim or dim % LANES:
         raise ValueError(
@@ -51,9 +49,7 @@ def window_attention(
         raise ValueError(
             f"qkv_bias must be ({channels},) in {qkv.dtype}, got {tuple(qkv_bias.shape)}, {qkv_bias.dtype}"
         )
-    blocks = -(-N // QUERY_BLOCK)
-    bias = F.pad(position_bias.float().transpose(1, 2), (0, blocks * QUERY_BLOCK - N))  # (M, keys, queries)
-    bias = bias.unflatten(2, (blocks, QUERY_BLOCK)).transpose(1, 2).contiguous()
+    bias = position_bias.to(qkv.dtype).permute(1, 2, 0).contiguous()  # as it comes from a table by relative positions
     padding = qkv.new_zeros(channels) if qkv_bias is None else qkv_bias.contiguous()
     qkv, output = qkv.contiguous(), qkv.new_empty(B, H, W, M * dim)
     if output.numel():

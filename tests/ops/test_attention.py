@@ -189,6 +189,14 @@ def test_large_logits_neither_overflow_nor_vanish() -> None:
     assert_close(ours.double(), expected, rtol=0, atol=2e-3)  # logits of thousands have that error in float32
 
 
+@DTYPES
+def test_the_first_of_many_keys_weigh_as_much_as_the_last(dtype: torch.dtype) -> None:
+    query, value = torch.full((1, 1, 32), 1.7, dtype=dtype), torch.ones(1, 6000, 32, dtype=dtype)
+    value[:, :3000] = -1.0
+    output = masked_attention(query, query.expand(1, 6000, 32), value, torch.zeros(1, 1, 6000, dtype=dtype), 1)
+    assert_close(output, torch.zeros_like(output), rtol=0, atol=2e-6)
+
+
 def test_zero_and_nan_in_mask_logits_do_not_block() -> None:
     query, key, value = torch.zeros(1, 1, 16), torch.zeros(1, 4, 16), torch.eye(4, 16)[None]
     mask_logits = torch.tensor([[[-1.0, 0.0, torch.nan, -0.0]]])

@@ -19,45 +19,6 @@ constexpr int64_t DEPTH = 64;                 // of sums term by term, which rou
 
 enum Activation : int64_t { NONE, RELU, GELU };
 
-// Of inputs that are multiplied at a time, the bits.
-inline uint32_t word_at(const float* from) {
-    uint32_t word;
-    std::memcpy(&word, from, sizeof word);
-    return word;
-}
-
-inline uint32_t word_at(const bfloat16* from) {
-    uint32_t word;
-    std::memcpy(&word, from, sizeof word);
-    return word;
-}
-
-inline Vec add_product(Vec sum, uint32_t input, Bits weights, float) {
-    return sum + (Vec)(Bits{} + input) * (Vec)weights;
-}
-
-inline Vec add_product(Vec sum, uint32_t inputs, Bits weights, bfloat16) {
-#if defined(__AVX512BF16__)
-    return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)(Bits{} + inputs), (__m512bh)weights);
-#else
-    sum += (Vec)(Bits{} + (inputs << 16)) * (Vec)(weights << 16);
-    return sum + (Vec)(Bits{} + (inputs & 0xffff0000u)) * (Vec)(weights & 0xffff0000u);
-#endif
-}
-
-// 2^x for x from -126 to 127, to about one unit in the last place.
-inline Vec power_of_two(Vec x) {
-    const float to_integer = 12582912.0f;  // 1.5 * 2^23: adding it rounds to integers
-    const Vec shifted = x + to_integer, r = x - (shifted - to_integer);
-    Vec p = r * 0.000154035304f + 0.00133335581f;  // Taylor series: |r| is at most 0.5
-    p = p * r + 0.00961812911f;
-    p = p * r + 0.0555041087f;
-    p = p * r + 0.240226507f;
-    p = p * r + 0.693147181f;
-    p = p * r + 1.0f;
-    return (Vec)((Bits)p + ((Bits)shifted << 23));
-}
-
 // x P(x), where P is the normal distribution's. P = 1 / (1 + 2^y), and y, the binary logarithm of (1 - P) / P, is nearly
 // an odd polynomial: fitted for |x| up to 6, it leaves an error of 1.5e-7 in the result; below -6 that is 6e-9.
 inline Vec gelu(Vec x) {
