@@ -333,9 +333,9 @@ class VideoMask2Former(
         """Do once, in place, what makes each frame cheaper; for inference only, the parameters are frozen.
 
         On a CPU, linear layers get a copy of their weights in the order a kernel or oneDNN reads, which takes their
-        memory again, and the 3x3 convolution one of four times its size. Results stay equal to rounding. The state dict stays as it
-        is; weights that are changed or moved afterwards are used as they are then, unpacked. A copy of the model, or a
-        pickle, loses what is packed and asks for the kernels wherever it runs.
+        memory again, and the 3x3 convolution one of four times its size. Results stay equal to rounding. The state dict
+        stays as it is; weights that are changed or moved afterwards are used as they are then, unpacked. A copy of the
+        model, or a pickle, loses what is packed and asks for the kernels wherever it runs.
 
         Args:
             dtype: cast to this floating-point type; None keeps the weights' own.
