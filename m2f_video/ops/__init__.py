@@ -131,8 +131,8 @@ def _ms_deform_attn_cpp(
     (B, N, M, D), (_, Q, _, L, P, _) = value.shape, positions.shape
     if reference_points is not None and needs_gradient(reference_points):
         raise ValueError("deformable attention backend 'cpp' has no gradients; take 'embedding_bag'")
-    if N >= 2**31:
-        raise ValueError(f"deformable attention backend 'cpp' takes fewer than 2^31 tokens, got {N}")
+    if N >= 2**30:
+        raise ValueError(f"deformable attention backend 'cpp' takes fewer than 2^30 tokens, got {N}")
     if L * P * B * Q * M * D == 0:
         return value.new_zeros(B, Q, M * D)
     output = value.new_empty(B, Q, M * D)

@@ -86,9 +86,10 @@ def test_an_offset_that_is_no_number_reads_zeros(dtype: torch.dtype, bad: float)
     assert ours[1, 2].eq(0).all()
 
 
+@DTYPES
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_bad_logits_and_values_spread_as_in_embedding_bag(bad: float) -> None:
-    value, shapes, references, offsets, logits = random_inputs()
+def test_bad_logits_and_values_spread_as_in_embedding_bag(dtype: torch.dtype, bad: float) -> None:
+    value, shapes, references, offsets, logits = random_inputs(dtype=dtype)
     logits[0, 1, 2, 1, 1] = bad
     value[1, 3, 0] = bad
     ours, expected = (

@@ -8,30 +8,61 @@
 
 namespace {
 
-constexpr int CORNERS = 4;
+// The values of a head are copied into a table of cells, one after the other: as they come, 64 bytes of each 512 as a
+// rule, they would use an eighth of a cache's sets. A level has a cell for each pixel and, before each row, one of
+// zeros, which is also what is right of the row before. The first cell of all is zeros and stands for what is above or
+// below a level. A cell has a word for each channel, see vector.h: a float of its pixel, or two bfloat16 of its pixel
+// and of the one to the right of it, so that one instruction adds what both contribute.
+template <typename T>
+constexpr int PIXELS = PER_WORD<T>;  // that a cell has numbers of
 
 // Of the samples of a head, 16 at a time: the same for all queries. What fills up the last 16 is never read from.
 struct Samples {
-    Vec width, height;  // of their levels, in pixels
-    Int columns, rows;  // the same
-    Int first;          // token of their level's first pixel
+    Vec width, height;            // of their levels, in pixels
+    Vec past_right, past_bottom;  // the first positions beyond them, see `find_corners`
+    Int columns, rows;            // of their levels, in cells
+    Int above;                    // cell one row above their level's first
 };
 
-// Where to read 16 samples, and by what to multiply: upper left, upper right, lower left, lower right.
+// Where to read 16 samples, and by what to multiply: the upper two pixels, the lower two.
+template <typename T>
 struct Corners {
-    int32_t row[CORNERS][LANES];  // of a head's values, of which row 0 is zero and stands for all outside of the level
-    float weight[CORNERS][LANES];
+    int32_t cell[2][LANES];                     // of the left pixel
+    uint32_t weights[2][2 / PIXELS<T>][LANES];  // words as those of cells: for left, then right, or for both
 };
 
 // Queries whose corners are found before the first of them is summed: numbers that were just stored as vectors are slow
-// to read one by one.
-constexpr int BLOCK = 8;
+// to read one by one. As many as a vector has lanes, see `over_lanes`.
+constexpr int BLOCK = LANES;
 
-inline Vec highest(Vec x) {
-    x = maximum(x, rotated<8>(x));
-    x = maximum(x, rotated<4>(x));
-    x = maximum(x, rotated<2>(x));
-    return maximum(x, rotated<1>(x));
+struct alignas(64) Line {  // of a cache; not set to zero
+    Line() {}
+    char bytes[64];
+};
+
+// Starts to bring numbers into the cache that are needed, or written, soon: a head's are too far apart for the machine
+// to foresee the next ones.
+template <bool TO_WRITE = false, typename T>
+inline void prefetch(const T* from, int64_t count) {
+    for (int64_t i = 0; i < count; i += sizeof(Line) / sizeof(T)) __builtin_prefetch(from + i, TO_WRITE);
+    __builtin_prefetch(from + count - 1, TO_WRITE);
+}
+
+// In lanes whose number has the bit STEP, two lanes of b joined, otherwise two of a: together all of both.
+template <int STEP, typename Join>
+inline Vec joined(Vec a, Vec b, Join join) {
+    const Int of_b = (Int{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} & STEP) != 0;
+    return join(of_b ? b : a, rotated<STEP>(of_b ? a : b));
+}
+
+// In lane i, all lanes of vector i joined: their sum, say. Each vector alone would be more than twice the work.
+template <typename Join>
+inline Vec over_lanes(const Vec (&vectors)[LANES], Join join) {
+    Vec pairs[8], fours[4], eights[2];
+    for (int i = 0; i < 8; ++i) pairs[i] = joined<1>(vectors[2 * i], vectors[2 * i + 1], join);
+    for (int i = 0; i < 4; ++i) fours[i] = joined<2>(pairs[2 * i], pairs[2 * i + 1], join);
+    for (int i = 0; i < 2; ++i) eights[i] = joined<4>(fours[2 * i], fours[2 * i + 1], join);
+    return joined<8>(eights[0], eights[1], join);
 }
 
 // The next 16, or what is left before the end: a full load is much faster, and reads what follows in the tensor.
@@ -41,15 +72,23 @@ inline Vec load_before(const T* end, const T* from) {
     return left >= LANES ? load(from) : load(from, int(left));
 }
 
+// Every second of 32, from FIRST.
+template <int FIRST>
+inline Vec alternate(Vec a, Vec b) {
+#ifdef __clang__
+    return __builtin_shufflevector(a, b, FIRST, FIRST + 2, FIRST + 4, FIRST + 6, FIRST + 8, FIRST + 10, FIRST + 12,
+                                   FIRST + 14, FIRST + 16, FIRST + 18, FIRST + 20, FIRST + 22, FIRST + 24, FIRST + 26,
+                                   FIRST + 28, FIRST + 30);
+#else
+    return __builtin_shuffle(a, b, Int{0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30} + FIRST);
+#endif
+}
+
 // 16 pairs (x, y).
 inline void load_pairs(const float* from, Vec& x, Vec& y) {
-    float parts[2][LANES];
-    for (int lane = 0; lane < LANES; ++lane) {
-        parts[0][lane] = from[2 * lane];
-        parts[1][lane] = from[2 * lane + 1];
-    }
-    x = load(parts[0]);
-    y = load(parts[1]);
+    const Vec first = load(from), last = load(from + LANES);
+    x = alternate<0>(first, last);
+    y = alternate<1>(first, last);
 }
 
 inline void load_pairs(const bfloat16* from, Vec& x, Vec& y) {
@@ -68,73 +107,108 @@ inline void load_pairs_before(const T* end, const T* from, Vec& x, Vec& y) {
     load_pairs(rest, x, y);
 }
 
-// Of positions in pixels, 0 being the centre of the level's first. Beyond the border, or where it is no number, a
-// position moves to -1 or the size, where all that counts is outside; so any position has integers.
-inline void find_corners(Vec x, Vec y, Vec weight, const Samples& samples, Corners& corners) {
-    x = maximum(x, broadcast(-1));
-    y = maximum(y, broadcast(-1));
-    x = x < samples.width ? x : samples.width;
-    y = y < samples.height ? y : samples.height;
-    Int column = __builtin_convertvector(x, Int), row = __builtin_convertvector(y, Int);
-    column += x < __builtin_convertvector(column, Vec);  // true is -1: rounded down, not to zero
-    row += y < __builtin_convertvector(row, Vec);
+// Words of the weights of 16 left and right pixels; in bfloat16 rounded, as in the way by `embedding_bag`.
+inline void store_weights(uint32_t (&words)[2][LANES], Vec left, Vec right) {
+    store((float*)words[0], left);
+    store((float*)words[1], right);
+}
+
+inline void store_weights(uint32_t (&words)[1][LANES], Vec left, Vec right) {
+    const Bits pairs = (rounded(left) >> 16) | (rounded(right) & 0xffff0000u);
+    std::memcpy(words[0], &pairs, sizeof pairs);
+}
+
+// Of positions in pixels, 0 being the centre of one that would come before the level's first. Beyond the border, or
+// where it is no number, a position moves to 0 or the size plus 1, where all that counts is outside; so any position
+// has integers.
+template <typename T>
+inline void find_corners(Vec x, Vec y, Vec weight, const Samples& samples, Corners<T>& corners) {
+    x = maximum(x, Vec{});
+    y = maximum(y, Vec{});
+    x = x < samples.past_right ? x : samples.past_right;
+    y = y < samples.past_bottom ? y : samples.past_bottom;
+    const Int column = __builtin_convertvector(x, Int), row = __builtin_convertvector(y, Int);
     const Vec right = (x - __builtin_convertvector(column, Vec)) * weight, left = weight - right;
     const Vec below = y - __builtin_convertvector(row, Vec);
 
     // as unsigned numbers, those before the first are beyond the last
-    const Int in_left = (Bits)column < (Bits)samples.columns, in_right = (Bits)(column + 1) < (Bits)samples.columns;
-    const Int in_upper = (Bits)row < (Bits)samples.rows, in_lower = (Bits)(row + 1) < (Bits)samples.rows;
-    const Int token = samples.first + row * samples.columns + column, lower = token + samples.columns;
-    store(corners.row[0], (token + 1) & in_upper & in_left);
-    store(corners.row[1], (token + 2) & in_upper & in_right);
-    store(corners.row[2], (lower + 1) & in_lower & in_left);
-    store(corners.row[3], (lower + 2) & in_lower & in_right);
+    const Int in_columns = column < samples.columns;
+    const Int in_upper = (Bits)(row - 1) < (Bits)samples.rows, in_lower = row < samples.rows;
+    const Int cell = samples.above + row * samples.columns + column;
+    store(corners.cell[0], cell & in_columns & in_upper);
+    store(corners.cell[1], (cell + samples.columns) & in_columns & in_lower);
     const Vec lower_left = left * below, lower_right = right * below;
-    store(corners.weight[0], left - lower_left);
-    store(corners.weight[1], right - lower_right);
-    store(corners.weight[2], lower_left);
-    store(corners.weight[3], lower_right);
+    store_weights(corners.weights[0], left - lower_left, right - lower_right);
+    store_weights(corners.weights[1], lower_left, lower_right);
 }
 
-// Calls `add(values of the corner, weight, whether it is a lower one)` for the corners of all samples.
-template <typename T, typename Add>
-inline void for_corners(const Corners* corners, int64_t samples, const T* values, int64_t D, Add add) {
+// Sums over all corners, times `scale`, of the channels at the start of the cells, of which the next is `words` later.
+// Upper and lower corners are summed apart, so that an addition does not wait for the one before it.
+template <int VECTORS, typename T>
+inline void sum_corners(const Corners<T>* corners, int64_t samples, const uint32_t* table, int64_t words, float scale,
+                        Vec (&results)[VECTORS]) {
+    Vec sums[2][VECTORS] = {};
     for (; samples > 0; samples -= LANES, ++corners)
         for (int lane = 0; lane < std::min<int64_t>(samples, LANES); ++lane)
-            for (int corner = 0; corner < CORNERS; ++corner)
-                add(values + corners->row[corner][lane] * D, corners->weight[corner][lane], corner / 2);
+            for (int half = 0; half < 2; ++half) {
+                const uint32_t* from = table + corners->cell[half][lane] * words;
+                for (int side = 0; side < 2 / PIXELS<T>; ++side, from += words)
+                    for (int v = 0; v < VECTORS; ++v) {
+                        Bits cell;
+                        std::memcpy(&cell, from + v * LANES, sizeof cell);
+                        sums[half][v] = add_product(sums[half][v], corners->weights[half][side][lane], cell, T{});
+                    }
+            }
+    for (int v = 0; v < VECTORS; ++v) results[v] = (sums[0][v] + sums[1][v]) * scale;
 }
 
-// Sums over all corners, times `scale`: of D channels, 32 at a time. Upper and lower corners are summed apart, so that
-// an addition does not wait for the one before it.
+// The same of all D channels: 32 at a time, and at the end 16 or what is left.
 template <typename T>
-inline void sum_corners(const Corners* corners, int64_t samples, const T* values, float scale, T* output,
-                               int64_t D) {
+inline void attend_to_corners(const Corners<T>* corners, int64_t samples, const uint32_t* table, int64_t words,
+                              float scale, T* output, int64_t D) {
     int64_t channel = 0;
     for (; channel + 2 * LANES <= D; channel += 2 * LANES) {
-        Pair sums[2] = {};
-        for_corners(corners, samples, values + channel, D, [&](const T* from, float weight, int half) {
-            const Pair read = load_pair(from);
-            sums[half].first += read.first * weight;
-            sums[half].second += read.second * weight;
-        });
-        const Vec first = sums[0].first + sums[1].first, second = sums[0].second + sums[1].second;
-        store_pair(output + channel, {first * scale, second * scale});
+        Vec sums[2];
+        sum_corners(corners, samples, table + channel, words, scale, sums);
+        store(output + channel, sums[0]);
+        store(output + channel + LANES, sums[1]);
     }
     for (; channel < D; channel += LANES) {
-        const int count = std::min<int64_t>(D - channel, LANES);
-        Vec sums[2] = {};
-        for_corners(corners, samples, values + channel, D, [&](const T* from, float weight, int half) {
-            sums[half] += load(from, count) * weight;
-        });
-        store(output + channel, (sums[0] + sums[1]) * scale, count);
+        Vec sums[1];
+        sum_corners(corners, samples, table + channel, words, scale, sums);
+        store(output + channel, sums[0], std::min<int64_t>(D - channel, LANES));
     }
 }
 
-struct alignas(64) Line {  // of a cache; not set to zero
-    Line() {}
-    char bytes[64];
-};
+// 16 words of a cell, from its pixel and the one to the right of it.
+inline Bits words_of(Vec pixel, Vec, float) { return (Bits)pixel; }
+
+inline Bits words_of(Vec pixel, Vec right, bfloat16) { return ((Bits)pixel >> 16) | (Bits)right; }
+
+// Fills the table of a head, `words` to a cell, but for its first and last cell. `value` are the head's D channels of
+// the first of N tokens; those of the next one are `step` later.
+template <typename T>
+void fill_table(const T* value, int64_t N, int64_t step, const int64_t* shapes, int64_t L, int64_t D, uint32_t* table,
+                int64_t words) {
+    constexpr int64_t AHEAD = 16;  // tokens
+    const auto load_channels = [&](int64_t token, int64_t channel) {
+        return load_before(value + token * step + D, value + token * step + channel);
+    };
+    uint32_t* cell = table + words;
+    int64_t next = 0;  // token: right of the cell's pixel, or after the last one of the row
+    for (int64_t level = 0; level < L; ++level)
+        for (int64_t row = 0; row < shapes[2 * level]; ++row)
+            for (int64_t column = 0, width = shapes[2 * level + 1]; column <= width; ++column, cell += words) {
+                prefetch(value + std::min(next + AHEAD, N - 1) * step, D);
+                for (int64_t channel = 0; channel < D; channel += LANES) {
+                    const Vec pixel = column > 0 ? load_channels(next - 1, channel) : Vec{};
+                    const Vec right = column < width ? load_channels(next, channel) : Vec{};
+                    const Bits both = words_of(pixel, right, T{});
+                    std::memcpy(cell + channel, &both, sizeof both);
+                }
+                next += column < width;
+            }
+}
 
 struct Sizes {
     int64_t B, N, Q, M, D, L, P;
@@ -142,85 +216,112 @@ struct Sizes {
 
 std::vector<Samples> samples_of_a_head(const int64_t* shapes, int64_t L, int64_t P) {
     std::vector<Samples> samples((L * P + LANES - 1) / LANES);
-    int64_t first = 0;
+    int64_t first = 1;
     for (int64_t level = 0; level < L; ++level) {
         const int64_t height = shapes[2 * level], width = shapes[2 * level + 1];
         for (int64_t sample = level * P; sample < (level + 1) * P; ++sample) {
             Samples& of = samples[sample / LANES];
             const int lane = sample % LANES;
-            of.width[lane] = of.columns[lane] = width;
+            of.width[lane] = width;
             of.height[lane] = of.rows[lane] = height;
-            of.first[lane] = first;
+            of.past_right[lane] = of.columns[lane] = width + 1;
+            of.past_bottom[lane] = height + 1;
+            of.above[lane] = first - (width + 1);
         }
-        first += height * width;
+        first += height * (width + 1);
     }
     return samples;
 }
 
-// Of the logits of a head, less the highest; returns what to multiply their sum with to make them a softmax.
-inline float exponentials(std::vector<Vec>& logits, const std::vector<Samples>& samples) {
+// Of the logits of a block, each query's less its highest, and by what to multiply their sum to make them a softmax.
+template <typename T>
+inline void exponentials(std::vector<Vec>& logits, const std::vector<Samples>& samples, float (&scales)[BLOCK]) {
+    const int64_t vectors = samples.size();
     const Vec none = broadcast(-__builtin_inff());
-    Vec most = none, sum = {};
-    for (size_t v = 0; v < logits.size(); ++v) {
-        logits[v] = samples[v].columns != 0 ? logits[v] : none;
-        most = maximum(logits[v], most);
+    Vec of_query[BLOCK];
+    for (int query = 0; query < BLOCK; ++query) {
+        of_query[query] = none;
+        for (int64_t v = 0; v < vectors; ++v) {
+            Vec& logit = logits[query * vectors + v];
+            logit = samples[v].columns != 0 ? logit : none;
+            of_query[query] = maximum(logit, of_query[query]);
+        }
     }
-    most = highest(most);
-    for (Vec& logit : logits) sum += logit = exp(logit - most);
-    return 1 / total(sum)[0];
+    float highest[BLOCK];
+    store(highest, over_lanes(of_query, maximum));
+    for (int query = 0; query < BLOCK; ++query) {
+        of_query[query] = Vec{};
+        for (int64_t v = 0; v < vectors; ++v) {
+            Vec& logit = logits[query * vectors + v];
+            logit = power_of_two<PIXELS<T> == 2>((logit - highest[query]) * 1.44269504f);  // log2(e)
+            of_query[query] += logit;
+        }
+    }
+    store(scales, 1.0f / over_lanes(of_query, [](Vec a, Vec b) { return a + b; }));
 }
 
 // PREDICTED: positions are offsets in pixels from reference points, and weights are logits. Otherwise positions are
 // relative to the level, 0 to 1, and weights are what they are.
 template <bool PREDICTED, typename T, typename Position>
 void attend(int64_t threads, const T* value, const int64_t* shapes, const float* references,
-                   const Position* positions, const T* weights, T* output, const Sizes& sizes) {
+            const Position* positions, const T* weights, T* output, const Sizes& sizes) {
     const auto [B, N, Q, M, D, L, P] = sizes;
     const int64_t S = L * P, vectors = (S + LANES - 1) / LANES;
     const Position* positions_end = positions + B * Q * M * S * 2;
     const T* weights_end = weights + B * Q * M * S;
     const std::vector<Samples> samples = samples_of_a_head(shapes, L, P);
 
+    const int64_t lines = (D + LANES - 1) / LANES, words = lines * LANES;  // of a cell
+    int64_t cells = 2;  // those before and after the levels
+    for (int64_t level = 0; level < L; ++level) cells += shapes[2 * level] * (shapes[2 * level + 1] + 1);
+
     // A thread takes all queries of a head, or a part of them where there are more threads than heads.
     const int64_t parts = std::max<int64_t>((threads + B * M - 1) / (B * M), 1);
 
 #pragma omp parallel num_threads(threads)
     {
-        // The values of the head one after the other, below a row of zeros: as they come, 128 bytes of each 1024 as a
-        // rule, they would use an eighth of a cache's sets.
-        std::vector<Line> room(((N + 1) * D * sizeof(T) + sizeof(Line) - 1) / sizeof(Line));
-        T* const values = (T*)room.data();
-        std::fill(values, values + D, T{});
-        std::vector<Corners> corners(BLOCK * vectors);
-        std::vector<Vec> shares(vectors);
+        std::vector<Line> room(cells * lines);
+        uint32_t* const table = (uint32_t*)room.data();
+        std::fill_n(table, words, 0);
+        std::fill_n(table + (cells - 1) * words, words, 0);
+        std::vector<Corners<T>> corners(BLOCK * vectors);
+        std::vector<Vec> shares(BLOCK * vectors);
         float scales[BLOCK];
         std::fill(scales, scales + BLOCK, 1.0f);
 #pragma omp for collapse(3)
         for (int64_t b = 0; b < B; ++b)
             for (int64_t m = 0; m < M; ++m)
                 for (int64_t part = 0; part < parts; ++part) {
-                    for (int64_t n = 0; n < N; ++n)
-                        std::copy_n(value + ((b * N + n) * M + m) * D, D, values + (n + 1) * D);
+                    fill_table(value + (b * N * M + m) * D, N, M * D, shapes, L, D, table, words);
                     const int64_t last = Q * (part + 1) / parts;
                     for (int64_t block = Q * part / parts; block < last; block += BLOCK) {
-                        const int64_t end = std::min(block + BLOCK, last);
-                        for (int64_t q = block; q < end; ++q) {
-                            const int64_t first = ((b * Q + q) * M + m) * S;
+                        const int64_t count = std::min<int64_t>(BLOCK, last - block);
+                        // row of a query of this block in positions, weights and output, or of one of the next block
+                        const auto of_head = [&](int64_t q) { return (b * Q + block + q) * M + m; };
+                        const auto later = [&](int64_t q) { return of_head(std::min(q + BLOCK, Q - 1 - block)); };
+                        for (int64_t q = 0; q < count; ++q)
                             for (int64_t v = 0; v < vectors; ++v)
-                                shares[v] = load_before(weights_end, weights + first + v * LANES);
-                            if (PREDICTED) scales[q - block] = exponentials(shares, samples);
+                                shares[q * vectors + v] =
+                                    load_before(weights_end, weights + of_head(q) * S + v * LANES);
+                        if (PREDICTED) exponentials<T>(shares, samples, scales);
+                        for (int64_t q = 0; q < count; ++q) {
+                            prefetch(weights + later(q) * S, S);
+                            prefetch<true>(output + of_head(q) * D, D);
                             for (int64_t v = 0; v < vectors; ++v) {
                                 Vec x, y;
-                                load_pairs_before(positions_end, positions + (first + v * LANES) * 2, x, y);
+                                load_pairs_before(positions_end, positions + (of_head(q) * S + v * LANES) * 2, x, y);
                                 const Samples& of = samples[v];
-                                x = PREDICTED ? x + (references[2 * q] * of.width - 0.5f) : x * of.width - 0.5f;
-                                y = PREDICTED ? y + (references[2 * q + 1] * of.height - 0.5f) : y * of.height - 0.5f;
-                                find_corners(x, y, shares[v], of, corners[(q - block) * vectors + v]);
+                                const int64_t point = 2 * (block + q);
+                                x = PREDICTED ? x + (references[point] * of.width + 0.5f) : x * of.width + 0.5f;
+                                y = PREDICTED ? y + (references[point + 1] * of.height + 0.5f) : y * of.height + 0.5f;
+                                find_corners(x, y, shares[q * vectors + v], of, corners[q * vectors + v]);
                             }
                         }
-                        for (int64_t q = block; q < end; ++q)
-                            sum_corners(&corners[(q - block) * vectors], S, values, scales[q - block],
-                                        output + ((b * Q + q) * M + m) * D, D);
+                        for (int64_t q = 0; q < count; ++q) {
+                            prefetch(positions + later(q) * S * 2, S * 2);
+                            attend_to_corners(&corners[q * vectors], S, table, words, scales[q],
+                                              output + of_head(q) * D, D);
+                        }
                     }
                 }
     }
