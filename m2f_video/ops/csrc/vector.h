@@ -124,28 +124,6 @@ inline Vec total(Vec x) {
     return x + rotated<1>(x);
 }
 
-// e^x to about one unit in the last place; 0 below -87.3, and NaN of NaN.
-inline Vec exp(Vec x) {
-    const Vec lowest = broadcast(-87.33f), highest = broadcast(88.37f);
-    const auto underflows = x < lowest;
-    x = x > highest ? highest : x;
-    x = underflows ? lowest : x;
-    const float to_integer = 12582912.0f;                      // 1.5 * 2^23: adding it rounds to integers
-    const Vec shifted = x * 1.44269504f + to_integer;          // x / ln 2
-    const Vec n = shifted - to_integer;
-    const Vec r = (x - n * 0.693145752f) - n * 1.42860677e-6f;  // ln 2 in two parts
-    Vec p = r * (1.0f / 5040) + 1.0f / 720;                    // Taylor series: |r| is at most 0.35
-    p = p * r + 1.0f / 120;
-    p = p * r + 1.0f / 24;
-    p = p * r + 1.0f / 6;
-    p = p * r + 0.5f;
-    p = p * r + 1.0f;
-    p = p * r + 1.0f;
-    const Bits power = (Bits)shifted << 23;  // n in the exponent's place
-    const Vec result = (Vec)((Bits)p + power);
-    return x == x ? (underflows ? Vec{} : result) : x;
-}
-
 // 2^x for x up to 127, to about one unit in the last place, 1 of 0; 0 from -127 down, and NaN of NaN. Coarsely it is
 // within 8e-5 of itself, which is much less than is lost where the result is rounded to bfloat16.
 template <bool COARSE = false>
