@@ -6,11 +6,12 @@ kernels make one pass for a layer norm of a sum, and two for a group norm with a
 B maps, C channels, H W height and width, h w those of a coarser map.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m2f_video.ops import cpu_kernels
-from m2f_video.ops.conditions import has_hooks
+from m2f_video.ops.conditions import has_hooks, only_values
 
 BLOCK = 32
 """Channels that the kernel for group norms takes at a time."""
@@ -67,7 +68,7 @@ def group_norm_channels_last(
     """
     if compiled and _fits_maps(x, coarse, norm):
         return _normalise_(x, coarse, norm, relu)
-    normalised = norm(x)
+    normalised = _group_norm_by_channels(x, norm) if _loses_digits(x, norm) else norm(x)
     if coarse is not None:
         resized = F.interpolate(coarse, size=x.shape[-2:], mode="bilinear", align_corners=False)
         normalised = normalised.add_(resized)
@@ -99,6 +100,30 @@ def _normalise_(x: Tensor, coarse: Tensor | None, norm: nn.GroupNorm, relu: bool
     added = (None, 0, 0, 0) if coarse is None else (coarse[0].permute(1, 2, 0), coarse.stride(0), *coarse.shape[2:])
     cpu_kernels.call("group_norm", x, *arguments, *added)
     return x
+
+
+def _loses_digits(x: Tensor, norm: nn.GroupNorm) -> bool:
+    """Whether PyTorch would sum the squares of whole maps one by one in float32: where channels come last."""
+    if x.dtype != torch.float32 or x.device.type != "cpu" or x.ndim != 4 or x.numel() == 0:
+        return False
+    if x.is_contiguous() or not x.permute(0, 2, 3, 1).is_contiguous() or not is_plain_norm(norm, x.shape[1]):
+        return False
+    return only_values(x, norm.weight, norm.bias)
+
+
+def _group_norm_by_channels(x: Tensor, norm: nn.GroupNorm) -> Tensor:
+    """`norm(x)` from the mean and variance of each channel, with a tenth of the error that PyTorch's own has."""
+    pixels = x.permute(0, 2, 3, 1)
+    of_channel = pixels.mean((1, 2), keepdim=True)
+    variances = (pixels - of_channel).square_().mean((1, 2)).double().unflatten(1, (norm.num_groups, -1))  # (B, G, C/G)
+    means = of_channel.flatten(1).double().unflatten(1, (norm.num_groups, -1))
+    mean = means.mean(2, keepdim=True)
+    variance = (variances + (means - mean).square()).mean(2, keepdim=True)
+    inverse = (variance + norm.eps).rsqrt().expand_as(means).flatten(1)
+    scale = inverse * norm.weight.double()
+    offset = norm.bias.double() - mean.expand_as(means).flatten(1) * scale
+    scale, offset = (values.float()[:, None, None] for values in (scale, offset))  # (B, 1, 1, C)
+    return torch.addcmul(offset, pixels, scale).permute(0, 3, 1, 2)
 
 
 def _fits_rows(x: Tensor, branch: Tensor | None, norm: nn.LayerNorm) -> bool:

@@ -275,5 +275,14 @@ def test_group_norms_that_no_kernel_knows(calls: list[str]) -> None:
     hooked = affine(nn.GroupNorm(4, 32))
     hooked.register_forward_pre_hook(lambda module, args: (args[0] + 1,))
     maps(hooked, x)
-    assert torch.equal(group_norm_channels_last(x, norm, False, relu=True), norm(x).relu())
+    assert_close(group_norm_channels_last(x, norm, False, relu=True), norm(x).relu())
     assert calls == []
+
+
+def test_group_norms_by_pytorch_keep_their_digits() -> None:
+    norm, x = affine(nn.GroupNorm(8, 64)), channels_last(2, 64, 96, 96) * torch.linspace(0.5, 2, 64)[:, None, None] + 1
+    expected = group_norm_in_double(x, norm)
+    assert relative_error(group_norm_channels_last(x, norm, False), expected) < 1e-7
+    with torch.enable_grad():
+        x.requires_grad_()
+        assert torch.equal(group_norm_channels_last(x, norm, False), norm(x))
