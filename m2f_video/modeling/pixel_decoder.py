@@ -65,7 +65,7 @@ class DeformableEncoderLayer(nn.Module):
     ) -> Tensor:
         """Tokens (B, N, C) -> (B, N, C); positions (N, C) are added to the queries only, not to the values."""
         inputs = x + position, x, reference_points, spatial_shapes
-        if has_hooks(self.self_attn):
+        if type(self.self_attn) is not MSDeformAttn or has_hooks(self.self_attn):
             x = self.self_attn_norm(x + self.dropout(self.self_attn(*inputs)))
         else:
             sampled, layer = self.self_attn.sample(*inputs), self.self_attn.output_proj

@@ -253,7 +253,7 @@ class SwinBlock(nn.Module):
             (B, H, W, C).
         """
         x = self.attn.on_map(x, self.shift, shift_mask, before=self.norm1, residual=x, drop=self.drop_path)
-        if has_hooks(self.mlp):
+        if type(self.mlp) is not Mlp or has_hooks(self.mlp):
             return x + self.drop_path(self.mlp(self.norm2(x)))
         layers = self.mlp.fc1, self.mlp.fc2
         return feed_forward(x, *layers, "gelu", before=self.norm2, residual=x, drop=self.drop_path)

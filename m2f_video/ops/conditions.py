@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
 
 
 def needs_gradient(*tensors: Tensor) -> bool:
@@ -18,5 +19,5 @@ def only_values(*tensors: Tensor) -> bool:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether a call of the module does more than its `forward`."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+    """Whether a call of the module does more than its `forward`, hooks on all modules included."""
+    return bool(module._forward_hooks or module._forward_pre_hooks) or _has_any_global_hook()

@@ -154,3 +154,18 @@ def test_gradcheck() -> None:
 def test_pixel_centres() -> None:
     centres = pixel_centres(2, 4, dtype=torch.float64)
     assert centres.tolist() == [[x, y] for y in (0.25, 0.75) for x in (0.125, 0.375, 0.625, 0.875)]
+
+
+def test_another_attention_takes_the_place_of_the_first() -> None:
+    class Doubled(nn.Module):
+        def forward(self, query: Tensor, value: Tensor, *_: object) -> Tensor:
+            return 2 * value
+
+    layer = DeformableEncoderLayer(dim=16, ffn_dim=8, num_heads=2, num_points=1)
+    layer.self_attn = Doubled()  # type: ignore[assignment]
+    x = torch.randn(1, 3, 16)
+    with torch.no_grad():
+        expected = layer.self_attn_norm(3 * x)
+        expected = layer.ffn_norm(expected + layer.linear2(layer.linear1(expected).relu()))
+        shapes = ((1, 1),) * 3
+        assert torch.allclose(layer(x, torch.zeros(3, 16), torch.full((3, 2), 0.5), shapes), expected, atol=1e-5)

@@ -251,3 +251,12 @@ def test_gradcheck_of_a_shifted_block() -> None:
     x = torch.randn(1, 4, 5, 4, dtype=torch.float64, requires_grad=True)
     mask = shifted_window_mask(6, 6, 3, 1, like=x)
     assert torch.autograd.gradcheck(block, (x, mask), fast_mode=True)
+
+
+def test_another_mlp_takes_the_place_of_the_first() -> None:
+    block = SwinBlock(dim=8, num_heads=2, window_size=2, shift=0)
+    x = torch.randn(1, 4, 4, 8)
+    with torch.no_grad():
+        attended = block.attn.on_map(x, 0, None, before=block.norm1, residual=x)
+        block.mlp = nn.Identity()  # type: ignore[assignment]
+        assert torch.allclose(block(x), attended + block.norm2(attended))
