@@ -231,16 +231,19 @@ def _in_parts(
     size = (*x.shape[:-1], second.out_features)
     tokens, added = x.reshape(-1, x.shape[-1]), None if residual is None else residual.expand(size).flatten(0, -2)
     rows = max(HIDDEN_BYTES // (first.out_features * x.element_size()), 1)
-    first_weight, second_weight = first.weight_for_onednn(), second.weight_for_onednn()
+    weights = [first.weight_for_onednn()]
+    # oneDNN sums a float32 hidden layer's many products one by one, with twice the error of what is behind `F.linear`
+    by_onednn = x.dtype != torch.float32
+    if by_onednn:
+        weights.append(second.weight_for_onednn())
     if len(tokens) > rows:  # once, rather than in every call
-        first_weight, second_weight = _in_order_of_onednn(first_weight), _in_order_of_onednn(second_weight)
+        weights = [_in_order_of_onednn(weight) for weight in weights]
 
     def network(tokens: Tensor) -> Tensor:
-        hidden = _onednn_linear(tokens, first_weight, first.bias, activation)
-        if x.dtype == torch.float32 and second.bias is not None:
-            # oneDNN sums a hidden layer's many products one by one, with twice the error of the library behind this
-            return torch.addmm(second.bias, hidden, second.weight.t())
-        return _onednn_linear(hidden, second_weight, second.bias, None)
+        hidden = _onednn_linear(tokens, weights[0], first.bias, activation)
+        if by_onednn:
+            return _onednn_linear(hidden, weights[1], second.bias, None)
+        return F.linear(hidden, second.weight, second.bias)
 
     output = x.new_empty(len(tokens), second.out_features)
     for start in range(0, len(tokens), rows):

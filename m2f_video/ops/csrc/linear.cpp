@@ -19,8 +19,8 @@ constexpr int64_t DEPTH = 64;                 // of sums term by term, which rou
 
 enum Activation : int64_t { NONE, RELU, GELU };
 
-// x P(x), where P is the normal distribution's. P = 1 / (1 + 2^y), and y, the binary logarithm of (1 - P) / P, is nearly
-// an odd polynomial: fitted for |x| up to 6, it leaves an error of 1.5e-7 in the result; below -6 that is 6e-9.
+// x P(x), where P is the normal distribution's. P = 1 / (1 + 2^y), and y, the binary logarithm of (1 - P) / P, is
+// nearly an odd polynomial: fitted for |x| up to 6, it leaves an error of 1.5e-7 in the result; below -6 that is 6e-9.
 inline Vec gelu(Vec x) {
     const Vec lowest = broadcast(-6), highest = broadcast(6);
     const Vec floored = x < lowest ? lowest : x, limited = floored > highest ? highest : floored;  // NaN stays
@@ -73,7 +73,7 @@ struct Finish {
 template <int TILE, int VECTORS, typename T>
 inline void multiply_tile(const T* x, int64_t inputs, const T* weights, const Finish<T>& finish, int64_t row,
                           int64_t column) {
-    constexpr int STEP = sizeof(float) / sizeof(T);
+    constexpr int STEP = PER_WORD<T>;
     const int64_t part = STEP == 1 ? DEPTH : inputs;
     Vec totals[TILE][VECTORS];  // set by the first part
     for (int64_t start = 0; start < inputs; start += part) {
@@ -106,7 +106,7 @@ void multiply_panel(const T* x, int64_t rows, int64_t inputs, const T* weights, 
     for (; row < rows; ++row) multiply_tile<1, VECTORS>(x + row * inputs, inputs, weights, finish, row, column);
 }
 
-// x (rows, inputs) by packed weights (panels, inputs / STEP, PANEL, STEP).
+// x (rows, inputs) by packed weights (panels, inputs / PER_WORD, PANEL, PER_WORD).
 template <typename T>
 void multiply(const T* x, int64_t rows, int64_t inputs, const T* weights, int64_t outputs, const Finish<T>& finish) {
     for (int64_t column = 0; column < outputs; column += PANEL) {
@@ -173,8 +173,8 @@ void linear_layers_of(int64_t threads, const T* x, const LayerNorm<T>& before, c
 
 }  // namespace
 
-// Whether products of this type are worth it: with AVX-512, and in bfloat16 with its products of pairs, unless there are
-// matrix instructions, which this file does not use.
+// Whether products of this type are worth it: with AVX-512, and in bfloat16 with its products of pairs, unless there
+// are matrix instructions, which this file does not use.
 EXPORT int64_t fast_products(int64_t dtype) {
 #if defined(__AVX512F__) && defined(__AVX512BF16__) && !defined(__AMX_BF16__)
     return 1;

@@ -1,4 +1,4 @@
-// Vectors of 16 floats, and arrays of float or bfloat16 to read them from; all arithmetic is in float.
+// Vectors of 16 floats, and arrays of float or bfloat16 to read them from. All sums are in float.
 //
 // GCC and Clang turn these into whatever the machine has: one AVX-512 register, two of AVX2, four of NEON.
 #pragma once
