@@ -73,8 +73,13 @@ def attention_mask(mask_logits: Tensor) -> Tensor:
     A key is blocked where sigmoid(logit) < 0.5: where the logit is negative, however a sigmoid of one next to zero is
     rounded. A query whose keys are all blocked attends to all of them instead.
     """
-    blocked = mask_logits < 0
-    return ~blocked | blocked.all(-1, keepdim=True)
+    return attention_bias(mask_logits) == 0
+
+
+def attention_bias(mask_logits: Tensor) -> Tensor:
+    """The same as numbers to add to attention logits: 0, and where blocked the lowest, beside which no other counts."""
+    blocked = mask_logits.detach().clone().lt_(0)  # as numbers: PyTorch's operators on bools take ten times as long
+    return blocked.sub_(blocked.amin(-1, keepdim=True)).mul_(torch.finfo(blocked.dtype).min)
 
 
 def resize_frames(frames: Tensor, size: tuple[int, int]) -> Tensor:
@@ -156,9 +161,9 @@ class Attention(nn.Module):
         dim = q.shape[-1] // self.num_heads
         if self.compiled and mask_logits is not None and kernels_run(dim, q, k, v, mask_logits):
             return self.out_proj(masked_attention(q, k, v, mask_logits, self.num_heads))
-        mask = None if mask_logits is None else attention_mask(mask_logits)[:, None]
+        bias = None if mask_logits is None else attention_bias(mask_logits).to(q.dtype)[:, None]
         q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, M, Q or S, C/M)
-        output = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        output = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         return self.out_proj(output.transpose(1, 2).flatten(2))
 
 

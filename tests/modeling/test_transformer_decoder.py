@@ -14,6 +14,7 @@ from m2f_video.modeling.transformer_decoder import (
     Level,
     MaskedTransformerDecoder,
     SelfAttention,
+    attention_bias,
     attention_mask,
     predict_masks,
     resize_frames,
@@ -75,6 +76,16 @@ def test_every_query_sees_something(batch: int, queries: int, keys: int, seed: i
     assert seen[logits >= 0].all()
     partly = (logits >= 0).any(-1)
     assert not seen[partly][logits[partly] < 0].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_no_logit_counts_beside_a_blocked_keys_bias(dtype: torch.dtype) -> None:
+    mask_logits = torch.tensor([[[-1.0, 3.0, -0.5], [-1.0, -1.0, -2.0]]], dtype=dtype)
+    seen, bias = attention_mask(mask_logits), attention_bias(mask_logits)
+    assert bias.dtype == dtype
+    assert torch.equal(bias, torch.zeros_like(mask_logits).masked_fill(~seen, torch.finfo(dtype).min))
+    weights = (torch.tensor([100.0, -100.0, 0.0], dtype=dtype) + bias).softmax(-1)
+    assert weights[0, 0].tolist() == [0, 1, 0]
 
 
 def make_level(batch: int = 2, frames: int = 3, pixels: int = 4, dim: int = 12) -> Level:
