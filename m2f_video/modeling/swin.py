@@ -13,13 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from m2f_video.ops.attention import kernels_run, window_attention
+from m2f_video.ops import cpu_kernels
+from m2f_video.ops.attention import LANES, SHIFT_MASK, window_attention
 from m2f_video.ops.conditions import has_hooks, needs_gradient
 from m2f_video.ops.linear import Linear, feed_forward, project
 from m2f_video.ops.norm import layer_norm
-
-# Added to the logits of token pairs that the cyclic shift brought together; the published model's value.
-SHIFT_MASK = -100.0
 
 
 def round_up(size: int, multiple: int) -> int:
@@ -155,9 +153,10 @@ class WindowAttention(nn.Module):
         Returns:
             (B, H, W, C).
         """
-        if self.kernel_runs(x) and not (before is not None and needs_gradient(*before.parameters())):
+        if self.keeps_map(x) and not (before is not None and needs_gradient(*before.parameters())):
+            compiled = self.compiled and x.shape[-1] // self.num_heads % LANES == 0
             qkv = project(x, self.qkv, before=before)
-            attended = window_attention(qkv, self.qkv.bias, self._position_bias(), self.window_size, shift)
+            attended = window_attention(qkv, self.qkv.bias, self._position_bias(), self.window_size, shift, compiled)
             return project(attended, self.proj, residual=residual, drop=drop)
         attended = self._in_cut_windows(
             x if before is None else layer_norm(x, before, self.compiled), shift, shift_mask
@@ -182,13 +181,11 @@ class WindowAttention(nn.Module):
             return x.index_select(1, rows).index_select(2, columns)
         return x[:, :H, :W]
 
-    def kernel_runs(self, x: Tensor) -> bool:
-        """Whether `on_map` attends to this map by a compiled kernel, which needs no mask."""
-        if not self.compiled or has_hooks(self):
+    def keeps_map(self, x: Tensor) -> bool:
+        """Whether `on_map` neither pads nor shifts the map, and so needs no mask: in inference on a CPU."""
+        if type(self) is not WindowAttention or has_hooks(self):
             return False
-        if needs_gradient(self.relative_position_bias_table):
-            return False
-        return kernels_run(x.shape[-1] // self.num_heads, x, self.qkv.weight, self.qkv.bias)
+        return cpu_kernels.runs(x, self.relative_position_bias_table, self.qkv.weight, self.qkv.bias)
 
     def _position_bias(self) -> Tensor:
         """(M, N, N)."""
@@ -331,7 +328,7 @@ class SwinStage(nn.Module):
         """(B, H, W, C) -> the stage's output (B, H, W, C) and what the next stage gets (merged, unless last)."""
         shift_mask = None
         shifted = self.blocks[1::2]
-        if not all(isinstance(block, SwinBlock) and block.attn.kernel_runs(x) for block in shifted):
+        if not all(isinstance(block, SwinBlock) and block.attn.keeps_map(x) for block in shifted):
             S = self.window_size
             height, width = round_up(x.shape[1], S), round_up(x.shape[2], S)
             shift_mask = shifted_window_mask(height, width, S, S // 2, like=x)

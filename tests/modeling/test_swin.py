@@ -20,7 +20,7 @@ from m2f_video.modeling.swin import (
     window_partition,
 )
 from tests.golden_files import load_swin_blocks, read_info
-from tests.tolerances import assert_close, differences
+from tests.tolerances import assert_close, differences, relative_error
 
 CASES = tuple(read_info("ops")["swin"])
 
@@ -251,6 +251,45 @@ def test_gradcheck_of_a_shifted_block() -> None:
     x = torch.randn(1, 4, 5, 4, dtype=torch.float64, requires_grad=True)
     mask = shifted_window_mask(6, 6, 3, 1, like=x)
     assert torch.autograd.gradcheck(block, (x, mask), fast_mode=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("qkv_bias", [True, False])
+@pytest.mark.parametrize(
+    ("window_size", "height", "width", "shift", "batch"),
+    [(7, 14, 21, 0, 1), (7, 14, 21, 3, 2), (7, 23, 33, 3, 2), (7, 3, 2, 3, 2), (3, 1, 1, 1, 1), (5, 26, 4, 2, 1)],
+)
+def test_windows_of_a_map_equal_cut_ones(
+    dtype: torch.dtype,
+    qkv_bias: bool,
+    window_size: int,
+    height: int,
+    width: int,
+    shift: int,
+    batch: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr("m2f_video.ops.attention.PART_BYTES", 2**14)  # one to three rows of windows
+    module = WindowAttention(dim=24, num_heads=2, window_size=window_size, qkv_bias=qkv_bias).to(dtype)
+    nn.init.normal_(module.relative_position_bias_table)
+    if qkv_bias:
+        nn.init.normal_(module.qkv.bias)
+    x = torch.randn(batch, height, width, 24).to(dtype)
+    expected = module.on_map(x, shift, None).detach()  # what gradients go through
+    with torch.no_grad():
+        assert module.keeps_map(x)
+        assert relative_error(module.on_map(x, shift, None), expected) < (1e-6 if dtype == torch.float32 else 1e-2)
+
+
+def test_another_window_attention_is_called() -> None:
+    class Zero(WindowAttention):
+        def forward(self, windows: Tensor, mask: Tensor | None = None) -> Tensor:
+            return torch.zeros_like(windows)
+
+    with torch.no_grad():
+        module, x = Zero(dim=8, num_heads=2, window_size=2), torch.randn(1, 3, 4, 8)
+        assert torch.equal(module.on_map(x, 1, None, residual=x), x)
 
 
 def test_another_mlp_takes_the_place_of_the_first() -> None:

@@ -122,7 +122,9 @@ def test_what_records_operators_gets_pytorchs(calls: list[str]) -> None:
 
 
 def test_no_frames_and_no_queries_give_nothing() -> None:
-    assert window_attention(torch.zeros(0, 4, 4, 96), None, torch.zeros(2, 16, 16), 4, 0).shape == (0, 4, 4, 32)
+    for compiled in (False, True):
+        nothing = window_attention(torch.zeros(0, 4, 4, 96), None, torch.zeros(2, 16, 16), 4, 0, compiled)
+        assert nothing.shape == (0, 4, 4, 32)
     nothing = masked_attention(*(torch.zeros(0, size, 32) for size in (2, 3, 3)), torch.zeros(0, 2, 3), 2)
     assert nothing.shape == (0, 2, 32)
 
@@ -149,8 +151,8 @@ def test_a_token_that_is_not_a_number_spoils_its_window_alone() -> None:
 )
 def test_windows_check_their_inputs(shapes: tuple[tuple[int, ...], ...], window_size: int, shift: int) -> None:
     qkv, qkv_bias, position_bias = (torch.zeros(shape) for shape in shapes)
-    with pytest.raises(ValueError, match=r"qkv|shift"):
-        window_attention(qkv, qkv_bias, position_bias, window_size, shift)
+    with pytest.raises(ValueError, match=r"qkv|shift|heads"):
+        window_attention(qkv, qkv_bias, position_bias, window_size, shift, True)
 
 
 # --- under masks
