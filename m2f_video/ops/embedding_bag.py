@@ -17,10 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from m2f_video.ops.conditions import needs_gradient
+from m2f_video.ops.conditions import needs_gradient, only_values
 
 CHUNK_BYTES = 2**19
 """Of a chunk's x or y: with no gradient to keep things for, queries are worked on in parts that stay in a cache."""
+
+BORDER = 3
+"""Rows, and columns, of zeros around a level: one before it, two behind, as a sample on one reads the next as well."""
+
+SAFE_LOGIT = 80.0
+"""Up to it, of either sign, float32 has room for the exponential of a logit, and for sums of many."""
 
 Corners = tuple[tuple[Tensor, Tensor], ...]
 """Rows and weights (B, Q, M L P) of the upper left, upper right, lower left and lower right corner of every sample.
@@ -35,9 +41,9 @@ def ms_deform_attn_embedding_bag(
 ) -> Tensor:
     """Weighted sum of bilinearly sampled values; arguments and result as `m2f_video.ops.ms_deform_attn`."""
     grid = _grid(spatial_shapes, sampling_locations, sampling_locations.dtype)
-    locations, weights = sampling_locations.flatten(2), attention_weights.flatten(2)
-    keeps = needs_gradient(value, locations, weights)
-    return _sums(value, spatial_shapes, grid, _corners_at_locations, (locations, weights), None, in_parts=not keeps)
+    keeps = needs_gradient(value, sampling_locations, attention_weights)
+    samples = *_axes(sampling_locations), attention_weights.flatten(2)
+    return _sums(value, spatial_shapes, grid, _corners_at_locations, samples, None, in_parts=not keeps)
 
 
 def ms_deform_attn_embedding_bag_from_offsets(
@@ -50,8 +56,13 @@ def ms_deform_attn_embedding_bag_from_offsets(
     """The same from what a module predicts; arguments and result as `m2f_video.ops.ms_deform_attn_from_offsets`."""
     grid = _grid(spatial_shapes, offsets, reference_points.dtype)
     keeps = needs_gradient(value, offsets, attention_logits)
-    predicted = offsets.flatten(2), attention_logits.flatten(2)
-    return _sums(value, spatial_shapes, grid, _corners_at_offsets, predicted, reference_points, in_parts=not keeps)
+    samples = *_axes(offsets), attention_logits.flatten(2)
+    return _sums(value, spatial_shapes, grid, _corners_at_offsets, samples, reference_points, in_parts=not keeps)
+
+
+def _axes(positions: Tensor) -> tuple[Tensor, Tensor]:
+    """X and y (B, Q, M L P) of positions (B, Q, M, L, P, 2), without a copy even where all x come before all y."""
+    return positions[..., 0].flatten(2), positions[..., 1].flatten(2)
 
 
 def _sums(
@@ -59,19 +70,23 @@ def _sums(
     spatial_shapes: tuple[tuple[int, int], ...],
     grid: "_Grid",
     corners: Callable[..., Corners],
-    samples: tuple[Tensor, Tensor],
+    samples: tuple[Tensor, Tensor, Tensor],
     reference_points: Tensor | None,
     in_parts: bool,
 ) -> Tensor:
-    """Sum the rows at the `corners` of the samples, (B, Q, ...) each: (B, Q, M * D)."""
+    """Sum the rows at the `corners` of the samples, x, y and what weighs them, (B, Q, M L P) each: (B, Q, M * D)."""
     (B, Q, _), (M, D) = samples[0].shape, value.shape[2:]
     table = _pad_levels(value, spatial_shapes).view(-1, D)
+    starts = torch.arange(0, B * Q * M * grid.samples, grid.samples, dtype=torch.int32, device=value.device)
+
+    def sums(rows: Tensor, weights: Tensor) -> Tensor:
+        rows, weights = rows.view(-1, grid.samples), weights.to(value.dtype).view(-1, grid.samples)
+        return weighted_row_sums(table, rows, weights, starts[: len(rows)])
 
     def attend(part: slice) -> Tensor:
         constants = (grid,) if reference_points is None else (reference_points[part], grid)
         upper_left, upper_right, lower_left, lower_right = (
-            weighted_row_sums(table, rows.view(-1, grid.samples), weights.view(-1, grid.samples).to(value.dtype))
-            for rows, weights in corners(*(tensor[:, part] for tensor in samples), *constants)
+            sums(*corner) for corner in corners(*(tensor[:, part] for tensor in samples), *constants)
         )
         return upper_left.add_(upper_right).add_(lower_left).add_(lower_right).view(B, -1, M * D)
 
@@ -94,12 +109,13 @@ class _Grid(NamedTuple):
 
     heads: int  # M
     samples: int  # L P
-    width: Tensor  # (M L P,): of the sample's level
+    width: Tensor  # (M L P,): of the sample's level, without its border
     height: Tensor  # (M L P,)
-    before: Tensor  # (M L P,): -1
+    first: Tensor  # (): of a border's rows and columns, 0
+    last_column: Tensor  # (M L P,): right of the level that a sample may lie on
+    last_row: Tensor  # (M L P,)
     down: Tensor  # (M L P,) int32: rows from a pixel to the one below it
-    origin: Tensor  # (M L P,) int32: row of the level's first pixel
-    batch: Tensor  # (B, 1, 1) int32: rows before those of a batch item
+    origin: Tensor  # (B, 1, M L P) int32: row of the upper left corner of the level's border
 
 
 def _grid(spatial_shapes: tuple[tuple[int, int], ...], samples: Tensor, dtype: torch.dtype) -> _Grid:
@@ -110,53 +126,55 @@ def _grid(spatial_shapes: tuple[tuple[int, int], ...], samples: Tensor, dtype: t
         return level_values[None, :, None].expand(M, L, P).reshape(-1)
 
     heights, widths = torch.tensor(spatial_shapes, device=device).unbind(1)
-    padded_widths = widths + 2
-    areas = padded_widths * (heights + 2)
-    first_inner = areas.cumsum(0) - areas + padded_widths + 1  # pixel (0, 0) of each level in the padded tokens
-    padded_length = sum((h + 2) * (w + 2) for h, w in spatial_shapes)
+    areas = (heights + BORDER) * (widths + BORDER)
     head = torch.arange(M, device=device, dtype=torch.int32).repeat_interleave(L * P)
-    width = per_sample(widths.to(dtype))
+    batch = torch.arange(B, device=device, dtype=torch.int32)[:, None, None] * (areas.sum() * M).int()
+    width, height = per_sample(widths.to(dtype)), per_sample(heights.to(dtype))
     return _Grid(
         heads=M,
         samples=L * P,
         width=width,
-        height=per_sample(heights.to(dtype)),
-        before=torch.full_like(width, -1),
-        down=per_sample((padded_widths * M).int()),
-        origin=per_sample((first_inner * M).int()) + head,
-        batch=torch.arange(B, device=device, dtype=torch.int32)[:, None, None] * (padded_length * M),
+        height=height,
+        first=width.new_zeros(()),
+        last_column=width + 1,
+        last_row=height + 1,
+        down=per_sample(((widths + BORDER) * M).int()),
+        origin=per_sample(((areas.cumsum(0) - areas) * M).int()) + head + batch,
     )
 
 
-def _corners_at_locations(locations: Tensor, attention_weights: Tensor, grid: _Grid) -> Corners:
-    """Of relative locations (B, Q, 2 M L P) and their weights (B, Q, M L P)."""
-    x, y = locations[..., 0::2], locations[..., 1::2]
-    return _corners(x * grid.width - 0.5, y * grid.height - 0.5, attention_weights, grid)
+def _corners_at_locations(x: Tensor, y: Tensor, attention_weights: Tensor, grid: _Grid) -> Corners:
+    """Of relative locations, (B, Q, M L P) as all here."""
+    return _corners(x * grid.width, y * grid.height, attention_weights, grid)
 
 
-def _corners_at_offsets(offsets: Tensor, attention_logits: Tensor, reference_points: Tensor, grid: _Grid) -> Corners:
-    """Of offsets (B, Q, 2 M L P), in pixels, from points (Q, 2), and logits (B, Q, M L P) of their weights."""
+def _corners_at_offsets(
+    x: Tensor, y: Tensor, attention_logits: Tensor, reference_points: Tensor, grid: _Grid
+) -> Corners:
+    """Of offsets from points (Q, 2), in pixels, and the logits of their weights."""
     dtype = reference_points.dtype
     weights = _softmax(attention_logits.to(dtype).unflatten(2, (grid.heads, grid.samples))).flatten(2)
-    x = offsets[..., 0::2].to(dtype) + (reference_points[:, :1] * grid.width - 0.5)
-    y = offsets[..., 1::2].to(dtype) + (reference_points[:, 1:] * grid.height - 0.5)
+    x = torch.addcmul(x.to(dtype), reference_points[:, :1], grid.width)
+    y = torch.addcmul(y.to(dtype), reference_points[:, 1:], grid.height)
     return _corners(x, y, weights, grid)
 
 
 def _softmax(logits: Tensor) -> Tensor:
     """Over the last axis. For a dozen samples a head, PyTorch's own takes three times as long, forward."""
-    if needs_gradient(logits) or torch.compiler.is_compiling():
+    if logits.device.type != "cpu" or not only_values(logits):
         return logits.softmax(-1)
-    weights = (logits - logits.amax(-1, keepdim=True)).exp_()
+    if logits.numel() and logits.min().item() > -SAFE_LOGIT and logits.max().item() < SAFE_LOGIT:
+        weights = logits.exp()  # two thirds of the time, as no head's maximum is needed
+    else:
+        weights = (logits - logits.amax(-1, keepdim=True)).exp_()
     return weights.div_(weights.sum(-1, keepdim=True))
 
 
 def _corners(x: Tensor, y: Tensor, attention_weights: Tensor, grid: _Grid) -> Corners:
-    """Of positions (B, Q, M L P) in pixels, 0 being the centre of the level's first one."""
-    left, x_fraction = _cell(x, grid.width, grid.before)
-    upper, y_fraction = _cell(y, grid.height, grid.before)
-    rows = upper * grid.down
-    rows.add_(left, alpha=grid.heads).add_(grid.origin).add_(grid.batch)
+    """Of positions in pixels, 0 being the outer edge of the level's first one."""
+    left, x_fraction = _cell(x, grid.first, grid.last_column)
+    upper, y_fraction = _cell(y, grid.first, grid.last_row)
+    rows = (upper * grid.down).add_(left, alpha=grid.heads).add_(grid.origin)
 
     # (1-x)(1-y), x(1-y), (1-x)y and xy times the attention weight, by one product and one difference each
     weights = attention_weights.to(x.dtype)
@@ -171,34 +189,35 @@ def _corners(x: Tensor, y: Tensor, attention_weights: Tensor, grid: _Grid) -> Co
     )
 
 
-def _cell(position: Tensor, size: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
-    """Last pixel at or before a position, int32, and the rest of the way to the next one, 0 to 1.
+def _cell(position: Tensor, first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+    """Last pixel whose centre is at or before a position, int32, and the rest of the way to the next one, 0 to 1.
 
-    A position beyond half a pixel outside moves to the zero border, where its contribution is zero as well, and so does
-    NaN: no row number may be out of range.
+    Pixels are counted from the border's first one, whose centre is half a pixel before the level's edge. A position
+    beyond it, or behind the last pixel's neighbour, moves onto the zero border, where its contribution is zero as well,
+    and so does NaN: no row number may be out of range. `position` is written over.
     """
-    position = torch.clamp(position, before, size).nan_to_num(nan=-1.0)
-    pixel = torch.minimum(position.detach().floor(), size - 1)  # so that the pixel after it exists
-    return pixel.int(), position - pixel
+    position = torch.clamp(position.add_(0.5), first, last).nan_to_num_(nan=0.0)
+    return position.detach().int(), position.frac()
 
 
 def _pad_levels(value: Tensor, spatial_shapes: tuple[tuple[int, int], ...]) -> Tensor:
-    """Surround every level by one zero pixel, so that a corner outside needs no mask: its row is zero.
+    """Surround every level by zero pixels, so that a corner outside needs no mask: its row is zero.
 
-    (B, N, M, D) -> (B, sum of (H + 2)(W + 2), M, D)
+    (B, N, M, D) -> (B, sum of (H + BORDER)(W + BORDER), M, D)
     """
     B, _, M, D = value.shape
-    padded = value.new_zeros(B, sum((h + 2) * (w + 2) for h, w in spatial_shapes), M, D)
+    padded = value.new_zeros(B, sum((h + BORDER) * (w + BORDER) for h, w in spatial_shapes), M, D)
     start = padded_start = 0
     for height, width in spatial_shapes:
-        stop, padded_stop = start + height * width, padded_start + (height + 2) * (width + 2)
-        inner = padded[:, padded_start:padded_stop].view(B, height + 2, width + 2, M, D)[:, 1:-1, 1:-1]
-        inner.copy_(value[:, start:stop].view(B, height, width, M, D))
+        padded_size = height + BORDER, width + BORDER
+        stop, padded_stop = start + height * width, padded_start + padded_size[0] * padded_size[1]
+        level = padded[:, padded_start:padded_stop].view(B, *padded_size, M, D)[:, 1 : height + 1, 1 : width + 1]
+        level.copy_(value[:, start:stop].view(B, height, width, M, D))
         start, padded_start = stop, padded_stop
     return padded
 
 
-def weighted_row_sums(table: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
+def weighted_row_sums(table: Tensor, rows: Tensor, weights: Tensor, starts: Tensor) -> Tensor:
     """Sums of rows of a table: `output[i] = sum over k of weights[i, k] * table[rows[i, k]]`.
 
     The gradient of the table is a product with a sparse matrix, which is an order of magnitude faster than
@@ -208,33 +227,39 @@ def weighted_row_sums(table: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
         table: (R, D).
         rows: (S, k) int32 or int64, 0 to R - 1, k at least 1.
         weights: (S, k), in the dtype of `table`.
+        starts: (S,) of the dtype of `rows`: 0, k, 2k, ... Making them takes as long as a fifth of the sums.
 
     Returns:
         (S, D).
     """
     if torch.is_grad_enabled() and (table.requires_grad or weights.requires_grad):
-        return _WeightedRowSums.apply(table, rows, weights)
-    return F.embedding_bag(rows, table, per_sample_weights=weights, mode="sum")
+        return _WeightedRowSums.apply(table, rows, weights, starts)
+    return _embedding_bag(table, rows, weights, starts)
+
+
+def _embedding_bag(table: Tensor, rows: Tensor, weights: Tensor, starts: Tensor) -> Tensor:
+    # in two dimensions, without starts, it takes twice the time
+    return F.embedding_bag(rows.flatten(), table, starts, per_sample_weights=weights.flatten(), mode="sum")
 
 
 class _WeightedRowSums(torch.autograd.Function):
     """`embedding_bag` with another backward."""
 
     @staticmethod
-    def forward(table: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
-        return F.embedding_bag(rows, table, per_sample_weights=weights, mode="sum")
+    def forward(table: Tensor, rows: Tensor, weights: Tensor, starts: Tensor) -> Tensor:
+        return _embedding_bag(table, rows, weights, starts)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
+        ctx.save_for_backward(*inputs[:3])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor, None]:
         table, rows, weights = ctx.saved_tensors
         dtype = torch.promote_types(table.dtype, torch.float32)
         grads = _weighted_row_sums_backward(table.to(dtype), rows, weights.to(dtype), grad.to(dtype))
-        return grads[0].to(table.dtype), None, grads[1].to(weights.dtype)
+        return grads[0].to(table.dtype), None, grads[1].to(weights.dtype), None
 
 
 @torch.library.custom_op("m2f_video::weighted_row_sums_backward", mutates_args=())
