@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from m2f_video.ops import Backend, ms_deform_attn_from_offsets
-from m2f_video.ops.conditions import has_hooks, only_values
-from m2f_video.ops.linear import Linear, linear
+from m2f_video.ops.conditions import only_values
+from m2f_video.ops.linear import Linear, is_plain, linear
 
 
 class MSDeformAttn(nn.Module):
@@ -101,7 +101,7 @@ class MSDeformAttn(nn.Module):
     def _offsets(self, query: Tensor) -> Tensor:
         """(B, Q, M L P, 2), in inference on a CPU all x before all y in memory: `embedding_bag` reads them faster."""
         layer = self.sampling_offsets
-        plain = type(layer) is Linear and not has_hooks(layer) and only_values(query, layer.weight, layer.bias)
+        plain = is_plain(layer) and layer.bias is not None and only_values(query, layer.weight, layer.bias)
         if self.compiled or not plain or query.device.type != "cpu":
             return layer(query).unflatten(2, (-1, 2))
         weight, bias = (torch.cat((parameter[0::2], parameter[1::2])) for parameter in (layer.weight, layer.bias))

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m2f_video.ops import cpu_kernels
-from m2f_video.ops.attention import LANES, SHIFT_MASK, window_attention
+from m2f_video.ops.attention import SHIFT_MASK, kernels_run, window_attention
 from m2f_video.ops.conditions import has_hooks, needs_gradient
-from m2f_video.ops.linear import Linear, feed_forward, project
+from m2f_video.ops.linear import Linear, feed_forward, is_plain, project
 from m2f_video.ops.norm import layer_norm
 
 
@@ -154,7 +154,7 @@ class WindowAttention(nn.Module):
             (B, H, W, C).
         """
         if self.keeps_map(x) and not (before is not None and needs_gradient(*before.parameters())):
-            compiled = self.compiled and x.shape[-1] // self.num_heads % LANES == 0
+            compiled = self.compiled and kernels_run(x.shape[-1] // self.num_heads, x)
             qkv = project(x, self.qkv, before=before)
             attended = window_attention(qkv, self.qkv.bias, self._position_bias(), self.window_size, shift, compiled)
             return project(attended, self.proj, residual=residual, drop=drop)
@@ -183,8 +183,8 @@ class WindowAttention(nn.Module):
 
     def keeps_map(self, x: Tensor) -> bool:
         """Whether `on_map` neither pads nor shifts the map, and so needs no mask: in inference on a CPU."""
-        if type(self) is not WindowAttention or has_hooks(self):
-            return False
+        if type(self) is not WindowAttention or has_hooks(self) or not is_plain(self.qkv):
+            return False  # padding is the bias of a plain projection alone
         return cpu_kernels.runs(x, self.relative_position_bias_table, self.qkv.weight, self.qkv.bias)
 
     def _position_bias(self) -> Tensor:

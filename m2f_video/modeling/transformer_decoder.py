@@ -77,7 +77,10 @@ def attention_mask(mask_logits: Tensor) -> Tensor:
 
 
 def attention_bias(mask_logits: Tensor) -> Tensor:
-    """The same as numbers to add to attention logits: 0, and where blocked the lowest, beside which no other counts."""
+    """What to add to attention logits: 0 where `attention_mask` lets a query attend, elsewhere the lowest number.
+
+    (B, Q, S) -> (B, Q, S); no logit counts beside the lowest number, and nothing is masked for a query without a pixel.
+    """
     blocked = mask_logits.detach().clone().lt_(0)  # as numbers: PyTorch's operators on bools take ten times as long
     return blocked.sub_(blocked.amin(-1, keepdim=True)).mul_(torch.finfo(blocked.dtype).min)
 

@@ -16,7 +16,7 @@ SHIFT_MASK = -100.0
 """Added to the logits of token pairs that a cyclic shift brought together; the published model's value."""
 
 PART_BYTES = 2**22
-"""Of the windows' queries, keys and values that are copied at a time: what a cache holds, and an allocator keeps."""
+"""Of whole windows' queries, keys and values that are copied at a time: what a cache holds, and an allocator keeps."""
 
 
 def kernels_run(dim: int, *tensors: Tensor | None) -> bool:
@@ -67,7 +67,8 @@ def window_attention(
         return output
     if not compiled:
         whole = _attend_in_whole_windows(qkv, position_bias, window_size, shift, output)
-        _attend_in_other_windows(qkv, padding, position_bias, window_size, shift, whole, output)
+        if whole != (-(-H // window_size), -(-W // window_size)):
+            _attend_in_other_windows(qkv, padding, position_bias, window_size, shift, whole, output)
         return output
     qkv, bias = qkv.contiguous(), position_bias.permute(1, 2, 0).contiguous()  # as a table by relative positions has it
     cpu_kernels.call("window_attention", qkv, qkv, padding, bias, output, B, H, W, M, dim, window_size, shift)
@@ -113,8 +114,6 @@ def _attend_in_other_windows(
     other = torch.ones(tokens.shape[:2], dtype=torch.bool, device="cpu")
     other[: whole[0], : whole[1]] = False
     tokens, pieces = tokens[other], pieces[other]  # (n, N)
-    if not len(tokens):
-        return
     there = tokens >= 0
     windows = qkv.flatten(1, 2)[:, tokens]  # (B, n, N, 3 M D)
     windows[:, ~there] = padding

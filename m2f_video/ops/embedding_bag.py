@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from m2f_video.ops.conditions import needs_gradient, only_values
+from m2f_video.ops import cpu_kernels
+from m2f_video.ops.conditions import needs_gradient
 
 CHUNK_BYTES = 2**19
 """Of a chunk's x or y: with no gradient to keep things for, queries are worked on in parts that stay in a cache."""
@@ -40,7 +41,7 @@ def ms_deform_attn_embedding_bag(
     attention_weights: Tensor,
 ) -> Tensor:
     """Weighted sum of bilinearly sampled values; arguments and result as `m2f_video.ops.ms_deform_attn`."""
-    grid = _grid(spatial_shapes, sampling_locations, sampling_locations.dtype)
+    grid = _grid(spatial_shapes, sampling_locations, torch.promote_types(sampling_locations.dtype, torch.float32))
     keeps = needs_gradient(value, sampling_locations, attention_weights)
     samples = *_axes(sampling_locations), attention_weights.flatten(2)
     return _sums(value, spatial_shapes, grid, _corners_at_locations, samples, None, in_parts=not keeps)
@@ -81,7 +82,7 @@ def _sums(
 
     def sums(rows: Tensor, weights: Tensor) -> Tensor:
         rows, weights = rows.view(-1, grid.samples), weights.to(value.dtype).view(-1, grid.samples)
-        return weighted_row_sums(table, rows, weights, starts[: len(rows)])
+        return weighted_row_sums(table, rows, weights, starts[: rows.shape[0]])
 
     def attend(part: slice) -> Tensor:
         constants = (grid,) if reference_points is None else (reference_points[part], grid)
@@ -161,7 +162,7 @@ def _corners_at_offsets(
 
 def _softmax(logits: Tensor) -> Tensor:
     """Over the last axis. For a dozen samples a head, PyTorch's own takes three times as long, forward."""
-    if logits.device.type != "cpu" or not only_values(logits):
+    if not cpu_kernels.runs(logits):  # on a CPU, for values that may be looked at
         return logits.softmax(-1)
     if logits.numel() and logits.min().item() > -SAFE_LOGIT and logits.max().item() < SAFE_LOGIT:
         weights = logits.exp()  # two thirds of the time, as no head's maximum is needed
@@ -227,7 +228,7 @@ def weighted_row_sums(table: Tensor, rows: Tensor, weights: Tensor, starts: Tens
         table: (R, D).
         rows: (S, k) int32 or int64, 0 to R - 1, k at least 1.
         weights: (S, k), in the dtype of `table`.
-        starts: (S,) of the dtype of `rows`: 0, k, 2k, ... Making them takes as long as a fifth of the sums.
+        starts: (S,) of the dtype of `rows`: 0, k, 2k, ...
 
     Returns:
         (S, D).
@@ -238,7 +239,7 @@ def weighted_row_sums(table: Tensor, rows: Tensor, weights: Tensor, starts: Tens
 
 
 def _embedding_bag(table: Tensor, rows: Tensor, weights: Tensor, starts: Tensor) -> Tensor:
-    # in two dimensions, without starts, it takes twice the time
+    # in two dimensions it would make the starts in every call, and take a third longer
     return F.embedding_bag(rows.flatten(), table, starts, per_sample_weights=weights.flatten(), mode="sum")
 
 

@@ -145,7 +145,7 @@ def project(
     Returns:
         (..., O).
     """
-    if _is_plain(layer) and _is_silent(drop) and _kernel_runs(x, layer, before=before, residual=residual, after=after):
+    if is_plain(layer) and _is_silent(drop) and _kernel_runs(x, layer, before=before, residual=residual, after=after):
         return _in_kernel(x, _parameters(layer), None, before=before, residual=residual, after=after)
     return _around(x, layer, _asks_for_kernels(layer), before, residual, drop, after)
 
@@ -180,7 +180,7 @@ def feed_forward(
     Returns:
         (..., O).
     """
-    plain = _is_plain(first) and _is_plain(second) and _is_silent(dropout)
+    plain = is_plain(first) and is_plain(second) and _is_silent(dropout)
     if plain and _is_silent(drop) and _kernel_runs(x, first, second, before=before, residual=residual, after=after):
         layers = _parameters(first, second)
         return _in_kernel(x, layers, activation, before=before, residual=residual, after=after)
@@ -349,7 +349,7 @@ def _parameters_of(norm: nn.LayerNorm | None) -> tuple[Tensor | None, ...]:
     return () if norm is None else (norm.weight, norm.bias)
 
 
-def _is_plain(layer: nn.Module) -> bool:
+def is_plain(layer: nn.Module) -> bool:
     """Whether a call of the layer is its function of weight and bias: not replaced, hooked, pruned or parametrised."""
     return type(layer) is Linear and not has_hooks(layer)
 

@@ -1,7 +1,8 @@
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
 from m2f_video.modeling.ms_deform_attn import MSDeformAttn, initial_offsets
 from m2f_video.modeling.pixel_decoder import pixel_centres
@@ -111,6 +112,51 @@ def test_locations_keep_the_precision_of_the_reference_points() -> None:
         rough = module.bfloat16()(torch.zeros(1, 2400, 8).bfloat16(), value.bfloat16(), references, shapes)
     # in bfloat16 locations would be off by a quarter of a pixel here
     torch.testing.assert_close(rough.float(), exact, rtol=0, atol=0.03)
+
+
+def inputs_of_module(batch: int = 1) -> tuple[Tensor, Tensor, Tensor, tuple[tuple[int, int], ...]]:
+    query, value = torch.randn(batch, 6, 8), torch.randn(batch, 6, 8)
+    return query, value, pixel_centres(2, 3, dtype=torch.float32), ((2, 3),)
+
+
+def random_module() -> MSDeformAttn:
+    torch.manual_seed(0)
+    module = MSDeformAttn(dim=8, num_heads=2, num_levels=1, num_points=3)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter)
+    return module
+
+
+def test_hooks_of_the_offsets_are_called_and_change_nothing_by_themselves() -> None:
+    module, inputs, seen = random_module(), inputs_of_module(), []
+    trained = module(*inputs).detach()
+    with torch.no_grad():
+        plain = module(*inputs)
+        module.sampling_offsets.register_forward_hook(lambda _, args, output: seen.append(output.shape))
+        hooked = module(*inputs)
+    assert seen == [(1, 6, 12)]
+    torch.testing.assert_close(plain, trained, rtol=0, atol=1e-5)
+    torch.testing.assert_close(hooked, trained, rtol=0, atol=1e-5)
+
+
+def test_offsets_without_a_bias() -> None:
+    module, inputs = random_module(), inputs_of_module()
+    with torch.no_grad():
+        module.sampling_offsets.bias.zero_()
+        expected = module(*inputs)
+        module.sampling_offsets.bias = None
+        torch.testing.assert_close(module(*inputs), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_what_records_operators_sees_no_values() -> None:
+    module, (query, value, *others) = random_module(), inputs_of_module(batch=3)
+    with torch.no_grad():
+        expected = module(query, value, *others)
+        each = torch.vmap(lambda query, value: module(query[None], value[None], *others)[0])(query, value)
+        torch.testing.assert_close(each, expected, rtol=0, atol=1e-5)
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            assert module(mode.from_tensor(query), mode.from_tensor(value), *others).shape == (3, 6, 8)
 
 
 def test_gradcheck() -> None:

@@ -282,6 +282,23 @@ def test_windows_of_a_map_equal_cut_ones(
         assert relative_error(module.on_map(x, shift, None), expected) < (1e-6 if dtype == torch.float32 else 1e-2)
 
 
+def test_no_frames_give_nothing() -> None:
+    with torch.no_grad():
+        module = WindowAttention(dim=8, num_heads=2, window_size=2)
+        assert module.on_map(torch.zeros(0, 3, 4, 8), 1, None).shape == (0, 3, 4, 8)
+
+
+def test_what_takes_the_place_of_a_projection_projects_the_padding_too() -> None:
+    torch.manual_seed(0)
+    module, x = WindowAttention(dim=8, num_heads=2, window_size=3), torch.randn(1, 4, 5, 8)
+    module.qkv.register_forward_hook(lambda _, args, output: output + 1)
+    expected = module.on_map(x, 1, None).detach()
+    with torch.no_grad():
+        assert_close(module.on_map(x, 1, None), expected)
+        module.qkv = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 24))  # type: ignore[assignment]
+        assert module.on_map(x, 1, None).shape == x.shape
+
+
 def test_another_window_attention_is_called() -> None:
     class Zero(WindowAttention):
         def forward(self, windows: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -306,6 +306,30 @@ def test_from_offsets_backends_agree_under_autocast_too(compiled: bool) -> None:
     torch.testing.assert_close(ours, expected, rtol=0, atol=2e-4)
 
 
+@pytest.mark.parametrize("scale", [1.0, 60.0])
+@pytest.mark.parametrize("shift", [-1000.0, -70.0, 0.0, 70.0, 1000.0])
+def test_softmax_of_small_and_large_logits(scale: float, shift: float) -> None:
+    shapes, generator = ((5, 7), (3, 4)), torch.Generator().manual_seed(0)
+    value = torch.randn(1, 47, 2, 8, generator=generator)
+    references = torch.rand(9, 2, generator=generator)
+    offsets = torch.randn(1, 9, 2, 2, 4, 2, generator=generator)
+    logits = scale * torch.randn(1, 9, 2, 2, 4, generator=generator) + torch.tensor([shift, 0.0])[:, None, None]
+    inputs = (value, shapes, references, offsets, logits)
+    ours, expected = (ms_deform_attn_from_offsets(*inputs, backend=backend) for backend in BACKENDS)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_logits_that_are_no_numbers_spoil_their_head_alone(bad: float) -> None:
+    shapes, logits = ((5, 7),), torch.zeros(1, 9, 2, 1, 4)
+    logits[0, 3, 1, 0, 2] = bad
+    output = ms_deform_attn_from_offsets(
+        torch.ones(1, 35, 2, 8), shapes, torch.full((9, 2), 0.5), torch.zeros(1, 9, 2, 1, 4, 2), logits
+    )
+    assert output.isnan().nonzero()[:, 1].unique().tolist() == [3]
+    assert output[0, 3].isnan().tolist() == [False] * 8 + [True] * 8
+
+
 # --- which backend
 
 
@@ -359,6 +383,14 @@ def test_no_queries_give_no_output(backend: str) -> None:
     inputs = random_inputs()
     inputs = inputs | {name: inputs[name][:, :0] for name in ("locations", "weights")}
     assert run(inputs, ((2, 3), (4, 6)), backend).shape == (2, 0, 6)
+
+
+def test_locations_in_bfloat16_on_a_map_of_a_size_that_bfloat16_does_not_have() -> None:
+    generator = torch.Generator().manual_seed(0)
+    locations = torch.cat((torch.ones(1, 1, 1, 1, 3, 2), torch.rand(1, 40, 1, 1, 3, 2, generator=generator)), 1)
+    inputs = (torch.ones(1, 258, 1, 4), ((1, 258),), locations.bfloat16(), torch.ones(1, 41, 1, 1, 3))
+    ours, expected = (ms_deform_attn(*inputs, backend=backend) for backend in BACKENDS[::-1])
+    torch.testing.assert_close(ours, expected, rtol=0, atol=2e-2)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
