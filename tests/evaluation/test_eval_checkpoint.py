@@ -166,6 +166,21 @@ def test_options_reach_the_model(folder: Path, tmp_path: Path, monkeypatch: pyte
     assert run_model(folder, tmp_path / "bare", *config, checkpoint=tmp_path / "bare.safetensors") == 0
 
 
+@pytest.mark.parametrize("prepare", [False, True])
+def test_the_model_is_prepared_where_that_is_asked_for(
+    folder: Path, tmp_path: Path, prepare: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared: list[VideoMask2Former] = []
+    method = VideoMask2Former.prepare_for_inference
+    monkeypatch.setattr(
+        VideoMask2Former, "prepare_for_inference", lambda model: (prepared.append(model), method(model))[1]
+    )
+    options = ("--videos", 1, "--prepare") if prepare else ("--videos", 1)
+    assert run_model(folder, tmp_path / "out", *options) == 0
+    assert len(prepared) == prepare
+    assert json.loads((tmp_path / "out" / "results.json").read_text())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
