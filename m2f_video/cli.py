@@ -23,6 +23,7 @@ from m2f_video.data.command import DATA_COMMANDS
 from m2f_video.evaluation.command import eval_results
 from m2f_video.hub import load_config, parse_device, parse_dtype, resolve_config
 from m2f_video.modeling.video_mask2former import VideoMask2Former
+from m2f_video.ops.cpu_kernels import KernelError
 from m2f_video.results import OVERLAY_FILE, TRACKS_FILE, VideoSegmentation, made_directory
 from m2f_video.training.command import train_command
 
@@ -352,7 +353,7 @@ def benchmark(
 
 
 def info() -> int:
-    """Show versions and devices, and which implementation of deformable attention runs on them."""
+    """Show versions and devices, which implementation of deformable attention runs on them, and what is compiled."""
     from importlib.metadata import version
 
     from m2f_video.ops import BACKEND_VARIABLE, available_backends, cpu_kernels, resolve_backend
@@ -380,6 +381,9 @@ def info() -> int:
     print_table(table)
     for backend, reason in available_backends().items():
         print(f"{backend}: {'can run' if reason is None else f'cannot run, {reason}'}")
+    reason = cpu_kernels.why_no_kernels()
+    kept = f"compiled when a model is prepared, kept in {cpu_kernels.folder()}"
+    print(f"kernels for a CPU: {kept if reason is None else f'none, {reason}'}")
     return 0
 
 
@@ -419,7 +423,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("m2f-video: interrupted", file=sys.stderr)
         return 130
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, KernelError) as error:
         message = " ".join(str(error).split()) or type(error).__name__
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from m2f_video import VideoMask2Former, read_video
 from m2f_video.cli import COMMANDS, main
 from m2f_video.data.command import DATA_COMMANDS
+from m2f_video.ops import cpu_kernels
 from m2f_video.video_io import VideoWriter
 from tests.conftest import synthetic_frames
 from weights_convert import from_native, hf_config_from_native, write_checkpoint
@@ -217,6 +218,14 @@ def test_running_out_of_memory_says_what_to_do(folder, tmp_path, capsys, monkeyp
     assert_refused(capsys, segment(folder, tmp_path / "out"), tmp_path / "out", "--shortest-edge")
 
 
+def test_kernels_that_do_not_compile_are_one_line(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("M2F_VIDEO_MS_DEFORM_ATTN", "cpp")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "kernels"))
+    monkeypatch.setenv("CXX", "false")
+    monkeypatch.setattr(cpu_kernels, "_library", cpu_kernels._library.__wrapped__)  # not what is loaded already
+    assert_refused(capsys, segment(folder, tmp_path / "out"), tmp_path / "out", "do not compile", "false")
+
+
 def test_other_runtime_errors_are_not_hidden(folder, tmp_path, monkeypatch):
     def defect(*_, **__):
         raise RuntimeError("a defect")
@@ -311,12 +320,16 @@ def test_parity_takes_one_kind_of_weights(folder, capsys):
     assert "not both" in capsys.readouterr().err
 
 
-def test_info_says_what_runs(capsys, monkeypatch):
+def test_info_says_what_runs(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     assert run("info") == 0
     printed = capsys.readouterr().out
     assert f"torch {torch.__version__.split('+')[0]}" in printed
     assert "embedding_bag" in printed
     assert "triton: " in printed
+    reason = cpu_kernels.why_no_kernels()
+    assert f"kernels for a CPU: {'compiled' if reason is None else f'none, {reason}'}" in printed
+    assert (str(tmp_path / "m2f_video") in printed) == (reason is None)
     monkeypatch.setenv("M2F_VIDEO_MS_DEFORM_ATTN", "fastest")
     assert run("info") == 0
     assert "unknown deformable attention backend" in capsys.readouterr().out

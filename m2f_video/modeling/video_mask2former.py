@@ -351,7 +351,7 @@ class VideoMask2Former(
         Raises:
             ValueError: an unknown dtype or way to compile, or `kernels` on another device than a CPU, or without a
                 compiler.
-            RuntimeError: `kernels` do not compile. The model is as it was then, as with the other errors.
+            KernelError: `kernels` do not compile. The model is as it was then, as with the other errors.
         """
         if compile not in ("auto", "kernels", "model", "none"):
             raise ValueError(f"compile must be auto, kernels, model or none, got {compile!r}")
@@ -455,7 +455,7 @@ def _kernels_load() -> bool:
     """Whether they do; warns where not."""
     try:
         cpu_kernels.load()
-    except RuntimeError as error:
+    except cpu_kernels.KernelError as error:
         warnings.warn(f"going on without compiled kernels: {error}", RuntimeWarning, stacklevel=3)
         return False
     return True

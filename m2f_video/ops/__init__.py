@@ -62,7 +62,7 @@ def ms_deform_attn(
     Raises:
         ValueError: shapes that do not fit together, an unknown backend, or one that cannot run here or on these
             inputs.
-        RuntimeError: the kernels of `cpp` do not compile.
+        KernelError: the kernels of `cpp` do not compile; a RuntimeError.
     """
     _check_shapes(value, spatial_shapes, sampling_locations, attention_weights)
     resolved = resolve_backend(backend, value, sampling_locations, attention_weights)
@@ -102,7 +102,7 @@ def ms_deform_attn_from_offsets(
         (B, Q, M * D), in the dtype of `value`.
 
     Raises:
-        ValueError, RuntimeError: as `ms_deform_attn`.
+        ValueError, KernelError: as `ms_deform_attn`.
     """
     _check_shapes(value, spatial_shapes, offsets, attention_logits)
     if reference_points.shape != (offsets.shape[1], 2):

@@ -35,6 +35,10 @@ DTYPES = (torch.float32, torch.bfloat16)
 """That the kernels know, in the order of their numbers in C++."""
 
 
+class KernelError(RuntimeError):
+    """The kernels cannot be compiled, kept or loaded."""
+
+
 def why_no_kernels() -> str | None:
     """Why the kernels cannot be compiled here; None where nothing speaks against it."""
     if not sys.platform.startswith("linux"):
@@ -52,7 +56,7 @@ def load() -> None:
     """Compile the kernels, where that was not done before, and load them.
 
     Raises:
-        RuntimeError: they cannot be compiled; the message says why.
+        KernelError: they cannot be compiled; the message says why.
     """
     _library()
 
@@ -105,14 +109,14 @@ def call(name: str, like: Tensor, *args: Tensor | float | None) -> None:
 @cache
 def _library() -> ctypes.CDLL:
     if reason := why_no_kernels():
-        raise RuntimeError(f"the kernels for a CPU cannot be compiled: {reason}; or prepare with compile='none'")
+        raise KernelError(f"the kernels for a CPU cannot be compiled: {reason}; or prepare with compile='none'")
     sources = sorted(SOURCES.glob("*.cpp"))
     digest = hashlib.sha256(repr((*_compiler(), *FLAGS)).encode())
     for file in (*sources, *sorted(SOURCES.glob("*.h"))):
         digest.update(file.read_bytes())
     # what the compiler defines names its version and all instruction sets of this machine
     digest.update(_run("-march=native", "-dM", "-E", "-x", "c++", os.devnull).encode())
-    path = _folder() / f"kernels-{digest.hexdigest()[:16]}.so"
+    path = folder() / f"kernels-{digest.hexdigest()[:16]}.so"
     try:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -123,15 +127,16 @@ def _library() -> ctypes.CDLL:
         for place in (path.parent, path):
             status = place.stat()
             if status.st_uid not in (os.getuid(), 0) or status.st_mode & 0o002:
-                raise RuntimeError(f"{place} is not loaded from: others could have written it; remove it")
+                raise KernelError(f"{place} is not loaded from: others could have written it; remove it")
         return ctypes.CDLL(str(path))
     except OSError as error:
-        raise RuntimeError(
+        raise KernelError(
             f"the kernels for a CPU cannot be kept or loaded: {error}; name another folder in TORCH_EXTENSIONS_DIR"
         ) from error
 
 
-def _folder() -> Path:
+def folder() -> Path:
+    """Where the compiled library is kept."""
     chosen = os.environ.get("TORCH_EXTENSIONS_DIR")
     if chosen:
         return Path(chosen) / "m2f_video"
@@ -148,5 +153,5 @@ def _run(*args: str) -> str:
     result = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603  # the user's own
     if result.returncode:
         message = "\n".join(result.stderr.splitlines()[:20])
-        raise RuntimeError(f"the kernels for a CPU do not compile: {shlex.join(command)}\n{message}")
+        raise KernelError(f"the kernels for a CPU do not compile: {shlex.join(command)}\n{message}")
     return result.stdout
