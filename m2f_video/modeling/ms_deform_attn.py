@@ -104,6 +104,7 @@ class MSDeformAttn(nn.Module):
         plain = is_plain(layer) and layer.bias is not None and only_values(query, layer.weight, layer.bias)
         if self.compiled or not plain or query.device.type != "cpu":
             return layer(query).unflatten(2, (-1, 2))
+        # what `pack` may have made for oneDNN has the rows in the other order, and is not used
         weight, bias = (torch.cat((parameter[0::2], parameter[1::2])) for parameter in (layer.weight, layer.bias))
         return linear(query, weight, bias).unflatten(2, (2, -1)).transpose(2, 3)
 

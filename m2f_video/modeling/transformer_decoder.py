@@ -81,7 +81,7 @@ def attention_bias(mask_logits: Tensor) -> Tensor:
 
     (B, Q, S) -> (B, Q, S); no logit counts beside the lowest number, and nothing is masked for a query without a pixel.
     """
-    blocked = mask_logits.detach().clone().lt_(0)  # as numbers: PyTorch's operators on bools take ten times as long
+    blocked = mask_logits.detach().clone().lt_(0)  # as numbers: PyTorch's operators on bools take several times as long
     return blocked.sub_(blocked.amin(-1, keepdim=True)).mul_(torch.finfo(blocked.dtype).min)
 
 

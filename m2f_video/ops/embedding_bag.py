@@ -62,7 +62,7 @@ def ms_deform_attn_embedding_bag_from_offsets(
 
 
 def _axes(positions: Tensor) -> tuple[Tensor, Tensor]:
-    """X and y (B, Q, M L P) of positions (B, Q, M, L, P, 2), without a copy even where all x come before all y."""
+    """The x and the y (B, Q, M L P) of positions (B, Q, M, L, P, 2): views, even where all x come before all y."""
     return positions[..., 0].flatten(2), positions[..., 1].flatten(2)
 
 
