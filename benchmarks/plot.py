@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from m2f_video.benchmark import PARTS, Report
-from m2f_video.video_io import atomic_path
+from m2f_video.files import atomic_path
 
 GROUP = 0.8  # width of a part's bars together
 

@@ -19,9 +19,9 @@ import tyro
 
 from m2f_video import cli
 from m2f_video.benchmark import machine
+from m2f_video.files import atomic_path
 from m2f_video.hub import DEMO_FOLDER
 from m2f_video.modeling.video_mask2former import VideoMask2Former
-from m2f_video.video_io import atomic_path
 
 STAGES = {
     "stage1": "--preset demo --data synthetic --validation none --augment.shortest-edges 96 --steps 5000 "

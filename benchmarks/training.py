@@ -34,13 +34,13 @@ from torch import Tensor, nn
 
 from m2f_video.benchmark import machine, measure, peak_bytes
 from m2f_video.config import VideoMask2FormerConfig
+from m2f_video.files import atomic_path
 from m2f_video.modeling.pixel_decoder import pixel_centres
 from m2f_video.ops import BACKEND_VARIABLE, available_backends, ms_deform_attn, resolve_backend
 from m2f_video.ops.reference import sampling_locations_from_offsets
 from m2f_video.parity import random_frames, random_model, transformers_model
 from m2f_video.postprocess import MASK_STRIDE
 from m2f_video.training import ClipTarget, LossConfig, VideoMask2FormerLoss
-from m2f_video.video_io import atomic_path
 
 PARTS = ("forward", "loss", "backward")
 LEVELS, HEADS, CHANNELS, POINTS = ((15, 27), (30, 54), (60, 108)), 8, 32, 4

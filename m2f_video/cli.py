@@ -21,10 +21,11 @@ from m2f_video.config import VideoMask2FormerConfig
 from m2f_video.console import print_table, progress_bars
 from m2f_video.data.command import DATA_COMMANDS
 from m2f_video.evaluation.command import eval_results
+from m2f_video.files import made_directory
 from m2f_video.hub import load_config, parse_device, parse_dtype, resolve_config
 from m2f_video.modeling.video_mask2former import VideoMask2Former
 from m2f_video.ops.cpu_kernels import KernelError
-from m2f_video.results import OVERLAY_FILE, TRACKS_FILE, VideoSegmentation, made_directory
+from m2f_video.results import OVERLAY_FILE, TRACKS_FILE, VideoSegmentation
 from m2f_video.training.command import train_command
 
 if TYPE_CHECKING:

@@ -3,18 +3,18 @@
 Shape letters: T frames of the result, N tracks, H height, W width.
 """
 
-import contextlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 
-from m2f_video.video_io import VideoReader, VideoSource, atomic_path
+from m2f_video.files import atomic_path, made_directory
+from m2f_video.video_io import VideoReader, VideoSource
 
 Rle = dict[str, Any]
 """A mask in COCO's compressed run-length encoding: `{"size": [H, W], "counts": str}`."""
@@ -385,17 +385,3 @@ def _check_position(frame: int, count: int) -> int:
 def _shorten(values: Sequence[Any]) -> str:
     shown = ", ".join(str(value) for value in values[:8])
     return f"({shown}{', ...' if len(values) > 8 else ''})"
-
-
-@contextlib.contextmanager
-def made_directory(directory: Path) -> Iterator[Path]:
-    """Make a directory and its parents; on an exception remove again those that were made."""
-    missing = [path for path in (directory, *directory.parents) if not path.exists()]
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        yield directory
-    except BaseException:
-        for path in missing:  # the innermost first
-            with contextlib.suppress(OSError):  # someone else has written there meanwhile: it stays
-                path.rmdir()
-        raise

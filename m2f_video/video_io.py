@@ -24,7 +24,7 @@ from m2f_video.video_decode import (
     upright_rgb,
     video_stream,
 )
-from m2f_video.video_writer import VideoWriter, as_frame_rate, atomic_path
+from m2f_video.video_writer import VideoWriter, as_frame_rate
 
 __all__ = [
     "ARRAY_SOURCE",
@@ -36,7 +36,6 @@ __all__ = [
     "VideoSource",
     "VideoWriter",
     "as_frame_rate",
-    "atomic_path",
     "open_video",
     "parse_frames",
     "read_video",

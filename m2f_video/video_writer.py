@@ -1,10 +1,7 @@
 """Writing a video file: complete under its name, or not at all."""
 
 import contextlib
-import errno
 import os
-import uuid
-from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -12,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from m2f_video.files import atomic_path
 from m2f_video.video_decode import VideoError
 
 _BT709 = 1  # in FFmpeg's lists of colour spaces, of primaries and of transfer curves alike
@@ -30,26 +28,6 @@ def as_frame_rate(fps: float | Fraction) -> Fraction:
     if not rate or max(rate.numerator, rate.denominator) >= 2**31:
         raise VideoError(f"fps {fps} is out of the range that video files can state")
     return rate
-
-
-@contextlib.contextmanager
-def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give a temporary path beside `path`, renamed to `path` on success and removed on any exception.
-
-    The suffix is kept, so that writers which go by it choose the same format.
-    """
-    final = Path(path)
-    temporary = final.with_name(f".{final.stem}.{uuid.uuid4().hex[:8]}{final.suffix}")
-    try:
-        yield temporary
-        os.replace(temporary, final)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:
-            raise OSError(
-                errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}; free some or write elsewhere", str(final)
-            ) from error
-        raise
 
 
 class VideoWriter:

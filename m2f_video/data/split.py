@@ -15,7 +15,7 @@ from m2f_video.data.annotations import (
     get_field,
     read_annotations,
 )
-from m2f_video.data.write import new_folder
+from m2f_video.files import new_folder
 
 TRAIN_FILE, VAL_FILE = "train.json", "val.json"
 

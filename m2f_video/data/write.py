@@ -4,17 +4,15 @@ Shape letters: N instances, T frames, H height, W width.
 """
 
 import os
-import shutil
-import uuid
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from json import dumps
 from pathlib import Path
 from typing import Any
 
 from m2f_video.data.annotations import ANNOTATION_FILES, FRAMES_FOLDER
 from m2f_video.data.clip import AnnotatedVideo, AnnotatedVideos, Clip
-from m2f_video.results import encode_mask, made_directory
+from m2f_video.files import new_folder
+from m2f_video.results import encode_mask
 
 _JPEG_QUALITY, _JPEG_SUBSAMPLING = 95, 0  # colour at full resolution: edges keep their colour
 
@@ -79,26 +77,6 @@ def write_youtube_vis(
             if progress is not None:
                 progress(index + 1, len(videos))
         (folder / ANNOTATION_FILES[0]).write_text(dumps(data), encoding="utf-8")
-
-
-@contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """Give a temporary folder beside `out`, renamed to `out` on success and removed on any exception.
-
-    Raises:
-        FileExistsError: `out` is a file, or a folder with something in it.
-    """
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise FileExistsError(f"{out}: it exists already; remove it or name another folder")
-    temporary = out.absolute().with_name(f".{out.name}.{uuid.uuid4().hex[:8]}")
-    with made_directory(temporary.parent):
-        temporary.mkdir()
-        try:
-            yield temporary
-            os.replace(temporary, out)
-        except BaseException:
-            shutil.rmtree(temporary)
-            raise
 
 
 def _header(videos: AnnotatedVideos, info: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -28,9 +28,9 @@ from m2f_video.evaluation.pairing import pair_tracks
 from m2f_video.evaluation.predict import predict_on_all_ranks, prepare_ground_truth
 from m2f_video.evaluation.tracking import SCORE_THRESHOLD, TrackingResult, tracking_metrics
 from m2f_video.evaluation.video_ap import VideoAPResult, average_precision
+from m2f_video.files import made_directory
 from m2f_video.hub import load_config
 from m2f_video.modeling.video_mask2former import VideoMask2Former
-from m2f_video.results import made_directory
 
 SUBMISSION_FILE = "results.zip"
 JOURNAL_FILE = "journal-{}.jsonl"

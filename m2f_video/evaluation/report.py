@@ -12,7 +12,7 @@ from rich.table import Table
 
 from m2f_video.evaluation.tracking import TrackingResult
 from m2f_video.evaluation.video_ap import STATS, VideoAPResult
-from m2f_video.video_io import atomic_path
+from m2f_video.files import atomic_path
 
 RESULTS_FILE = "results.json"
 """Name that evaluation servers expect, alone at the root of the zip."""

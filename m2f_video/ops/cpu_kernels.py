@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
+from m2f_video.files import atomic_path
 from m2f_video.ops.conditions import only_values
-from m2f_video.video_io import atomic_path
 
 SOURCES = Path(__file__).with_name("csrc")
 FLAGS = (

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from m2f_video.video_io import atomic_path
+from m2f_video.files import atomic_path
 
 FORMAT = 1
 FOLDER = "checkpoints"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from m2f_video.distributed import Worker
-from m2f_video.video_io import atomic_path
+from m2f_video.files import atomic_path
 
 STEPS_FILE, EVALUATIONS_FILE = "log.csv", "evaluation.csv"
 

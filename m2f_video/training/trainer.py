@@ -26,6 +26,7 @@ from m2f_video.data.clip import AnnotatedVideos, ClipDataset
 from m2f_video.distributed import Worker, mean_over_workers, share_buffers
 from m2f_video.evaluation.annotations import GroundTruth
 from m2f_video.evaluation.predict import evaluate_model, prepare_ground_truth
+from m2f_video.files import atomic_path
 from m2f_video.hub import load_checkpoint, load_state_dict_strictly
 from m2f_video.modeling.pixel_decoder import DeformableEncoderLayer
 from m2f_video.modeling.swin import SwinBlock
@@ -37,7 +38,6 @@ from m2f_video.training.config import TrainConfig
 from m2f_video.training.log import EVALUATIONS_FILE, STEPS_FILE, TrainingLog
 from m2f_video.training.losses import LossNorms, NonFinitePredictionError, VideoMask2FormerLoss, loss_norms
 from m2f_video.training.optim import build_optimizer, learning_rate, set_learning_rate, update_average
-from m2f_video.video_io import atomic_path
 
 FINAL_FOLDER, BEST_FOLDER, CONFIG_FILE = "final", "best", "train.json"
 LOGGED_PARTS = ("loss_ce", "loss_mask", "loss_dice")

@@ -1,0 +1,233 @@
+"""Files: read as what they are or refused in one line, and written whole or not at all."""
+
+import contextlib
+import errno
+import json
+import math
+import os
+import re
+import shutil
+import stat
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+_SPECIAL: tuple[tuple[Callable[[int], bool], str], ...] = (
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+# What may be a number that neither int64 nor float64 holds; inside of texts it costs time, and nothing else.
+_LONG_INTEGER = re.compile(rb"[0-9]{19}")
+_LARGE_EXPONENT = re.compile(rb"[0-9.][eE]\+?[0-9]{3}")
+
+
+def special_kind(path: str | os.PathLike[str]) -> str | None:
+    """What a path is that is neither a regular file nor a folder, such as "a named pipe"; None where it is one.
+
+    Opening such a thing may block for ever, so that files from outside are asked for this first.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):  # missing, or no path at all: opening it says so
+        return None
+    return next((kind for is_kind, kind in _SPECIAL if is_kind(mode)), None)
+
+
+def check_regular(path: str | os.PathLike[str]) -> None:
+    """Refuse pipes, sockets and devices, whose reading may block for ever.
+
+    Raises:
+        ValueError: the path is one.
+    """
+    if kind := special_kind(path):
+        raise ValueError(f"{path} is {kind}, not a regular file; copy its content to a file first")
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Parse a JSON file as `parse_json` does.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is a pipe or device, or no JSON; the message names the file.
+        OSError: it cannot be read.
+    """
+    check_regular(path)
+    content = Path(path).read_bytes()
+    try:
+        return parse_json(content)
+    except ValueError as error:
+        raise ValueError(f"{path}: not a JSON file, or cut off: {error}") from error
+
+
+def parse_json(content: bytes | str) -> Any:
+    """Parse JSON from a stranger: numbers fit into int64 or float64, and nesting is bounded.
+
+    Raises:
+        ValueError: it is no JSON, nests too deeply, or holds a number out of range.
+    """
+    digits = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
+    if b"\0" in digits:  # UTF-16 or 32
+        digits = digits.replace(b"\0", b"")
+    long = _LONG_INTEGER.search(digits) is not None
+    try:
+        return json.loads(
+            content,
+            parse_int=_integer if long else None,
+            parse_float=_float if long or _LARGE_EXPONENT.search(digits) else None,
+        )
+    except RecursionError as error:
+        raise ValueError("it nests too deeply") from error
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Let an error of the system that names no file, as a full disk does, name this one."""
+    with _renaming(None, path):
+        yield
+
+
+@contextlib.contextmanager
+def _renaming(temporary: Path | None, path: str | os.PathLike[str]) -> Iterator[None]:
+    """Let an error that names a temporary file, or none, name the one that it stands for."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename not in (None, temporary, str(temporary)):
+            raise
+        remedy = "; free some or write elsewhere" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        raise OSError(error.errno, f"{os.strerror(error.errno)}{remedy}", str(path)) from error
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give the path of an empty temporary file beside `path`, renamed to `path` on success, removed on any exception.
+
+    The suffix is kept, so that writers which go by it choose the same format. What writers of `path` have left there
+    that were killed is removed first.
+
+    Raises:
+        IsADirectoryError: there is a folder of that name.
+        OSError: the file cannot be written.
+    """
+    final = Path(path)
+    if final.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "it is a folder, and a file of that name is to be written", str(final))
+    remove_leftovers(final)
+    temporary = _temporary(final)
+    try:
+        with _renaming(temporary, final):
+            with _held(temporary, os.O_CREAT):
+                yield temporary
+            os.replace(temporary, final)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give a temporary folder beside `path`, renamed to `path` on success and removed on any exception.
+
+    Raises:
+        FileExistsError: `path` is a file, or a folder with something in it.
+        OSError: the folder cannot be written.
+    """
+    final = Path(path)
+    if final.exists() and not (final.is_dir() and not any(final.iterdir())):
+        raise FileExistsError(f"{final}: it exists already; remove it or name another folder")
+    temporary = _temporary(final.absolute())
+    with made_directory(temporary.parent):
+        remove_leftovers(final.absolute())
+        temporary.mkdir()
+        try:
+            with _renaming(temporary, final):
+                with _held(temporary):
+                    yield temporary
+                os.replace(temporary, final)
+        except BaseException:
+            shutil.rmtree(temporary)
+            raise
+
+
+@contextlib.contextmanager
+def made_directory(directory: Path) -> Iterator[Path]:
+    """Make a directory and its parents; on an exception remove again those that were made."""
+    missing = [path for path in (directory, *directory.parents) if not path.exists()]
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        yield directory
+    except BaseException:
+        for path in missing:  # the innermost first
+            with contextlib.suppress(OSError):  # someone else has written there meanwhile: it stays
+                path.rmdir()
+        raise
+
+
+def remove_leftovers(final: Path) -> None:
+    """Remove what writers of `final` that were killed have left beside it.
+
+    Those that are at work hold a lock, and what they write stays; so does everything where there are no such locks.
+    """
+    name = re.compile(rf"\.{re.escape(final.stem)}\.[0-9a-f]{{8}}{re.escape(final.suffix)}")
+    with contextlib.suppress(OSError):  # no such folder, or not ours to look into: then there is nothing to remove
+        for path in list(final.parent.iterdir()):
+            if name.fullmatch(path.name) and not path.is_symlink() and special_kind(path) is None and _is_free(path):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _temporary(final: Path) -> Path:
+    return final.with_name(f".{final.stem}.{uuid.uuid4().hex[:8]}{final.suffix}")
+
+
+@contextlib.contextmanager
+def _held(path: Path, flags: int = 0) -> Iterator[None]:
+    """Hold the lock by which `remove_leftovers` knows that a temporary file or folder is being written."""
+    try:
+        import fcntl
+    except ImportError:  # Windows, where nothing is removed either
+        if flags:
+            path.touch()
+        yield
+        return
+    descriptor = os.open(path, (os.O_RDWR if flags else os.O_RDONLY) | os.O_CLOEXEC | flags, 0o666)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _is_free(path: Path) -> bool:
+    """Whether nobody holds the lock of a temporary file or folder; False where that cannot be told."""
+    try:
+        import fcntl
+    except ImportError:
+        return False
+    descriptor = -1
+    try:
+        descriptor = os.open(path, (os.O_RDONLY if path.is_dir() else os.O_RDWR) | os.O_CLOEXEC)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    finally:
+        if descriptor >= 0:
+            os.close(descriptor)
+    return True
+
+
+def _integer(text: str) -> int:
+    number = int(text) if len(text) < 25 else 2**63
+    if not -(2**63) <= number < 2**63:
+        raise ValueError(f"the number {text[:20]}... does not fit into 64 bits")
+    return number
+
+
+def _float(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"the number {text[:20]}... is out of the range of floating point")
+    return number
