@@ -24,7 +24,8 @@ with atomic_path(Path(sys.argv[1]) / "overlay.mp4") as file, new_folder(Path(sys
 
 
 def start_writer(folder: Path) -> subprocess.Popen:
-    writer = subprocess.Popen([sys.executable, "-c", WRITER, str(folder)], stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", WRITER, str(folder)]
+    writer = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)  # noqa: S603
     assert writer.stdout is not None
     assert writer.stdout.readline() == "writing\n"
     return writer
