@@ -1,8 +1,10 @@
 """The `m2f-video` command: it parses, calls the library and prints.
 
-Exit codes: 0 done; 1 a check failed; 2 bad input, with one line that says what is wrong; 130 interrupted.
+Exit codes: 0 done; 1 a check failed; 2 bad input, with one line that says what is wrong; 130 interrupted; 141 nobody
+reads the output any more.
 """
 
+import io
 import os
 import sys
 import warnings
@@ -18,10 +20,10 @@ from rich.table import Table
 from tyro.conf import subcommand
 
 from m2f_video.config import VideoMask2FormerConfig
-from m2f_video.console import print_table, progress_bars
+from m2f_video.console import one_line, print_table, progress_bars
 from m2f_video.data.command import DATA_COMMANDS
 from m2f_video.evaluation.command import eval_results
-from m2f_video.files import made_directory
+from m2f_video.files import check_replaceable, made_directory
 from m2f_video.hub import load_config, parse_device, parse_dtype, resolve_config
 from m2f_video.modeling.video_mask2former import VideoMask2Former
 from m2f_video.ops.cpu_kernels import KernelError
@@ -91,7 +93,7 @@ def segment(
     from m2f_video.video_io import open_video, parse_frames
 
     reader = open_video(source, None if frames is None else parse_frames(frames), strict=strict)
-    _check_output(output)
+    _check_output(output, TRACKS_FILE, *([OVERLAY_FILE] if overlay else []))
     if Path(source).resolve() == (output / OVERLAY_FILE).resolve():
         raise ValueError(f"{source} is what --output would overwrite; give --output another folder")
     if load_config(checkpoint, config=config, temporal=temporal, revision=revision).temporal != "joint":
@@ -158,8 +160,8 @@ def demo(
     from m2f_video.inference import segment_video
     from m2f_video.video_io import VideoWriter
 
-    _check_output(output)
     file = output / "video.mp4"
+    _check_output(output, file.name, TRACKS_FILE, OVERLAY_FILE)
     videos = SyntheticVideos(1, seed, difficulty)
     video = videos[0]
     if (labels := load_config(checkpoint).labels) != videos.labels:
@@ -406,6 +408,8 @@ def _one_of(commands: Mapping[str, Callable[..., int]]) -> Any:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and give its exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("default", UserWarning)
@@ -415,22 +419,27 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
             commands = COMMANDS | {"train": train_command(sys.argv[1:] if argv is None else argv)}
             command: Any = Union[_one_of(commands), Annotated[Any, data]]  # noqa: UP007
-            return tyro.cli(
+            code: int = tyro.cli(
                 command,
                 prog="m2f-video",
                 description="Video Mask2Former: published weights in, segmented and tracked video out.",
                 args=argv,
             )
+            sys.stdout.flush()
+            return code
     except KeyboardInterrupt:
         print("m2f-video: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever read the output, as `head` does, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the end
+        return 141
     except (ValueError, OSError, ImportError, KernelError) as error:
-        message = " ".join(str(error).split()) or type(error).__name__
+        message = str(error).strip() or type(error).__name__
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
         message = "out of memory; choose fewer frames, smaller ones (--shortest-edge), a smaller batch, or bfloat16"
-    print(f"m2f-video: error: {message}", file=sys.stderr)
+    print(one_line(f"m2f-video: error: {message}"), file=sys.stderr)
     return 2
 
 
@@ -440,16 +449,18 @@ def _is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
-    print(f"m2f-video: warning: {message}", file=sys.stderr)
+    print(one_line(f"m2f-video: warning: {message}"), file=sys.stderr)
 
 
-def _check_output(folder: Path) -> None:
-    """Fail before the work where the output could not be written after it."""
+def _check_output(folder: Path, *files: str) -> None:
+    """Fail before the work where these files could not be written to the folder after it."""
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     if not existing.is_dir():
         raise NotADirectoryError(f"{existing} is a file; give --output a folder")
     if not os.access(existing, os.W_OK):
         raise PermissionError(f"{existing} is not writable; give --output another folder")
+    for name in files:
+        check_replaceable(folder / name)
 
 
 def _print_tracks(segmentation: VideoSegmentation, min_score: float = 0.0) -> None:

@@ -8,6 +8,20 @@ from rich.table import Table
 from tqdm import tqdm
 
 PLAIN_WIDTH = 140  # columns of a table where there is no terminal to fit
+LONGEST_LINE = 300  # characters of a message
+
+
+def one_line(text: object) -> str:
+    """A text as one line of at most `LONGEST_LINE` characters, with what is not printable escaped.
+
+    What is too long loses its middle: messages begin with the thing they are about, and end with the remedy.
+    """
+    line = " ".join(str(text).split())
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    if len(line) <= LONGEST_LINE:
+        return line
+    kept = LONGEST_LINE - len(" ... ")
+    return f"{line[: kept // 2]} ... {line[-(kept - kept // 2) :]}"
 
 
 @contextmanager

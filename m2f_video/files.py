@@ -82,6 +82,19 @@ def parse_json(content: bytes | str) -> Any:
         raise ValueError("it nests too deeply") from error
 
 
+def check_replaceable(path: str | os.PathLike[str]) -> None:
+    """Refuse what must not make place for a file that is to be written: folders, pipes, sockets and devices.
+
+    Raises:
+        IsADirectoryError: the path is a folder.
+        ValueError: it is a pipe, a socket or a device.
+    """
+    if os.path.isdir(path):
+        raise IsADirectoryError(f"{path} is a folder, and a file of that name is to be written; move it away")
+    if kind := special_kind(path):
+        raise ValueError(f"{path} is {kind}; name a regular file to write to")
+
+
 @contextlib.contextmanager
 def naming(path: str | os.PathLike[str]) -> Iterator[None]:
     """Let an error of the system that names no file, as a full disk does, name this one."""
@@ -110,11 +123,11 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     Raises:
         IsADirectoryError: there is a folder of that name.
+        ValueError: there is a pipe or device of that name.
         OSError: the file cannot be written.
     """
     final = Path(path)
-    if final.is_dir():
-        raise IsADirectoryError(errno.EISDIR, "it is a folder, and a file of that name is to be written", str(final))
+    check_replaceable(final)
     remove_leftovers(final)
     temporary = _temporary(final)
     try:

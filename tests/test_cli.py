@@ -4,15 +4,18 @@ import errno
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from m2f_video import VideoMask2Former, read_video
+from m2f_video import VideoMask2Former, VideoSegmentation, read_video
 from m2f_video.cli import COMMANDS, main
 from m2f_video.data.command import DATA_COMMANDS
 from m2f_video.ops import cpu_kernels
@@ -376,3 +379,81 @@ def test_the_installed_command_runs(folder, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""  # no progress bar where there is no terminal
+
+
+def signalled(folder: Path, output: Path, kind: signal.Signals) -> tuple[int, str]:
+    """Exit code and standard error of the command when it gets a signal while it draws the overlay."""
+    many = np.repeat(synthetic_frames(FRAMES, 60, 90), 20, axis=0)
+    with VideoWriter(folder / "long.mp4", 12, 90, 60) as writer:
+        for frame in many:
+            writer.write(frame)
+    command = [sys.executable, "-m", "m2f_video", "segment", str(folder / "long.mp4"), "--prepare", "never"]
+    command += ["--checkpoint", str(folder / "native"), "--output", str(output), "--shortest-edge", "32"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)  # noqa: S603
+    while not list(output.glob(".overlay.*.mp4")):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+    process.send_signal(kind)
+    return process.wait(), process.communicate()[1]
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "kind", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=SLOW), pytest.param(signal.SIGINT, marks=SLOW)]
+)
+def test_signals_end_as_an_interrupt_does(folder, tmp_path, kind):
+    assert signalled(folder, tmp_path / "out", kind) == (130, "m2f-video: interrupted\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_next_run_removes_what_a_killed_one_left(folder, tmp_path):
+    assert signalled(folder, tmp_path / "out", signal.SIGKILL) == (-signal.SIGKILL, "")
+    assert len(list((tmp_path / "out").glob(".*"))) == 2
+    assert segment(folder, tmp_path / "out") == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["overlay.mp4", "tracks.json"]
+
+
+@pytest.mark.parametrize("name", ["tracks.json", "overlay.mp4"])
+@pytest.mark.parametrize("kind", ["folder", "pipe"])
+def test_what_is_in_the_way_is_found_before_the_work(folder, tmp_path, capsys, monkeypatch, name, kind):
+    monkeypatch.setattr(VideoMask2Former, "from_pretrained", lambda *_, **__: pytest.fail("the model was loaded"))
+    (tmp_path / "out").mkdir()
+    (os.mkfifo if kind == "pipe" else os.mkdir)(tmp_path / "out" / name)
+    assert segment(folder, tmp_path / "out") == 2
+    assert f"{name} is a {'named pipe' if kind == 'pipe' else 'folder'}" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [name]
+
+
+def test_no_message_is_over_300_characters_or_writes_to_the_terminal(capsys):
+    name = "no" + 500 * "/very_long" + "\x1b[2J\n.mp4"
+    assert run("segment", name, "--checkpoint", "demo", "--output", "out") == 2
+    message = capsys.readouterr().err
+    assert len(message) == 301
+    assert message.startswith("m2f-video: error: no/very_long/")
+    assert message.endswith("there is no such video file or folder of frames\n")
+    assert "\\x1b[2J" in message
+    assert message[:-1].isprintable()
+
+
+def test_names_that_are_no_text_are_printed(folder, tmp_path):
+    name = os.fsdecode(b"caf\xe9.mp4")
+    (tmp_path / name).write_bytes((folder / "video.mp4").read_bytes())
+    command = [sys.executable, "-m", "m2f_video", "segment", name, "--output", os.fsdecode(b"\xff"), "--no-overlay"]
+    command += ["--checkpoint", str(folder / "native")]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)  # noqa: S603
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "caf\\udce9.mp4" in done.stdout
+    assert VideoSegmentation.load(tmp_path / os.fsdecode(b"\xff")).source == name
+
+
+def test_nobody_reading_the_output_is_no_traceback(folder):
+    command = [sys.executable, "-m", "m2f_video", "info"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # noqa: S603
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.wait() == 141
+    assert process.stderr is not None
+    assert process.stderr.read() == ""
