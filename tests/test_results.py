@@ -408,3 +408,16 @@ def test_loading_does_not_change_with_extra_keys(tmp_path: Path) -> None:
     data["note"] = "kept by another program"
     (tmp_path / "tracks.json").write_text(json.dumps(data))
     assert VideoSegmentation.load(tmp_path).to_dict() == expected
+
+
+@pytest.mark.parametrize("name", ["tracks.json", "overlay.mp4"])
+def test_saving_is_all_or_nothing(tmp_path: Path, name: str) -> None:
+    old = make_segmentation(fps=5)
+    old.save(tmp_path)
+    (tmp_path / name).unlink()
+    (tmp_path / name).mkdir()
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    with pytest.raises(IsADirectoryError, match=name):
+        make_segmentation().save(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+    assert (tmp_path / name).is_dir()
