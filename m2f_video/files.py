@@ -131,10 +131,9 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     remove_leftovers(final)
     temporary = _temporary(final)
     try:
-        with _renaming(temporary, final):
-            with _held(temporary, os.O_CREAT):
-                yield temporary
-            os.replace(temporary, final)
+        with _renaming(temporary, final), _held(temporary, os.O_CREAT):
+            yield temporary
+            os.replace(temporary, final)  # while it is held: another writer would take it for a leftover
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -156,9 +155,8 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         remove_leftovers(final.absolute())
         temporary.mkdir()
         try:
-            with _renaming(temporary, final):
-                with _held(temporary):
-                    yield temporary
+            with _renaming(temporary, final), _held(temporary):
+                yield temporary
                 os.replace(temporary, final)
         except BaseException:
             shutil.rmtree(temporary)
