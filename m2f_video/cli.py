@@ -385,8 +385,8 @@ def info() -> int:
     for backend, reason in available_backends().items():
         print(f"{backend}: {'can run' if reason is None else f'cannot run, {reason}'}")
     reason = cpu_kernels.why_no_kernels()
-    kept = f"compiled when a model is prepared, kept in {cpu_kernels.folder()}"
-    print(f"kernels for a CPU: {kept if reason is None else f'none, {reason}'}")
+    kept = f"none, {reason}" if reason else f"compiled when a model is prepared, kept in {cpu_kernels.folder()}"
+    print(f"kernels for a CPU: {kept}")
     return 0
 
 

@@ -6,18 +6,25 @@ beside it, which is what runs where the kernels were not asked for, cannot be co
 
 The compiled library is kept in a folder `m2f_video` of TORCH_EXTENSIONS_DIR, by default `~/.cache/torch_extensions`,
 under a name that stands for sources, flags, compiler and instruction set. CXX names another compiler than g++.
+
+What is kept ends in a SHA-256 of it and its name: a library that was cut off, changed or exchanged is compiled again.
+It is read once and loaded from memory, so that nothing becomes of it when the file does; and it is not looked for in
+folders that other users can write to.
 """
 
 import ctypes
 import hashlib
 import os
+import re
 import shlex
 import shutil
+import stat
 import subprocess
 import sys
 from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +41,9 @@ FLAGS = (
 DTYPES = (torch.float32, torch.bfloat16)
 """That the kernels know, in the order of their numbers in C++."""
 
+_DIGEST_BYTES = hashlib.sha256().digest_size
+_EXPORTED = re.compile(r"^EXPORT \w+ (\w+)\(", re.MULTILINE)
+
 
 class KernelError(RuntimeError):
     """The kernels cannot be compiled, kept or loaded."""
@@ -48,7 +58,11 @@ def why_no_kernels() -> str | None:
     except ValueError as error:
         return f"CXX is no command: {error}"
     if shutil.which(command[0]) is None:
-        return f"there is no C++ compiler {command[0]!r}; install g++, or name another in CXX"
+        return f"there is no C++ compiler {command[0]!r:.100}; install g++, or name another in CXX"
+    try:
+        folder()
+    except KernelError as error:
+        return str(error)
     return None
 
 
@@ -118,17 +132,14 @@ def _library() -> ctypes.CDLL:
     digest.update(_run("-march=native", "-dM", "-E", "-x", "c++", os.devnull).encode())
     path = folder() / f"kernels-{digest.hexdigest()[:16]}.so"
     try:
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_path(path) as temporary:
-                _run(*FLAGS, *map(str, sources), "-o", str(temporary))
-                with temporary.open("rb") as compiled:  # so that a power cut leaves no file that is cut off
-                    os.fsync(compiled.fileno())
-        for place in (path.parent, path):
-            status = place.stat()
-            if status.st_uid not in (os.getuid(), 0) or status.st_mode & 0o002:
-                raise KernelError(f"{place} is not loaded from: others could have written it; remove it")
-        return ctypes.CDLL(str(path))
+        path = Path(os.path.realpath(path.parent), path.name)  # links that are followed later might be others by then
+        _check_folders(path.parent)
+        library = _read_kept(path)
+        if library is None:
+            _make_folders(path.parent)
+            library = _compile(sources)
+            _keep(library, path)
+        return _load(library, path, sources)
     except OSError as error:
         raise KernelError(
             f"the kernels for a CPU cannot be kept or loaded: {error}; name another folder in TORCH_EXTENSIONS_DIR"
@@ -136,11 +147,104 @@ def _library() -> ctypes.CDLL:
 
 
 def folder() -> Path:
-    """Where the compiled library is kept."""
+    """Where the compiled library is kept.
+
+    Raises:
+        KernelError: nowhere: the user has no home.
+    """
     chosen = os.environ.get("TORCH_EXTENSIONS_DIR")
     if chosen:
         return Path(chosen) / "m2f_video"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch_extensions" / "m2f_video"
+    try:
+        cache_folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError as error:  # neither HOME nor the system names one
+        raise KernelError(
+            "there is no home folder to keep compiled kernels in; name a folder in TORCH_EXTENSIONS_DIR"
+        ) from error
+    return cache_folder / "torch_extensions" / "m2f_video"
+
+
+def _check_folders(innermost: Path) -> None:
+    """Refuse to load from where other users could put a library: all folders up to the root have to be ours or root's.
+
+    In a folder with the sticky bit, as /tmp has it, others cannot touch what is ours.
+
+    Raises:
+        KernelError: one of them is not; the message names it.
+    """
+    for directory in (innermost, *innermost.parents):
+        try:
+            status = directory.stat()
+        except FileNotFoundError:  # it is made later, by us
+            continue
+        if status.st_uid not in (os.getuid(), 0):
+            raise KernelError(
+                f"{directory} is not loaded from, as it belongs to another user; name another folder in "
+                "TORCH_EXTENSIONS_DIR"
+            )
+        if status.st_mode & 0o022 and not status.st_mode & stat.S_ISVTX:
+            raise KernelError(
+                f"{directory} is not loaded from, as other users can write to it; chmod go-w it, or name another "
+                "folder in TORCH_EXTENSIONS_DIR"
+            )
+
+
+def _make_folders(innermost: Path) -> None:
+    """Make a folder and its parents for the user alone, whatever the umask."""
+    for directory in (*reversed(innermost.parents), innermost):
+        if not directory.is_dir():
+            directory.mkdir(mode=0o700, exist_ok=True)
+
+
+def _read_kept(path: Path) -> bytes | None:
+    """The library that was kept; None where there is none that is whole and nobody else can have written."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:  # it is not there, or a link: what is compiled takes its place, or says what is wrong
+        return None
+    with open(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) or status.st_uid not in (os.getuid(), 0) or status.st_mode & 0o022:
+            return None
+        content = file.read()
+    library, digest = content[:-_DIGEST_BYTES], content[-_DIGEST_BYTES:]
+    return library if _digest(library, path) == digest else None
+
+
+def _compile(sources: list[Path]) -> bytes:
+    with TemporaryDirectory(prefix="m2f_video-") as directory:  # linkers replace their output, and any lock on it
+        output = Path(directory) / "kernels.so"
+        _run(*FLAGS, *map(str, sources), "-o", str(output))
+        return output.read_bytes()
+
+
+def _keep(library: bytes, path: Path) -> None:
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        os.fchmod(file.fileno(), 0o600)
+        file.write(library + _digest(library, path))
+        file.flush()
+        os.fsync(file.fileno())  # so that a power cut leaves no file that is cut off
+
+
+def _digest(library: bytes, path: Path) -> bytes:
+    return hashlib.sha256(path.name.encode() + library).digest()
+
+
+def _load(library: bytes, path: Path, sources: list[Path]) -> ctypes.CDLL:
+    """Load a library from memory, where nobody can cut it off while it runs."""
+    descriptor = os.memfd_create(path.name)
+    try:
+        with open(descriptor, "wb", closefd=False) as file:
+            file.write(library)
+        loaded = ctypes.CDLL(f"/proc/self/fd/{descriptor}")
+    except OSError as error:
+        os.close(descriptor)
+        raise OSError(f"{path}: {error}") from error
+    # It stays open: another library that got its number would be taken for this one, as the linker goes by the name.
+    names = [name for file in sources for name in _EXPORTED.findall(file.read_text(encoding="utf-8"))]
+    if missing := [name for name in names if not hasattr(loaded, name)]:
+        raise KernelError(f"the compiled kernels are not whole, they have no {missing[0]}; remove {path}")
+    return loaded
 
 
 def _compiler() -> list[str]:
@@ -152,6 +256,9 @@ def _run(*args: str) -> str:
     command = [*_compiler(), *args]
     result = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603  # the user's own
     if result.returncode:
-        message = "\n".join(result.stderr.splitlines()[:20])
-        raise KernelError(f"the kernels for a CPU do not compile: {shlex.join(command)}\n{message}")
+        said = result.stderr.replace(f"{SOURCES}/", "").splitlines()
+        reason = next((line for line in said if "error" in line), f"it ends with {result.returncode}")
+        error = KernelError(f"the kernels for a CPU do not compile: {command[0]:.60}: {reason:.150}")
+        error.add_note(shlex.join(command) + "\n" + "\n".join(said[:20]))
+        raise error
     return result.stdout
