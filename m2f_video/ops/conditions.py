@@ -20,4 +20,5 @@ def only_values(*tensors: Tensor) -> bool:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether a call of the module does more than its `forward`, hooks on all modules included."""
-    return bool(module._forward_hooks or module._forward_pre_hooks) or _has_any_global_hook()
+    own = module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
+    return any(own) or _has_any_global_hook()

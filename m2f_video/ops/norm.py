@@ -71,8 +71,8 @@ def group_norm_channels_last(
     normalised = _group_norm_by_channels(x, norm) if _loses_digits(x, norm) else norm(x)
     if coarse is not None:
         resized = F.interpolate(coarse, size=x.shape[-2:], mode="bilinear", align_corners=False)
-        normalised = normalised.add_(resized)
-    return normalised.relu_() if relu else normalised
+        normalised = normalised + resized  # not in place: the norm's hooks may keep what it gives
+    return F.relu(normalised) if relu else normalised
 
 
 def is_plain_norm(norm: nn.Module, channels: int) -> bool:
