@@ -178,9 +178,12 @@ def sample_frames(video_length: int, sampling: ClipSampling, random: np.random.G
 class ClipDataset(torch.utils.data.Dataset[Clip]):
     """Random, augmented clips of annotated videos, as a map-style dataset.
 
-    `dataset[index]` is a clip of video `index`; `dataset[index, draw]` its `draw`-th, so that a sampler that yields
-    pairs of video and epoch sees new clips in each epoch. A clip depends on seed, index and draw only: not on workers,
-    order, or what was drawn before, which is what makes a resumed run repeat an uninterrupted one.
+    `dataset[index, draw]` is the `draw`-th clip of video `index`, which depends on seed, index and draw only: not on
+    workers, order, or what was drawn before. A sampler that yields pairs of video and epoch sees new clips in each
+    epoch, and the same ones in a run that is resumed; see `m2f_video.training.batches.ClipOrder`.
+
+    `dataset[index]` is another clip each time: its draw is a random number of PyTorch's global generator, which a
+    `DataLoader` seeds anew for each epoch and worker. `torch.manual_seed` before the loop makes it repeatable.
 
     Args:
         videos: the dataset to draw from.
@@ -215,7 +218,7 @@ class ClipDataset(torch.utils.data.Dataset[Clip]):
         return len(self.videos)
 
     def __getitem__(self, key: int | tuple[int, int]) -> Clip:
-        index, draw = key if isinstance(key, tuple) else (key, 0)
+        index, draw = key if isinstance(key, tuple) else (key, int(torch.randint(2**62, ())))
         if not 0 <= index < len(self):
             raise IndexError(f"there is no video {index}, the dataset has {len(self)}")
         random = np.random.default_rng((self.seed, draw, index))

@@ -67,8 +67,8 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, ob
     the pixel decoder's level embedding (a plain parameter) are, as in the original.
 
     Returns:
-        For an optimiser: up to four groups with `params`, `weight_decay`, and `lr_factor`, the learning rate of the
-        group over the run's.
+        For an optimiser: up to four groups with `params`, `weight_decay`, `lr`, and `lr_factor`, the learning rate of
+        the group over the run's.
     """
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for prefix, module in model.named_modules():
@@ -82,6 +82,7 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, ob
         {
             "params": parameters,
             "weight_decay": config.weight_decay if decayed else 0.0,
+            "lr": config.learning_rate * (config.backbone_factor if in_backbone else 1.0),
             "lr_factor": config.backbone_factor if in_backbone else 1.0,
         }
         for (in_backbone, decayed), parameters in groups.items()
@@ -101,7 +102,7 @@ def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over the paper's parameter groups."""
+    """AdamW over the paper's parameter groups, each with its learning rate; a schedule is the caller's."""
     return torch.optim.AdamW(parameter_groups(model, config), lr=config.learning_rate)
 
 

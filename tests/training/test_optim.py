@@ -84,6 +84,7 @@ def test_other_norms_and_frozen_parameters() -> None:
 def test_the_optimizer_has_the_groups_and_takes_rates() -> None:
     model = VideoMask2Former(MODEL)
     optimizer = build_optimizer(model, CONFIG)
+    assert {(group["lr_factor"], group["lr"]) for group in optimizer.param_groups} == {(0.2, 2e-5), (1.0, 1e-4)}
     set_learning_rate(optimizer, 1e-3)
     assert {(group["weight_decay"], group["lr"]) for group in optimizer.param_groups} == {
         (0.3, 2e-4),
@@ -92,6 +93,21 @@ def test_the_optimizer_has_the_groups_and_takes_rates() -> None:
         (0.0, 1e-3),
     }
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
+
+
+def test_a_loop_and_a_schedule_of_ones_own_have_each_groups_rate() -> None:
+    model = VideoMask2Former(MODEL)
+    optimizer = build_optimizer(model, CONFIG)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [1], gamma=0.1)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()  # the first of AdamW moves each weight by its rate, beside the decay
+    schedule.step()
+    for name, parameter in model.named_parameters():
+        distance = float((before[name] - parameter.detach()).abs().median())
+        assert distance == pytest.approx(2e-5 if name.startswith("backbone.") else 1e-4, rel=0.3)
+    assert sorted(group["lr"] for group in optimizer.param_groups) == pytest.approx([2e-6, 2e-6, 1e-5, 1e-5])
 
 
 def test_steps_of_the_learning_rate() -> None:
