@@ -2,7 +2,8 @@
 
 import csv
 import io
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,16 @@ from typing import Any
 import torch
 
 from m2f_video.distributed import Worker
-from m2f_video.files import atomic_path
+from m2f_video.evaluation.video_ap import STATS
+from m2f_video.files import atomic_path, check_regular, naming
 
-STEPS_FILE, EVALUATIONS_FILE = "log.csv", "evaluation.csv"
+STEPS_FILE, EVALUATIONS_FILE, TENSORBOARD_FOLDER = "log.csv", "evaluation.csv", "tensorboard"
+LOGGED_PARTS = ("loss_ce", "loss_mask", "loss_dice")
+"""Of the final prediction; `loss` is the sum over all depths."""
+_COLUMNS = {
+    STEPS_FILE: ("step", "loss", *LOGGED_PARTS, "learning_rate", "grad_norm", "seconds"),
+    EVALUATIONS_FILE: ("step", *STATS),
+}
 
 
 class TrainingLog:
@@ -31,6 +39,8 @@ class TrainingLog:
 
     Raises:
         ImportError: TensorBoard is asked for and not installed.
+        ValueError: a file to go on with is no such log.
+        OSError: files cannot be read or written.
     """
 
     def __init__(
@@ -44,24 +54,24 @@ class TrainingLog:
         self._writer: Any = None
         if not self.enabled:
             return
-        for name in (STEPS_FILE, EVALUATIONS_FILE):
-            _keep_rows(output / name, first_step)
+        for name, columns in _COLUMNS.items():
+            _keep_rows(output / name, columns, first_step)
         if tensorboard:
-            self._writer = _summary_writer(output / "tensorboard", first_step)
+            with naming(output / TENSORBOARD_FOLDER):
+                self._writer = _summary_writer(output / TENSORBOARD_FOLDER, first_step)
 
     def say(self, text: str) -> None:
         """Print a line, from the main worker alone."""
         if self.enabled:
-            print(text, flush=True)
+            with naming("standard output"):
+                print(text, flush=True)
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
         """Log a step, counted from 1; `values` holds `loss`, `seconds` and what else there is, always the same."""
         if not self.enabled:
             return
         _append_row(self.output / STEPS_FILE, {"step": step, **values})
-        if self._writer is not None:
-            for name, value in values.items():
-                self._writer.add_scalar(f"train/{name}", value, step)
+        self._show("train", step, values)
         self._recent.append(values)
         if step % self.every == 0 or step == self.num_steps:
             self._print(step)
@@ -71,16 +81,21 @@ class TrainingLog:
         if not self.enabled:
             return
         _append_row(self.output / EVALUATIONS_FILE, {"step": step, **stats})
-        if self._writer is not None:
-            for name, value in stats.items():
-                self._writer.add_scalar(f"evaluation/{name}", value, step)
+        self._show("evaluation", step, stats)
         shown = "  ".join(f"{name} {100 * stats[name]:.1f}" for name in ("AP", "AP50", "AP75", "AR10"))
         self.say(f"evaluation after step {step}:  {shown}")
 
     def close(self) -> None:
         """Write out what is still in memory."""
         if self._writer is not None:
-            self._writer.close()
+            with naming(self.output / TENSORBOARD_FOLDER):
+                self._writer.close()
+
+    def _show(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        if self._writer is not None:
+            with naming(self.output / TENSORBOARD_FOLDER):
+                for name, value in values.items():
+                    self._writer.add_scalar(f"{kind}/{name}", value, step)
 
     def _print(self, step: int) -> None:
         mean = {name: sum(row[name] for row in self._recent) / len(self._recent) for name in self._recent[0]}
@@ -89,13 +104,13 @@ class TrainingLog:
         losses = "  ".join(f"{name.removeprefix('loss_')} {value:.3f}" for name, value in mean.items())
         left = timedelta(seconds=round(seconds * (self.num_steps - step)))
         memory = f"  {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if torch.cuda.is_initialized() else ""
-        print(
+        self.say(
             f"step {step}/{self.num_steps}  {losses}  lr {rate:.2e}  gradient {norm:.1f}  "
-            f"{seconds:.2f} s/step  {left} left{memory}",
-            flush=True,
+            f"{seconds:.2f} s/step  {left} left{memory}"
         )
         if self._writer is not None:
-            self._writer.flush()  # so that a killed run has lost no more than its last lines
+            with naming(self.output / TENSORBOARD_FOLDER):
+                self._writer.flush()  # so that a killed run has lost no more than its last lines
 
 
 def _summary_writer(folder: Path, first_step: int) -> Any:
@@ -113,15 +128,34 @@ def _append_row(path: Path, row: Mapping[str, float]) -> None:
     if not path.exists() or not path.stat().st_size:
         writer.writeheader()
     writer.writerow(row)
-    with path.open("a", encoding="utf-8") as file:
+    with naming(path), path.open("a", encoding="utf-8") as file:
         file.write(text.getvalue())
 
 
-def _keep_rows(path: Path, last_step: int) -> None:
-    """Keep the header and the rows up to a step; a line cut short by a kill or a full disk is one of those that go."""
+def _keep_rows(path: Path, columns: Sequence[str], last_step: int) -> None:
+    """Keep the header and the rows up to a step; a line cut short by a kill or a full disk is one of those that go.
+
+    So do rows that are damaged, with a warning.
+    """
     if not path.exists():
         return
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-    kept = lines[:1] + [row for row in lines[1:] if int(row.split(",", 1)[0]) <= last_step]
+    check_regular(path)
+    *lines, _ = path.read_bytes().decode(errors="replace").split("\n")
+    if lines[:1] not in ([], [",".join(columns)]):
+        raise ValueError(f"{path} is no log to go on with, as its columns are not {','.join(columns)}; move it away")
+    rows = [(line, _step(line, len(columns))) for line in lines[1:]]
+    if damaged := sum(step is None for _, step in rows):
+        warnings.warn(f"{path}: {damaged} damaged lines are left out", stacklevel=2)
+    kept = lines[:1] + [line for line, step in rows if step is not None and step <= last_step]
     with atomic_path(path) as temporary:
-        temporary.write_text("".join(kept), encoding="utf-8")
+        temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+
+def _step(line: str, width: int) -> int | None:
+    """Which step a row of so many numbers is of; None where it is damaged."""
+    try:
+        step, *values = line.split(",")
+        number, _ = int(step), [float(value) for value in values]
+    except ValueError:
+        return None
+    return number if len(values) == width - 1 else None

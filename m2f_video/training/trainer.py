@@ -6,9 +6,13 @@ never stopped, bit for bit where the device computes deterministically (CPUs do,
 """
 
 import copy
+import errno
+import os
 import shutil
 import time
-from collections.abc import Callable, Generator
+import warnings
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -16,38 +20,48 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from m2f_video.config import VideoMask2FormerConfig
+from m2f_video.config import ConfigError, VideoMask2FormerConfig
 from m2f_video.data.augment import Augmentation
 from m2f_video.data.clip import AnnotatedVideos, ClipDataset
 from m2f_video.distributed import Worker, mean_over_workers, share_buffers
 from m2f_video.evaluation.annotations import GroundTruth
 from m2f_video.evaluation.predict import evaluate_model, prepare_ground_truth
-from m2f_video.files import atomic_path
+from m2f_video.files import atomic_path, made_directory
 from m2f_video.hub import load_checkpoint, load_state_dict_strictly
 from m2f_video.modeling.pixel_decoder import DeformableEncoderLayer
 from m2f_video.modeling.swin import SwinBlock
 from m2f_video.modeling.transformer_decoder import DecoderLayer
 from m2f_video.modeling.video_mask2former import VideoMask2Former
 from m2f_video.training.batches import Batch, ClipBatches, ClipOrder, Collate, load_batches
-from m2f_video.training.checkpoint import list_checkpoints, load_latest_checkpoint, save_checkpoint
+from m2f_video.training.checkpoint import FOLDER, list_checkpoints, load_latest_checkpoint, save_checkpoint
 from m2f_video.training.config import TrainConfig
-from m2f_video.training.log import EVALUATIONS_FILE, STEPS_FILE, TrainingLog
+from m2f_video.training.log import (
+    EVALUATIONS_FILE,
+    LOGGED_PARTS,
+    STEPS_FILE,
+    TENSORBOARD_FOLDER,
+    TrainingLog,
+)
 from m2f_video.training.losses import LossNorms, NonFinitePredictionError, VideoMask2FormerLoss, loss_norms
 from m2f_video.training.optim import build_optimizer, learning_rate, set_learning_rate, update_average
 
 FINAL_FOLDER, BEST_FOLDER, CONFIG_FILE = "final", "best", "train.json"
-LOGGED_PARTS = ("loss_ce", "loss_mask", "loss_dice")
-"""Of the final prediction; `loss` is the sum over all depths."""
+LOCK_FILE = ".lock"
+"""That is there while a run is at work in its folder, and after one that was killed; it means nothing by itself."""
 
 _PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Trainer:
     """A training run.
+
+    It keeps other runs out of its folder until `train` ends, however it does, or `close` is called. A run that was
+    killed keeps nobody out.
 
     Args:
         config: what to train and how.
@@ -62,9 +76,10 @@ class Trainer:
         tensorboard: write TensorBoard's event files too.
 
     Raises:
-        ValueError: the folder holds a run and `resume` was not asked for; the run in it had another config or other
-            data; no checkpoint can be read; a batch cannot be divided among the workers, or they disagree on what to
-            go on with; or the validation videos are missing, have other classes or no annotations.
+        ValueError: another run is at work in the folder; it holds a run and `resume` was not asked for; the run in it
+            had another config or other data; no checkpoint can be read, or its logs cannot be gone on with; a batch
+            cannot be divided among the workers, or they disagree on what to go on with; or the validation videos are
+            missing, have other classes or no annotations.
         OSError: files cannot be read or written.
     """
 
@@ -90,6 +105,23 @@ class Trainer:
             raise ValueError(
                 f"evaluate_every={config.evaluate_every}, but there are no validation videos; give some, or leave it 0"
             )
+        with ExitStack() as held:
+            if self.worker.is_main:
+                held.enter_context(_held(output))
+            self._prepare(videos, held, resume=resume, init=init, tensorboard=tensorboard)
+            self._resources = held.pop_all()
+        if self.worker.is_main and config.optim.warmup_steps > config.steps:
+            warnings.warn(
+                f"the learning rate only rises: optim.warmup_steps={config.optim.warmup_steps} is longer than the run "
+                f"of {config.steps} steps",
+                stacklevel=2,
+            )
+
+    def _prepare(
+        self, videos: AnnotatedVideos, held: ExitStack, *, resume: bool, init: str | None, tensorboard: bool
+    ) -> None:
+        """Begin or resume; what has to be closed at the end is put on `held`."""
+        config, output = self.config, self.output
         state = _checked_state(output, config, (self._data, self._held_out), resume)
         self.worker.check_same(
             "the run to go on with", (config.to_json(), self._data, None if state is None else state["step"])
@@ -112,10 +144,11 @@ class Trainer:
             self._restore(state)
 
         self._batches = self._load_batches(videos)
+        held.callback(self._batches.close)  # and the processes behind it
         if self.worker.is_main:
-            output.mkdir(parents=True, exist_ok=True)
             _remove_leftovers(output)
         self.log = TrainingLog(output, self.worker, config.steps, self.steps_done, config.log_every, tensorboard)
+        held.callback(self.log.close)
         if resume:
             begun = f"resume after step {self.steps_done}" if state else "there is no checkpoint yet; begin"
             self.log.say(f"{output}: {begun}")
@@ -133,13 +166,24 @@ class Trainer:
         return self.model if self.average is None else self.average
 
     def train(self) -> VideoMask2Former:
-        """Do the steps that are left, and leave the model in `final/`.
+        """Do the steps that are left, leave the model in `final/`, and close the run.
 
         Raises:
             NonFinitePredictionError: the model predicts NaN or infinite values; the message names step and tensor.
             ValueError: a gradient is not finite, or a clip is damaged.
             OSError: files cannot be read or written.
         """
+        try:
+            self._steps()
+        finally:
+            self.close()
+        return self.result.eval()
+
+    def close(self) -> None:
+        """End the processes that prepare clips, write out the log, and let other runs into the folder."""
+        self._resources.close()
+
+    def _steps(self) -> None:
         config, model = self.config, self._wrapped()
         self._begin()
         for step in range(self.steps_done, config.steps):
@@ -163,9 +207,6 @@ class Trainer:
             if is_best:  # after the checkpoint that says so
                 self._write(BEST_FOLDER)
         self._write(FINAL_FOLDER)
-        self._batches.close()  # and the processes behind it
-        self.log.close()
-        return self.result.eval()
 
     def _begin(self) -> None:
         """Leave what a run needs to be resumed from its beginning, or make up for what a kill has kept from it."""
@@ -289,13 +330,39 @@ class Trainer:
         save_checkpoint(self.output, self.steps_done, state, self.config.keep_checkpoints)
 
     def _restore(self, state: dict[str, Any]) -> None:
+        moments, groups = _moments(state), self.optimizer.state_dict()["param_groups"]  # which the config says all of
+        best, average = state.get("best"), self.average
+        expected = {
+            "model": self.model.state_dict(),
+            "average": None if average is None else average.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "best": None if best is None else {"step": 0, "AP": 0.0},
+        }
+        wrong = [name for name, own in expected.items() if not _is_like(state.get(name), own)]
+        if wrong or not self._are_moments(moments):
+            raise ValueError(
+                f"{_checkpoint_file(self.output, state)} does not fit its run: {(*wrong, 'optimizer')[0]} is not what "
+                "was saved there; remove it to resume from the one before"
+            )
         self.steps_done = state["step"]
-        self.best = state["best"]
+        self.best = best
         self.model.load_state_dict(state["model"])
-        if self.average is not None:
-            self.average.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        if average is not None:
+            average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         self.scaler.load_state_dict(state["scaler"])
+
+    def _are_moments(self, moments: Any) -> bool:
+        """Whether this is what AdamW keeps of parameters, by their number."""
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        return isinstance(moments, dict) and all(
+            isinstance(number, int)
+            and 0 <= number < len(parameters)
+            and _is_like(
+                kept, {"step": torch.zeros(()), **dict.fromkeys(("exp_avg", "exp_avg_sq"), parameters[number])}
+            )
+            for number, kept in moments.items()
+        )
 
     def _load_batches(self, videos: AnnotatedVideos) -> Generator[Batch]:
         config = self.config
@@ -348,14 +415,72 @@ def _config_for_bare_file(source: str, config: VideoMask2FormerConfig) -> VideoM
     return config if path.is_file() and not (path.parent / "config.json").exists() else None
 
 
+@contextmanager
+def _held(output: Path) -> Iterator[None]:
+    """Hold the folder of a run, made where missing, so that no other run writes there; the system ends that in a kill.
+
+    Raises:
+        ValueError: another run holds it.
+        OSError: it cannot be written, or files and folders are in each other's place.
+    """
+    for path in (output, *(output / name for name in (FOLDER, FINAL_FOLDER, BEST_FOLDER, TENSORBOARD_FOLDER))):
+        if os.path.lexists(path) and not path.is_dir():
+            raise NotADirectoryError(
+                f"{path} is a file, where a training run needs a folder; move it, or write elsewhere"
+            )
+    for path in (output / name for name in (CONFIG_FILE, STEPS_FILE, EVALUATIONS_FILE, LOCK_FILE)):
+        if path.is_dir():
+            raise IsADirectoryError(
+                f"{path} is a folder, where a training run needs a file; move it, or write elsewhere"
+            )
+    with made_directory(output):
+        lock = FileLock(output / LOCK_FILE, thread_local=False)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise ValueError(
+                f"another training run is at work in {output}; wait for its end, or write elsewhere"
+            ) from error
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+                raise
+            warnings.warn(f"{output} cannot be locked: let no second run write there ({error.strerror})", stacklevel=2)
+        try:
+            yield
+        finally:
+            (output / LOCK_FILE).unlink(missing_ok=True)  # while it is locked: who has it open will look for a new one
+            lock.release()
+
+
 def _remove_leftovers(output: Path) -> None:
-    """Remove what a killed run was writing."""
-    for pattern in (f".{Path(CONFIG_FILE).stem}.*", ".log.*.csv", ".evaluation.*.csv"):
-        for file in output.glob(pattern):
-            file.unlink()
+    """Remove what a killed run was writing, but for what its next writer removes."""
     for folder in (FINAL_FOLDER, BEST_FOLDER):
         for staging in (output / folder).glob(".writing-*"):
             shutil.rmtree(staging)
+
+
+def _checkpoint_file(output: Path, state: dict[str, Any]) -> Path:
+    return dict(list_checkpoints(output))[state["step"]]
+
+
+def _moments(state: dict[str, Any]) -> Any:
+    optimizer = state.get("optimizer")
+    return optimizer.get("state") if isinstance(optimizer, dict) else None
+
+
+def _is_like(found: Any, own: Any) -> bool:
+    """Whether a part of a checkpoint has the form of what it is to replace: keys, and types and shapes of values."""
+    if isinstance(own, Tensor):
+        if not isinstance(found, Tensor) or found.is_nested or found.layout != torch.strided:
+            return False
+        return (found.shape, found.dtype, found.device.type) == (own.shape, own.dtype, "cpu")
+    if isinstance(own, dict):
+        return (
+            isinstance(found, dict)
+            and found.keys() == own.keys()
+            and all(_is_like(found[key], own[key]) for key in own)
+        )
+    return type(found) is type(own)
 
 
 def _checked_state(
@@ -370,7 +495,14 @@ def _checked_state(
     state = load_latest_checkpoint(output)
     if state is None:
         return None
-    before = TrainConfig.from_json(state["config"])
+    file = _checkpoint_file(output, state)
+    missing = [name for name in ("config", "data", "validation", "workers") if name not in state]
+    if missing or not isinstance(state["config"], str):
+        raise ValueError(f"{file} is no checkpoint of a training run: it has no {(*missing, 'config')[0]}")
+    try:
+        before = TrainConfig.from_json(state["config"])
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from error
     if names := before.differences(config):
         raise ValueError(
             f"the run in {output} has another {', '.join(names[:5])}; resume it with the config it began with "

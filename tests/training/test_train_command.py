@@ -1,6 +1,7 @@
 """`m2f-video train`, end to end."""
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -106,6 +107,23 @@ def test_a_run_and_its_resumption(
     assert f"{stopped} holds a training run already; go on with it by resume, or write elsewhere" in error_of(capsys)
 
 
+def test_an_interrupt_leaves_no_process_and_nothing_half_written(
+    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt_after(monkeypatch, 1)
+    assert run_tiny(folder, tmp_path / "run", "--num-workers", 2) == 130
+    assert capfd.readouterr().err == "m2f-video: interrupted\n"
+    assert multiprocessing.active_children() == []
+    assert not list((tmp_path / "run").rglob(".*"))
+
+
+def test_a_second_run_in_a_folder_is_one_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = Trainer(CONFIG, VIDEOS, tmp_path)
+    assert run_tiny(folder, tmp_path, "--resume") == 2
+    assert f"another training run is at work in {tmp_path}; " in error_of(capsys)
+    made.close()
+
+
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """What trainers are made from, in place of training."""
@@ -202,7 +220,9 @@ def test_a_recipe_has_to_be_chosen(
         (("--device", "abacus"), "unknown device 'abacus'"),
         (("--init", "nowhere"), "nowhere does not exist"),
         (("--model.temporal", "per_frame"), "an image model has no clips to learn from"),
-        (("--output", "{folder}/config.json"), "config.json"),
+        (("--output", "{folder}/config.json"), "config.json is a file, where a training run needs a folder"),
+        (("--output", "{folder}/config.json/run"), "config.json/run"),
+        (("--output", "/proc/run"), "/proc/run"),
     ],
 )
 def test_bad_input_is_one_line(

@@ -1,8 +1,13 @@
 """A run that was stopped, however, ends with the weights of one that was not, to the bit."""
 
+import errno
+import fcntl
 import json
+import multiprocessing
 import os
 import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +15,7 @@ import pytest
 import torch
 
 from m2f_video.data import SyntheticVideos, YouTubeVis, write_youtube_vis
-from m2f_video.training import TrainConfig, Trainer, Worker
+from m2f_video.training import OptimConfig, TrainConfig, Trainer, Worker
 from m2f_video.training.batches import ClipOrder
 from m2f_video.training.checkpoint import CheckpointWarning, list_checkpoints, load_latest_checkpoint
 from tests.training.tiny_run import CONFIG, VIDEOS, final_weights, rows, train, train_until
@@ -102,7 +107,7 @@ def test_a_kill_between_a_checkpoint_and_its_best_weights(tmp_path: Path) -> Non
     made = Trainer(config, VIDEOS, tmp_path / "killed", validation=VIDEOS, resume=True)
     made._begin()
     assert (tmp_path / "killed" / "best" / "model.safetensors").exists()
-    assert not list((tmp_path / "killed").glob(".*"))
+    assert not list((tmp_path / "killed").glob(".train.*"))
     made.train()
     best = ["whole", "killed"]
     assert len({(tmp_path / name / "best" / "model.safetensors").read_bytes() for name in best}) == 1
@@ -155,6 +160,118 @@ def test_a_log_that_a_kill_cut_short(whole: Path, tmp_path: Path) -> None:
     assert_same_end(tmp_path, whole)
 
 
+DAMAGED_ROWS = {
+    "cut off": "2,0.5,0.5",
+    "too long": "2,1,1,1,1,1,1,1,1",
+    "not numbers": "2,1,1,1,one,1,1,1",
+    "no step": "two,1,1,1,1,1,1,1",
+    "a huge step": f"{'9' * 5000},1,1,1,1,1,1,1",
+    "zeros of a power cut": "\0" * 40,
+    "empty": "",
+    "not text": "\udcff\udcfe,1",
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED_ROWS)
+def test_damaged_rows_of_a_log_are_left_out(kind: str, whole: Path, tmp_path: Path) -> None:
+    train_until(2, tmp_path)
+    log = tmp_path / "log.csv"
+    header, first, second = log.read_text().splitlines()
+    content = "\n".join([header, first, DAMAGED_ROWS[kind], second, ""])
+    log.write_bytes(content.encode("utf-8", "surrogateescape"))
+    with pytest.warns(UserWarning, match=f"^{log}: 1 damaged lines are left out"):
+        train(tmp_path, resume=True)
+    assert_same_end(tmp_path, whole)
+
+
+@pytest.mark.parametrize("name", ["log.csv", "evaluation.csv"])
+@pytest.mark.parametrize("content", [b"epoch,loss\n1,2\n", b"step,loss\n1,2\n", b"\0\0\0\n", b"\xff\xfe\n", b"\n"])
+def test_a_log_of_something_else_is_left_as_it_is(name: str, content: bytes, tmp_path: Path) -> None:
+    file = tmp_path / name
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"^{file} is no log to go on with, as its columns are not step,.*; move it"):
+        train(tmp_path, resume=True)
+    assert file.read_bytes() == content
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_log_that_is_a_pipe_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "log.csv")
+    with pytest.raises(ValueError, match=r"log\.csv is a named pipe"):
+        train(tmp_path, resume=True)
+
+
+# What is in the latest checkpoint, and what is said of it
+
+FOREIGN: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "no config": (lambda state: state.pop("config"), "no checkpoint of a training run: it has no config"),
+    "config": (lambda state: state.update(config=5), "no checkpoint of a training run: it has no config"),
+    "config's text": (lambda state: state.update(config="{"), "JSON"),
+    "config's fields": (lambda state: state.update(config='{"steps": "x"}'), "steps"),
+    "no data": (lambda state: state.pop("data"), "no data"),
+    "no workers": (lambda state: state.pop("workers"), "no workers"),
+    "data": (lambda state: state.update(data=[1]), "training videos are not those"),
+    "no model": (lambda state: state.pop("model"), "model is not"),
+    "model": (lambda state: state.update(model=[1]), "model is not"),
+    "a weight less": (lambda state: state["model"].popitem(), "model is not"),
+    "a weight more": (lambda state: state["model"].update(more=torch.zeros(1)), "model is not"),
+    "a weight's name": (lambda state: state["model"].update({5: torch.zeros(1)}), "model is not"),
+    "a weight's type": (lambda state: first(state["model"], lambda weight: weight.tolist()), "model is not"),
+    "a weight's shape": (lambda state: first(state["model"], lambda weight: weight[None]), "model is not"),
+    "a weight's dtype": (lambda state: first(state["model"], lambda weight: weight.long()), "model is not"),
+    "a weight's layout": (lambda state: first(state["model"], torch.Tensor.to_sparse), "model is not"),
+    "a weight's device": (lambda state: first(state["model"], lambda weight: weight.to("meta")), "model is not"),
+    "average": (lambda state: state.update(average=None), "average is not"),
+    "scaler": (lambda state: state.update(scaler={"scale": "1"}), "scaler is not"),
+    "best": (lambda state: state.update(best={"step": "one"}), "best is not"),
+    "no optimizer": (lambda state: state.pop("optimizer"), "optimizer is not"),
+    "optimizer": (lambda state: state.update(optimizer=None), "optimizer is not"),
+    "moments": (lambda state: state["optimizer"].update(state=[1]), "optimizer is not"),
+    "moments of nothing": (lambda state: state["optimizer"]["state"].update({999: {}}), "optimizer is not"),
+    "a moment less": (lambda state: state["optimizer"]["state"][0].pop("exp_avg"), "optimizer is not"),
+    "a moment's shape": (
+        lambda state: state["optimizer"]["state"][0].update(exp_avg=torch.zeros(7)), "optimizer is not"
+    ),
+}  # fmt: skip
+
+
+def first(weights: dict[str, torch.Tensor], change: Callable[[torch.Tensor], object]) -> None:
+    name = next(iter(weights))
+    weights.update({name: change(weights[name])})  # type: ignore[dict-item]
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("stopped")
+    train_until(1, output)
+    return output
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_a_checkpoint_of_another_form_is_named(kind: str, stopped: Path, tmp_path: Path) -> None:
+    spoil, message = FOREIGN[kind]
+    file = stopped / "checkpoints" / "step-00000001.pt"
+    state = torch.load(file)
+    spoil(state)
+    (tmp_path / "checkpoints").mkdir()
+    torch.save(state, tmp_path / "checkpoints" / file.name)
+    with pytest.raises(ValueError, match=message) as raised:
+        Trainer(CONFIG, VIDEOS, tmp_path, resume=True)
+    assert len(str(raised.value)) < 300 + len(str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
+
+
+def test_groups_of_the_optimiser_are_those_of_the_config(whole: Path, tmp_path: Path) -> None:
+    train_until(2, tmp_path)
+    file = tmp_path / "checkpoints" / "step-00000002.pt"
+    state = torch.load(file)
+    for group in state["optimizer"]["param_groups"]:
+        group |= {"weight_decay": 9.0, "betas": "none", "lr_factor": 0.0}
+    torch.save(state, file)
+    train(tmp_path, resume=True)
+    assert_same_end(tmp_path, whole)
+
+
 @pytest.mark.parametrize("content", ["", "step,lo"])
 def test_a_log_that_is_cut_within_its_header(content: str, tmp_path: Path) -> None:
     train_until(1, tmp_path)
@@ -188,6 +305,79 @@ def test_nothing_to_resume_begins(whole: Path, tmp_path: Path, capsys: pytest.Ca
     train(tmp_path / "run", resume=True)
     assert f"{tmp_path / 'run'}: there is no checkpoint yet; begin\n" in capsys.readouterr().out
     assert_same_end(tmp_path / "run", whole)
+
+
+BUSY = "another training run is at work in {}; wait for its end, or write elsewhere"
+
+
+def test_a_run_has_its_folder_for_itself(tmp_path: Path) -> None:
+    made = Trainer(CONFIG, VIDEOS, tmp_path)
+    for resume in (False, True):
+        with pytest.raises(ValueError, match=BUSY.format(tmp_path)):
+            train(tmp_path, resume=resume)
+    other = Trainer(CONFIG, VIDEOS, tmp_path, worker=Worker(1, 2, torch.device("cpu")))  # who shares in the same run
+    other.close()
+    made.train()
+    assert not (tmp_path / ".lock").exists()
+    train(tmp_path, resume=True)
+
+
+def fail(tmp_path: Path) -> None:
+    train_until(1, tmp_path)
+
+
+def refuse(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="another seed"):
+        Trainer(CONFIG.replace(seed=9), VIDEOS, tmp_path, resume=True)
+
+
+def close(tmp_path: Path) -> None:
+    made = Trainer(CONFIG, VIDEOS, tmp_path, resume=True)
+    made.close()
+    made.close()
+
+
+def forget(tmp_path: Path) -> None:
+    Trainer(CONFIG, VIDEOS, tmp_path, resume=True)
+
+
+def test_a_run_that_ends_somehow_lets_others_in(whole: Path, tmp_path: Path) -> None:
+    for end in (fail, refuse, close, forget):
+        end(tmp_path)
+    train(tmp_path, resume=True)
+    assert_same_end(tmp_path, whole)
+
+
+def wait_for_ever(output: Path, begun: Any) -> None:
+    made = Trainer(CONFIG.replace(num_workers=2), VIDEOS, output)
+    made._begin()
+    next(made._batches)  # by processes that outlive this one for some seconds
+    begun.set()
+    time.sleep(60)
+
+
+def test_a_run_that_was_killed_can_be_resumed_at_once(whole: Path, tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    begun = context.Event()
+    process = context.Process(target=wait_for_ever, args=(tmp_path, begun))
+    process.start()
+    assert begun.wait(30)
+    with pytest.raises(ValueError, match=BUSY.format(tmp_path)):
+        train(tmp_path, resume=True)
+    process.kill()
+    process.join()
+    assert (tmp_path / ".lock").exists()
+    train(tmp_path, resume=True)
+    assert_same_end(tmp_path, whole)
+
+
+def test_a_file_system_without_locks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with pytest.warns(UserWarning, match=f"{tmp_path} cannot be locked: let no second run write there"):
+        train(tmp_path, CONFIG.replace(steps=1, optim=OptimConfig()))
 
 
 def test_a_folder_that_holds_a_run_is_left_alone(whole: Path, tmp_path: Path) -> None:

@@ -1,7 +1,10 @@
 """What a run does: the effect of every field, its outputs, and how it ends when numbers go wrong."""
 
+import errno
+import os
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,11 +18,22 @@ from torch import nn
 from m2f_video import VideoMask2Former
 from m2f_video.data import AugmentConfig, ClipSampling, SyntheticVideos
 from m2f_video.evaluation import evaluate_model, predict
+from m2f_video.evaluation.video_ap import STATS
 from m2f_video.modeling.ms_deform_attn import MSDeformAttn
 from m2f_video.modeling.swin import Mlp
 from m2f_video.modeling.transformer_decoder import CrossAttention
-from m2f_video.training import LossConfig, NonFinitePredictionError, OptimConfig, TrainConfig, Trainer, batches, trainer
+from m2f_video.training import (
+    LossConfig,
+    NonFinitePredictionError,
+    OptimConfig,
+    TrainConfig,
+    Trainer,
+    Worker,
+    batches,
+    trainer,
+)
 from m2f_video.training.checkpoint import list_checkpoints, load_latest_checkpoint
+from m2f_video.training.log import TrainingLog
 from m2f_video.training.optim import learning_rate
 from tests.tolerances import identical
 from tests.training.tiny_run import (
@@ -253,6 +267,68 @@ def test_without_tensorboard_the_extra_is_named(tmp_path: Path, monkeypatch: pyt
 # What goes wrong
 
 
+def test_a_warmup_longer_than_the_run_is_said(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    optim = OptimConfig(warmup_steps=3)
+    Trainer(CONFIG.replace(optim=optim), VIDEOS, tmp_path / "fits")
+    assert not [warning for warning in recwarn if "warmup" in str(warning.message)]
+    with pytest.warns(UserWarning, match=r"only rises: optim\.warmup_steps=3 is longer than the run of 2 steps"):
+        Trainer(CONFIG.replace(optim=optim, steps=2), VIDEOS, tmp_path / "longer")
+
+
+def full(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+NUMBERS = dict.fromkeys(("loss", "seconds", "learning_rate", "grad_norm"), 1.0)
+
+
+@pytest.mark.parametrize("call", ["open", "add_scalar", "flush", "close", "print"])
+def test_a_full_disk_is_named_by_what_is_written_to(call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
+    log = TrainingLog(tmp_path, Worker(0, 1, torch.device("cpu")), 9, 0, every=1, tensorboard=True)
+    if call == "open":
+        (tmp_path / "log.csv").symlink_to("/dev/full")
+    elif call == "print":
+        monkeypatch.setattr("builtins.print", full)
+    else:
+        monkeypatch.setattr(SummaryWriter, call, full)
+    name = {"open": tmp_path / "log.csv", "print": "standard output"}.get(call, tmp_path / "tensorboard")
+    with pytest.raises(OSError, match=f"No space left on device; .*: '{name}'$"), closing(log):
+        log.step(1, NUMBERS)
+    monkeypatch.undo()
+    log.close()
+
+
+def test_a_folder_with_other_things_in_it_keeps_them(tmp_path: Path) -> None:
+    others = (".train.yaml", ".log.old.csv", ".evaluation.1.csv", "notes.txt", "checkpoints/mine.pt")
+    (tmp_path / "checkpoints").mkdir()
+    for name in others:
+        (tmp_path / name).write_text("mine")
+    train(tmp_path, CONFIG.replace(steps=1, optim=OptimConfig()))
+    assert {(tmp_path / name).read_text() for name in others} == {"mine"}
+
+
+@pytest.mark.parametrize("name", ["", "checkpoints", "final", "best", "tensorboard"])
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_file_in_the_place_of_a_folder_is_refused_before_the_work(name: str, resume: bool, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    (output / name).parent.mkdir(exist_ok=True)
+    (output / name).write_text("mine")
+    with pytest.raises(NotADirectoryError, match=f"^{output / name} is a file, where a training run needs a folder"):
+        Trainer(CONFIG, VIDEOS, output, resume=resume)
+    assert (output / name).read_text() == "mine"
+    assert [file.name for file in tmp_path.rglob("*")] == ["run", name][: 1 + bool(name)]
+
+
+@pytest.mark.parametrize("name", ["log.csv", "evaluation.csv", "train.json", ".lock"])
+def test_a_folder_in_the_place_of_a_file_is_refused_before_the_work(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).mkdir()
+    with pytest.raises(IsADirectoryError, match=f"^{tmp_path / name} is a folder, where a training run needs a file"):
+        Trainer(CONFIG, VIDEOS, tmp_path, resume=True)
+    assert [file.name for file in tmp_path.rglob("*")] == [name]
+
+
 def poison(monkeypatch: pytest.MonkeyPatch, step: int, spoil: Callable[[Trainer], object]) -> None:
     """Spoil a run after a step, once its checkpoint is written."""
     save = Trainer._save
@@ -387,7 +463,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch, numbers: dict[int, float]) -> None
     """Evaluations that give an AP by step."""
 
     def evaluate(made: Trainer) -> Callable[..., Any]:
-        stats = dict.fromkeys(("AP", "AP50", "AP75", "AR10"), numbers[made.steps_done])
+        stats = dict.fromkeys(STATS, numbers[made.steps_done])
         return lambda *_, **__: SimpleNamespace(stats=stats)
 
     original = Trainer._evaluate
