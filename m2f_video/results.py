@@ -6,14 +6,14 @@ Shape letters: T frames of the result, N tracks, H height, W width.
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
-from m2f_video.files import atomic_path, made_directory
+from m2f_video.files import atomic_path, check_regular, made_directory, read_json
 from m2f_video.video_io import VideoReader, VideoSource
 
 Rle = dict[str, Any]
@@ -21,6 +21,8 @@ Rle = dict[str, Any]
 
 TRACKS_FILE = "tracks.json"
 OVERLAY_FILE = "overlay.mp4"
+
+_MOST_PIXELS, _MOST_SIDE = 2**28, 2**16
 
 
 def encode_mask(mask: np.ndarray) -> Rle | None:
@@ -63,15 +65,17 @@ class Track:
     segmentations: tuple[Rle | None, ...]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "segmentations", tuple(self.segmentations))
         if not math.isfinite(self.score):
             raise ValueError(f"track {self.id}: the score must be a finite number, got {self.score}")
+        segmentations = []
         for position, rle in enumerate(self.segmentations):
-            if rle is not None and not _is_rle(rle):
+            if rle is not None and (rle := plain_rle(rle)) is None:
                 raise ValueError(
                     f"track {self.id}, frame {position}: a segmentation is None or a compressed COCO encoding, "
                     '{"size": [H, W], "counts": str}'
                 )
+            segmentations.append(rle)
+        object.__setattr__(self, "segmentations", tuple(segmentations))
 
     @property
     def num_frames_visible(self) -> int:
@@ -240,38 +244,43 @@ class VideoSegmentation:
         """
         file = Path(path)
         file = file / TRACKS_FILE if file.is_dir() else file
+        check_regular(file)
         if not file.is_file():
             raise FileNotFoundError(f"{file}: there is no such result file")
         try:
-            return cls._from_dict(json.loads(file.read_bytes(), parse_constant=_no_constant))
-        except (ValueError, OverflowError, RecursionError) as error:  # malformed text raises these as well
-            raise ValueError(f"{file}: not a result of this program: {error}") from error
+            return cls._from_dict(read_json(file))
+        except ValueError as error:
+            raise ValueError(f"{file}: not a result of this program: {str(error).removeprefix(f'{file}: ')}") from error
 
     @classmethod
     def _from_dict(cls, data: Any) -> "VideoSegmentation":
         video = _get(data, "video", dict, "the file")
         height, width = _get(video, "height", int, "video"), _get(video, "width", int, "video")
+        check_picture_size(height, width)
         labels = []
         for index, category in enumerate(_get(data, "categories", list, "the file")):
             if _get(category, "id", int, f"category {index}") != index + 1:
                 raise ValueError(f"category {index}: ids must count from 1, got {category['id']}")
             labels.append(_get(category, "name", str, f"category {index}"))
         tracks: list[Track] = []
+        query_of: dict[tuple[str | None, ...], int] = {}  # by the masks' run lengths
         for index, row in enumerate(_get(data, "results", list, "the file")):
             where = f"result {index}"
-            segmentations = tuple(_get(row, "segmentations", list, where))
-            for position, rle in enumerate(segmentations):
-                if rle is not None:
-                    check_rle(rle, height, width, f"{where}, frame {position}")
-            same = next((track.query_id for track in tracks if track.segmentations == segmentations), index)
+            segmentations: list[Rle | None] = []
+            for position, rle in enumerate(_get(row, "segmentations", list, where)):
+                try:
+                    segmentations.append(None if rle is None else check_rle(rle, height, width))
+                except ValueError as error:
+                    raise ValueError(f"{where}, frame {position}: {error}") from error
+            counts = tuple(None if rle is None else rle["counts"] for rle in segmentations)
             tracks.append(
                 Track(
                     id=index + 1,
                     label=_get(row, "category", str, where),
                     label_id=_get(row, "category_id", int, where) - 1,
                     score=_get(row, "score", (int, float), where),
-                    query_id=same,
-                    segmentations=segmentations,
+                    query_id=query_of.setdefault(counts, index),
+                    segmentations=tuple(segmentations),
                 )
             )
         frames = _get(video, "frames", list, "video")
@@ -304,15 +313,25 @@ class VideoSegmentation:
                 )
 
 
-def _is_rle(rle: Any) -> bool:
-    return (
-        isinstance(rle, dict)
-        and rle.keys() == {"size", "counts"}
-        and isinstance(rle["counts"], str)
-        and isinstance(rle["size"], list | tuple)
-        and len(rle["size"]) == 2
-        and all(type(side) is int and side > 0 for side in rle["size"])
-    )
+def plain_rle(rle: Any) -> Rle | None:
+    """A compressed run-length encoding without further keys and with integer sides; None where it is none.
+
+    Some programs write sides as whole floats and add keys of their own. Whether the run lengths are sound is not
+    looked at, `check_rle` does.
+    """
+    if not isinstance(rle, Mapping) or not isinstance(rle.get("counts"), str):
+        return None
+    size = rle.get("size")
+    if not isinstance(size, list | tuple) or len(size) != 2:
+        return None
+    if all(type(side) is int and side > 0 for side in size) and len(rle) == 2 and type(rle) is dict:
+        return rle
+    sides = [int(side) for side in size if _is_whole(side) and side > 0]
+    return {"size": sides, "counts": rle["counts"]} if len(sides) == 2 else None
+
+
+def _is_whole(number: Any) -> bool:
+    return type(number) is int or (type(number) is float and number.is_integer())
 
 
 def _as_bytes(rle: Rle) -> Rle:
@@ -326,15 +345,59 @@ def decode_mask(rle: Rle) -> np.ndarray:
     return coco.decode(_as_bytes(rle)).astype(bool)
 
 
-def check_rle(rle: Any, height: int, width: int, where: str) -> None:
-    """Check a segmentation of a file. pycocotools reads past the end of a malformed one, so it must not see it."""
-    if not _is_rle(rle):
-        raise ValueError(f'{where}: a segmentation is null or {{"size": [H, W], "counts": text}}')
-    if list(rle["size"]) != [height, width]:
-        raise ValueError(f"{where}: the mask is {rle['size']} but the video is [{height}, {width}] (height, width)")
-    runs = _run_lengths(rle["counts"])
+def check_picture_size(height: int, width: int) -> None:
+    """Refuse what no picture has: memory is taken by the size that a file states.
+
+    Raises:
+        ValueError: the picture is too large; all masks of one that is not have areas and coordinates within 32 bits.
+    """
+    if height * width > _MOST_PIXELS or max(height, width) > _MOST_SIDE:
+        raise ValueError(
+            f"a picture of {height} x {width} (height x width) is too large for a mask: it may have {_MOST_PIXELS} "
+            f"pixels, and {_MOST_SIDE} a side"
+        )
+
+
+def check_rle(rle: Any, height: int, width: int) -> Rle:
+    """Check a segmentation of a file. pycocotools reads past the end of a malformed one, so it must not see it.
+
+    Returns:
+        The same mask as `plain_rle` gives it, without runs of no pixel between others: where two masks have such runs
+        at one place, pycocotools compares no further.
+
+    Raises:
+        ValueError: it is no mask of such a picture.
+    """
+    check_picture_size(height, width)
+    plain = plain_rle(rle)
+    if plain is None:
+        raise ValueError(f'a segmentation is null or {{"size": [H, W], "counts": text}}, got {rle!r:.60}')
+    if list(plain["size"]) != [height, width]:
+        raise ValueError(f"the mask is {plain['size']!s:.60} but the video is [{height}, {width}] (height, width)")
+    runs = _run_lengths(plain["counts"])
     if runs is None or (runs < 0).any() or runs.sum() != height * width:
-        raise ValueError(f"{where}: the run lengths are damaged, they do not cover {height} x {width} pixels")
+        raise ValueError(f"the run lengths are damaged, they do not cover {height} x {width} pixels")
+    return plain if runs[1:].all() else encode_runs(runs.tolist(), height, width)
+
+
+def encode_runs(runs: Sequence[Any], height: int, width: int) -> Rle:
+    """Compressed run-length encoding of uncompressed run lengths, column by column, the first of the background.
+
+    Raises:
+        ValueError: they do not cover the picture.
+    """
+    from pycocotools import mask as coco
+
+    check_picture_size(height, width)
+    total = height * width
+    if not all(type(run) is int and 0 <= run <= total for run in runs) or sum(runs) != total:
+        raise ValueError(f"the run lengths are damaged, they do not cover {height} x {width} pixels")
+    # where runs of no pixel lie between, two changes at one place are none
+    ends, changes = np.unique(np.cumsum(np.array(runs, np.int64))[:-1], return_counts=True)
+    ends = ends[(changes % 2 == 1) & (ends < total)]
+    counts = np.diff(ends, prepend=0, append=total).tolist()
+    rle = coco.frPyObjects({"size": [height, width], "counts": counts}, height, width)
+    return {"size": [height, width], "counts": rle["counts"].decode("ascii")}
 
 
 def _run_lengths(counts: str) -> np.ndarray | None:
@@ -352,7 +415,7 @@ def _run_lengths(counts: str) -> np.ndarray | None:
     ends = np.flatnonzero(chars & 32 == 0)
     starts = np.concatenate([[0], ends[:-1] + 1])
     lengths = ends - starts + 1
-    if lengths.max() > 7:  # 35 bits, more than any picture has pixels
+    if lengths.max() > 6:  # 30 bits, more than any picture has pixels; from 7 on pycocotools reads another number
         return None
     place = np.arange(len(chars)) - np.repeat(starts, lengths)
     runs = np.add.reduceat((chars & 31) << (5 * place), starts)
@@ -372,10 +435,6 @@ def _get(data: Any, key: str, kind: type | tuple[type, ...], where: str) -> Any:
     return value
 
 
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number")
-
-
 def _check_position(frame: int, count: int) -> int:
     if not 0 <= frame < count:
         raise IndexError(f"frame {frame}: the result has {count} frames, counted from 0 whatever their source numbers")
@@ -383,5 +442,5 @@ def _check_position(frame: int, count: int) -> int:
 
 
 def _shorten(values: Sequence[Any]) -> str:
-    shown = ", ".join(str(value) for value in values[:8])
+    shown = ", ".join(f"{value!s:.20}" for value in values[:8])
     return f"({shown}{', ...' if len(values) > 8 else ''})"

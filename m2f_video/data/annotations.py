@@ -1,14 +1,29 @@
 """Annotation files in the YouTubeVIS format and COCO's: finding, parsing, and taking fields out with clear errors."""
 
-import json
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-ANNOTATION_FILES = ("train.json", "instances.json")
-"""Annotation files that are looked for, in this order, where a dataset is given as a folder."""
+import numpy as np
+
+from m2f_video.files import check_regular, read_json
+from m2f_video.results import check_picture_size
+
+ANNOTATION_FILES = (
+    "train.json",
+    "instances.json",
+    "annotations_train.json",
+    "train_instances.json",
+    "train_instances_.json",
+)
+"""Annotation files that are looked for, in this order, where a dataset is given as a folder: those of YouTubeVIS 2019,
+YouTubeVIS 2021, OVIS and LV-VIS, which comes with either name."""
 
 FRAMES_FOLDER = "JPEGImages"
+
+MOST_CATEGORIES = 5000
+"""The precision of each takes 200 kB in an evaluation."""
 
 
 class DatasetError(ValueError):
@@ -20,8 +35,10 @@ def find_annotations(path: str | os.PathLike[str]) -> Path:
 
     Raises:
         FileNotFoundError: there is none.
+        ValueError: it is a pipe or device.
     """
     file = Path(path)
+    check_regular(file)
     if file.is_file():
         return file
     if not file.exists():
@@ -32,13 +49,18 @@ def find_annotations(path: str | os.PathLike[str]) -> Path:
     raise FileNotFoundError(f"{file}: the folder holds no {' or '.join(ANNOTATION_FILES)}; give the annotation file")
 
 
-def find_frames(annotations: Path, frames: str | os.PathLike[str] | None = None) -> Path:
+def find_frames(
+    annotations: Path, frames: str | os.PathLike[str] | None = None, videos: Sequence[Mapping[str, Any]] = ()
+) -> Path:
     """The folder of frames that belongs to an annotation file.
 
     Args:
         annotations: the file.
-        frames: the folder, where it is known. None looks for `JPEGImages` beside the file, then for `NAME/JPEGImages`
-            beside `NAME.json`, as YouTubeVIS 2019 is packed.
+        frames: the folder, where it is known. None looks where published datasets have it: `JPEGImages` beside the file
+            (YouTubeVIS 2021), `train/JPEGImages` (YouTubeVIS 2019, LV-VIS), `JPEGImages/train` (LV-VIS) and `train`
+            (OVIS), where the file's name is of that part, such as `train.json`, `train_instances.json` or
+            `annotations_train.json`.
+        videos: rows of the file's videos: of several such folders the first is taken that has their first frame.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -47,12 +69,17 @@ def find_frames(annotations: Path, frames: str | os.PathLike[str] | None = None)
         if not Path(frames).is_dir():
             raise FileNotFoundError(f"{frames}: there is no such folder of frames")
         return Path(frames)
-    beside = annotations.parent / FRAMES_FOLDER
-    below = annotations.parent / annotations.stem / FRAMES_FOLDER
-    for folder in (beside, below):
-        if folder.is_dir():
-            return folder
-    raise FileNotFoundError(f"{annotations}: there is no folder of frames, neither {beside} nor {below}; name it")
+    part = annotations.stem.removeprefix("annotations_").removesuffix("_").removesuffix("_instances")
+    names = (FRAMES_FOLDER, f"{part}/{FRAMES_FOLDER}", f"{FRAMES_FOLDER}/{part}", part)
+    folders = [folder for name in names if (folder := annotations.parent / name).is_dir()]
+    if not folders:
+        raise FileNotFoundError(
+            f"{annotations}: there is no folder of frames, none of {', '.join(names)} beside it; name it (--frames)"
+        )
+    listed = (row.get("file_names") for row in videos)
+    first = next((names[0] for names in listed if isinstance(names, list) and names), None)
+    with_first = (folder for folder in folders if is_inner_path(first) and (folder / str(first)).exists())
+    return next(with_first, folders[0])
 
 
 def read_annotations(file: Path, items: str = "videos") -> dict[str, Any]:
@@ -64,12 +91,12 @@ def read_annotations(file: Path, items: str = "videos") -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        DatasetError: it is not JSON, or has no list of items or categories.
+        DatasetError: it is a pipe or device, is not JSON, or has no list of items or categories.
     """
     try:
-        data = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise DatasetError(f"{file}: not an annotation file: {error}") from error
+        data = read_json(file)
+    except ValueError as error:
+        raise DatasetError(f"{file}: not an annotation file: {str(error).removeprefix(f'{file}: ')}") from error
     if not isinstance(data, dict):
         raise DatasetError(f"{file}: not an annotation file: it holds no JSON object")
     data["annotations"] = data.get("annotations") or []
@@ -85,15 +112,42 @@ def category_names(categories: list[dict[str, Any]], file: Path) -> dict[int, st
     Raises:
         DatasetError: there are none, or an id or a name is there twice.
     """
+    if not 1 <= len(categories) <= MOST_CATEGORIES:
+        raise DatasetError(f"{file}: {category_count_fault(len(categories))}")
     names: dict[int, str] = {}
+    taken: set[str] = set()
     for row in categories:
         id_, name = get_field(row, "id", int, f"{file}: a category"), get_field(row, "name", str, f"{file}: a category")
-        if id_ in names or name in names.values():
-            raise DatasetError(f"{file}: category {id_} ({name}) is there twice")
+        if id_ in names or name in taken:
+            raise DatasetError(f"{file}: category {id_} ({name:.60}) is there twice")
         names[id_] = name
-    if not names:
-        raise DatasetError(f"{file}: there are no categories")
+        taken.add(name)
     return dict(sorted(names.items()))
+
+
+def category_count_fault(count: int) -> str | None:
+    """What is wrong with the number of categories, None where nothing is."""
+    if not count:
+        return "there are no categories"
+    return f"{count} categories are too many, it may be {MOST_CATEGORIES}" if count > MOST_CATEGORIES else None
+
+
+def check_length(video: Mapping[str, Any], num_frames: int, where: str) -> None:
+    """Check that the number of frames a video says it has, where it does, is that of its file names.
+
+    Raises:
+        DatasetError: it is another one; the message starts with `where`.
+    """
+    length = video.get("length")
+    if length is not None and (type(length) is not int or length != num_frames):
+        raise DatasetError(f"{where}: length is {length!r:.60}, but there are {num_frames} file names")
+
+
+def is_area(area: Any) -> bool:
+    """Whether this may stand in an annotation's `areas`: a number of pixels, or null where the object is absent."""
+    if isinstance(area, bool) or not isinstance(area, int | float | np.number):
+        return area is None
+    return bool(0 <= area < 2**31)
 
 
 def get_field(row: dict[str, Any], key: str, kind: type, where: str) -> Any:
@@ -110,18 +164,30 @@ def get_field(row: dict[str, Any], key: str, kind: type, where: str) -> Any:
     return value
 
 
-def get_side(row: dict[str, Any], key: str, where: str) -> int:
-    """A height or width in pixels.
+def get_picture_size(row: dict[str, Any], where: str) -> tuple[int, int]:
+    """Height and width in pixels.
 
     Raises:
-        DatasetError: it is missing, no integer or not positive; the message starts with `where`.
+        DatasetError: one is missing, no integer or not positive, or no picture is that large; the message starts with
+            `where`.
     """
-    side: int = get_field(row, key, int, where)
-    if side < 1:
-        raise DatasetError(f"{where}: {key} must be positive, got {side}")
-    return side
+    for key in ("height", "width"):
+        if get_field(row, key, int, where) < 1:
+            raise DatasetError(f"{where}: {key} must be positive, got {row[key]}")
+    height, width = row["height"], row["width"]
+    try:
+        check_picture_size(height, width)
+    except ValueError as error:
+        raise DatasetError(f"{where}: {error}") from error
+    return height, width
 
 
 def is_inner_path(name: Any) -> bool:
     """Whether a file name of an annotation file leads to a place inside the folder it is relative to."""
-    return isinstance(name, str) and bool(name) and not name.startswith("/") and ".." not in PurePosixPath(name).parts
+    if not isinstance(name, str) or not name or name.startswith("/") or "\0" in name:
+        return False
+    try:
+        longest = max(map(len, os.fsencode(name).split(b"/")))
+    except UnicodeEncodeError:  # JSON can hold what no file system can
+        return False
+    return longest < 256 and len(name) < 4096 and ".." not in PurePosixPath(name).parts

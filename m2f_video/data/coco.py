@@ -22,13 +22,14 @@ from m2f_video.data.annotations import (
     DatasetError,
     category_names,
     get_field,
-    get_side,
+    get_picture_size,
     is_inner_path,
     read_annotations,
 )
 from m2f_video.data.clip import Clip, check_frame_indices
 from m2f_video.data.segmentation import decode_segmentation
 from m2f_video.data.youtube_vis import Instance
+from m2f_video.files import check_regular
 from m2f_video.video_io import read_image
 
 
@@ -134,6 +135,7 @@ class CocoVideo:
         }
 
     def _image(self) -> np.ndarray:
+        check_regular(self.file)
         image = np.array(read_image(self.file))
         if image.shape[:2] != (self.height, self.width):
             raise DatasetError(
@@ -194,11 +196,14 @@ class CocoVideos:
         self._file = file
         self._options = (label_set, num_frames, motion, seed)
         data = read_annotations(file, "images")
+        ids = [get_field(row, "id", int, f"{file}: an image") for row in data["images"]]
+        if len(set(ids)) != len(ids):
+            raise DatasetError(f"{file}: two images have the same id")
         instances = _read_instances(data, COCO_TO_VIS[label_set], self.labels, file)
         self._videos = tuple(
             _build_video(row, instances[row["id"]], folder, num_frames, motion, seed, file)
             for row in data["images"]
-            if instances.get(get_field(row, "id", int, f"{file}: an image"))
+            if instances.get(row["id"])
         )
 
     @property
@@ -229,10 +234,10 @@ def _read_instances(
     names = category_names(data["categories"], file)
     label_of = {id_: labels.index(classes[name]) for id_, name in names.items() if name in classes}
     if not label_of:
-        raise DatasetError(f"{file}: none of its categories is one of COCO's: {', '.join(classes)}")
+        raise DatasetError(f"{file}: none of its categories is one of COCO's: {', '.join(classes):.180}")
     instances: dict[int, list[Instance]] = {}
     for row in data["annotations"]:
-        where = f"{file}: annotation {row.get('id')}"
+        where = f"{file}: annotation {row.get('id')!s:.60}"
         id_, category = get_field(row, "id", int, where), get_field(row, "category_id", int, where)
         if category not in names:
             raise DatasetError(f"{where}: there is no category {category}")
@@ -255,11 +260,12 @@ def _build_video(
     if row["id"] < 0:
         raise DatasetError(f"{where}: ids must not be negative")
     if not is_inner_path(row.get("file_name")):
-        raise DatasetError(f"{where}: {row.get('file_name')!r} is no name of a file inside the folder of images")
+        raise DatasetError(f"{where}: {row.get('file_name')!r:.60} is no name of a file inside the folder of images")
+    height, width = get_picture_size(row, where)
     return CocoVideo(
         video_id=row["id"],
-        height=get_side(row, "height", where),
-        width=get_side(row, "width", where),
+        height=height,
+        width=width,
         num_frames=num_frames,
         file=folder / row["file_name"],
         instances=tuple(instances),

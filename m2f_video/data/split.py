@@ -1,5 +1,6 @@
 """Splitting a dataset in the YouTubeVIS format into two by video, as a stand-in for validation sets without truth."""
 
+import heapq
 import json
 import os
 from pathlib import Path
@@ -34,11 +35,12 @@ def split_dataset(
     there is another choice. `OUT/JPEGImages` is a symbolic link: the source must stay where it is.
 
     Args:
-        source: the annotation file, or a folder with `train.json` or `instances.json`.
+        source: the annotation file, or a folder with one of `ANNOTATION_FILES`, such as `train.json`.
         out: folder to make; it must not exist, or be empty.
         fraction: of the videos, how many go to `val`; at least one goes, and one stays.
         seed: of the draw.
-        frames: folder of the videos' folders of frames; None looks for `JPEGImages`.
+        frames: folder of the videos' folders of frames; None looks where published datasets have it (see
+            `find_frames`).
 
     Returns:
         number of videos in train and in val.
@@ -54,8 +56,8 @@ def split_dataset(
     if seed < 0:
         raise ValueError(f"the seed must not be negative, got {seed}")
     file = find_annotations(source)
-    folder = find_frames(file, frames)
     data = read_annotations(file)
+    folder = find_frames(file, frames, data["videos"])
     categories = _categories_by_video(data, file)
     count = min(max(round(fraction * len(categories)), 1), len(categories) - 1)
     chosen = _choose(categories, count, np.random.default_rng(seed))
@@ -72,7 +74,7 @@ def _categories_by_video(data: dict[str, Any], file: Path) -> dict[int, set[int]
     if len(categories) < 2:
         raise DatasetError(f"{file}: it takes two videos to split a dataset, this one has {len(categories)}")
     for row in data["annotations"]:
-        where = f"{file}: annotation {row.get('id')}"
+        where = f"{file}: annotation {row.get('id')!s:.60}"
         video = get_field(row, "video_id", int, where)
         if video not in categories:
             raise DatasetError(f"{where}: there is no video {video}")
@@ -83,23 +85,30 @@ def _categories_by_video(data: dict[str, Any], file: Path) -> dict[int, set[int]
 
 def _choose(categories: dict[int, set[int]], count: int, random: np.random.Generator) -> set[int]:
     """Ids of `count` videos for the second part."""
-    left = [list(categories)[index] for index in random.permutation(len(categories))]
+    ids = list(categories)
+    order = [ids[index] for index in random.permutation(len(ids))]
     remaining: dict[int, int] = {}  # in how many videos of the first part a category is
     for present in categories.values():
         for category in present:
             remaining[category] = remaining.get(category, 0) + 1
     covered: set[int] = set()
     chosen: set[int] = set()
-    for _ in range(count):
-        # the first of the best, so that the order drawn above decides among equals
-        best = max(
-            left,
-            key=lambda video: (
-                -sum(remaining[category] == 1 for category in categories[video]),
-                len(categories[video] - covered),
-            ),
-        )
-        left.remove(best)
+
+    def rank(place: int) -> tuple[int, int, int]:
+        """The least is the best; the order drawn above decides among equals."""
+        present = categories[order[place]]
+        return sum(remaining[category] == 1 for category in present), -len(present - covered), place
+
+    # Ranks only ever rise, so that the first whose rank is still what it was is the best of all.
+    queue = [rank(place) for place in range(len(order))]
+    heapq.heapify(queue)
+    while len(chosen) < count:
+        place = queue[0][2]
+        if (now := rank(place)) != queue[0]:
+            heapq.heapreplace(queue, now)
+            continue
+        heapq.heappop(queue)
+        best = order[place]
         chosen.add(best)
         covered |= categories[best]
         for category in categories[best]:

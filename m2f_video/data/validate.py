@@ -8,14 +8,18 @@ from typing import Any
 
 from m2f_video.data.annotations import (
     DatasetError,
+    category_count_fault,
+    check_length,
     find_annotations,
     find_frames,
     get_field,
-    get_side,
+    get_picture_size,
+    is_area,
     is_inner_path,
     read_annotations,
 )
 from m2f_video.data.segmentation import decode_segmentation
+from m2f_video.files import check_regular
 from m2f_video.video_io import image_size
 
 Progress = Callable[[int, int], None]
@@ -73,8 +77,9 @@ def check_dataset(
     without any.
 
     Args:
-        path: the annotation file, or a folder with `train.json` or `instances.json`.
-        frames: folder of the videos' folders of frames; None looks for `JPEGImages`.
+        path: the annotation file, or a folder with one of `ANNOTATION_FILES`, such as `train.json`.
+        frames: folder of the videos' folders of frames; None looks where published datasets have it (see
+            `find_frames`).
         progress: called with (videos and annotations done, videos and annotations in all).
 
     Raises:
@@ -89,7 +94,7 @@ def check_dataset(
     faults: list[Fault] = []
     folder = None
     try:
-        folder = find_frames(file, frames)
+        folder = find_frames(file, frames, videos)
     except FileNotFoundError as error:
         if frames is not None:
             raise
@@ -102,6 +107,8 @@ def check_dataset(
         if progress is not None:
             progress(done, total)
 
+    if not videos:
+        faults.append(Fault(file=str(file), message="there are no videos"))
     faults += _check_categories(data["categories"], file)
     for video in videos:
         faults += _check_video(video, folder, file)
@@ -131,8 +138,8 @@ def _fault_of(error: Exception, file: Path) -> Fault:
 
 
 def _check_categories(categories: list[dict[str, Any]], file: Path) -> Iterator[Fault]:
-    if not categories:
-        yield Fault(file=str(file), message="there are no categories")
+    if message := category_count_fault(len(categories)):
+        yield Fault(file=str(file), message=message)
     for row in categories:
         for key, kind in (("id", int), ("name", str)):
             try:
@@ -152,26 +159,27 @@ def _twice(values: Iterable[Any], what: str, file: Path) -> Iterator[Fault]:
     for value, count in counts.items():
         if count > 1:
             id_ = value if what == "annotation" else None
-            yield Fault(file=str(file), annotation_id=id_, message=f"{what} {value!r} is there {count} times")
+            yield Fault(file=str(file), annotation_id=id_, message=f"{what} {value!r:.60} is there {count} times")
 
 
 def _check_video(video: dict[str, Any], folder: Path | None, file: Path) -> Iterator[Fault]:
-    where = f"video {video.get('id')}"
+    where = f"video {video.get('id')!s:.60}"
     try:
         get_field(video, "id", int, where)
         names = get_field(video, "file_names", list, where)
-        size = get_side(video, "height", where), get_side(video, "width", where)
+        size = get_picture_size(video, where)
     except DatasetError as error:
         yield Fault(file=str(file), message=str(error))
         return
     if not names:
         yield Fault(file=str(file), message=f"{where} has no frames")
-    if video.get("length", len(names)) != len(names):
-        message = f"{where}: length is {video['length']}, but there are {len(names)} file names"
-        yield Fault(file=str(file), message=message)
+    try:
+        check_length(video, len(names), where)
+    except DatasetError as error:
+        yield Fault(file=str(file), message=str(error))
     for name in names:
         if not is_inner_path(name):
-            message = f"{where}: {name!r} is no name of a frame inside the folder of frames"
+            message = f"{where}: {name!r:.60} is no name of a frame inside the folder of frames"
             yield Fault(file=str(file), message=message)
         elif folder is not None:
             fault = _check_frame(folder / name, size, where)
@@ -181,11 +189,12 @@ def _check_video(video: dict[str, Any], folder: Path | None, file: Path) -> Iter
 
 def _check_frame(file: Path, size: tuple[int, int], where: str) -> Fault | None:
     """The fault of one frame, by its header; None where it is as stated."""
-    if not file.is_file():
-        return Fault(file=str(file), message=f"the frame of {where} is missing")
     try:
+        check_regular(file)
+        if not file.is_file():
+            return Fault(file=str(file), message=f"the frame of {where} is missing")
         actual = image_size(file)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         return _fault_of(error, file)
     if actual != size:
         message = f"the frame is {actual[0]} x {actual[1]} (height x width), but {where} is {size[0]} x {size[1]}"
@@ -213,12 +222,17 @@ def _check_annotation(
     video = video_of.get(video_id, {}) if type(video_id) is int else {}
     names = video.get("file_names")
     for key in ("segmentations", "areas", "bboxes"):
-        value = annotation.get(key, [])
+        value = annotation.get(key)
+        if value is None and (key != "segmentations" or key not in annotation):  # areas are then measured
+            continue
         if not isinstance(value, list):
             yield f"{key!r} must be a list, got {value!r:.60}"
-        elif key in annotation and isinstance(names, list) and len(value) != len(names):
+        elif isinstance(names, list) and len(value) != len(names):
             yield f"{len(value)} {key} for the {len(names)} frames of video {video_id}"
     segmentations, height, width = annotation.get("segmentations"), video.get("height"), video.get("width")
+    areas = annotation.get("areas")
+    if isinstance(areas, list) and not all(map(is_area, areas)):
+        yield "'areas' must be numbers of pixels, null where the object is absent"
     # without a size it is the video's fault, reported there
     if isinstance(segmentations, list) and type(height) is type(width) is int and min(height, width) > 0:
         yield from _check_segmentations(segmentations, height, width)

@@ -1,4 +1,4 @@
-"""Datasets in the YouTubeVIS format: YouTubeVIS 2019, 2021 and 2022, OVIS, and what `write_youtube_vis` writes.
+"""Datasets in the YouTubeVIS format: YouTubeVIS 2019, 2021 and 2022, OVIS, LV-VIS, and what we write ourselves.
 
 A dataset is an annotation file and a folder with a folder of frames per video. The file is JSON with `videos` (`id`,
 `width`, `height`, `length`, `file_names`), `categories` (`id`, `name`) and `annotations` (`id`, `video_id`,
@@ -20,15 +20,17 @@ import torch
 from m2f_video.data.annotations import (
     DatasetError,
     category_names,
+    check_length,
     find_annotations,
     find_frames,
     get_field,
-    get_side,
+    get_picture_size,
     is_inner_path,
     read_annotations,
 )
 from m2f_video.data.clip import Clip, check_frame_indices
 from m2f_video.data.segmentation import decode_segmentation
+from m2f_video.files import check_regular
 from m2f_video.video_io import read_image
 
 
@@ -81,7 +83,8 @@ class YouTubeVisVideo:
         """
         indices = check_frame_indices(frame_indices, self.num_frames, self.name)
         unique = sorted(set(indices))
-        places = [unique.index(index) for index in indices]
+        place_of = {index: place for place, index in enumerate(unique)}
+        places = [place_of[index] for index in indices]
         frames = np.stack([self._frame(index) for index in unique])[places]
         masks = np.zeros((len(self.instances), len(unique), self.height, self.width), bool)
         present = np.zeros((len(self.instances), len(unique)), bool)
@@ -101,6 +104,7 @@ class YouTubeVisVideo:
         ).without_absent()
 
     def _frame(self, index: int) -> np.ndarray:
+        check_regular(self.files[index])
         image = read_image(self.files[index])
         if image.shape[:2] != (self.height, self.width):
             raise DatasetError(
@@ -122,8 +126,9 @@ class YouTubeVis:
     """A dataset in the YouTubeVIS format: a sequence of `YouTubeVisVideo`, whose frames are read when asked for.
 
     Args:
-        path: the annotation file, or a folder with `train.json` or `instances.json`.
-        frames: folder of the videos' folders of frames; None looks for `JPEGImages` (see `find_frames`).
+        path: the annotation file, or a folder with one of `ANNOTATION_FILES`, such as `train.json`.
+        frames: folder of the videos' folders of frames; None looks where published datasets have it (see
+            `find_frames`).
         labels: class names of the model to train or test; categories are matched to them by name. None takes the
             file's categories by rising id, as the original does.
         num_videos: only the first so many videos; None takes all.
@@ -148,15 +153,18 @@ class YouTubeVis:
         if num_videos is not None and num_videos < 1:
             raise ValueError(f"num_videos must be positive, got {num_videos}")
         self.file = find_annotations(path)
-        folder = find_frames(self.file, frames)
         data = read_annotations(self.file)
+        folder = find_frames(self.file, frames, data["videos"])
         names = category_names(data["categories"], self.file)
         self.category_ids = {name: id_ for id_, name in names.items()}
         self.labels = tuple(names.values()) if labels is None else tuple(labels)
-        unknown = [name for name in names.values() if name not in self.labels]
+        index_of = {name: index for index, name in enumerate(self.labels)}
+        unknown = [name for name in names.values() if name not in index_of]
         if unknown:
-            raise DatasetError(f"{self.file}: categories that are not among the labels: {', '.join(unknown)}")
-        label_of = {id_: self.labels.index(name) for id_, name in names.items()}
+            raise DatasetError(
+                f"{self.file}: {len(unknown)} categories are not among the labels: {', '.join(unknown[:8]):.120}"
+            )
+        label_of = {id_: index_of[name] for id_, name in names.items()}
         self._videos = _build_videos(data, label_of, folder, self.file)[:num_videos]
 
     @property
@@ -183,15 +191,15 @@ class YouTubeVis:
 def _build_videos(
     data: dict[str, Any], label_of: dict[int, int], folder: Path, file: Path
 ) -> tuple[YouTubeVisVideo, ...]:
+    if not data["videos"]:
+        raise DatasetError(f"{file}: there are no videos")
     lengths = {get_field(row, "id", int, f"{file}: a video"): _get_length(row, file) for row in data["videos"]}
     if len(lengths) != len(data["videos"]):
         raise DatasetError(f"{file}: two videos have the same id")
     instances: dict[int, list[Instance]] = {id_: [] for id_ in lengths}
     seen: set[int] = set()
     for row in data["annotations"]:
-        where = f"{file}: annotation {row.get('id')}"
-        if row.get("iscrowd"):
-            continue
+        where = f"{file}: annotation {row.get('id')!s:.60}"
         id_, video_id = get_field(row, "id", int, where), get_field(row, "video_id", int, where)
         category, segmentations = (
             get_field(row, "category_id", int, where),
@@ -208,13 +216,16 @@ def _build_videos(
             raise DatasetError(
                 f"{where}: {len(segmentations)} segmentations for the {lengths[video_id]} frames of video {video_id}"
             )
-        instances[video_id].append(Instance(id=id_, label=label_of[category], segmentations=segmentations))
+        if row.get("iscrowd", 0) not in (0, 1):
+            raise DatasetError(f"{where}: 'iscrowd' must be 0 or 1, got {row['iscrowd']!r:.60}")
+        if not row.get("iscrowd"):
+            instances[video_id].append(Instance(id=id_, label=label_of[category], segmentations=segmentations))
     return tuple(
         YouTubeVisVideo(
             video_id=row["id"],
             name=_folder_name(row),
-            height=get_side(row, "height", f"{file}: video {row['id']}"),
-            width=get_side(row, "width", f"{file}: video {row['id']}"),
+            height=row["height"],
+            width=row["width"],
             files=tuple(folder / name for name in row["file_names"]),
             instances=tuple(instances[row["id"]]),
         )
@@ -223,14 +234,16 @@ def _build_videos(
 
 
 def _get_length(video: dict[str, Any], file: Path) -> int:
-    """Number of frames of a video, whose file names must stay inside the folder of frames."""
+    """Number of frames of a video, whose size and file names are checked: these must stay inside the folder."""
     where = f"{file}: video {video['id']}"
     names = get_field(video, "file_names", list, where)
     if not names:
         raise DatasetError(f"{where} has no frames")
     for name in names:
         if not is_inner_path(name):
-            raise DatasetError(f"{where}: {name!r} is no name of a frame inside the folder of frames")
+            raise DatasetError(f"{where}: {name!r:.60} is no name of a frame inside the folder of frames")
+    check_length(video, len(names), where)
+    get_picture_size(video, where)
     return len(names)
 
 

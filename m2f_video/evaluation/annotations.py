@@ -6,22 +6,28 @@ The format is COCO's with a list per frame: `videos`, `categories` and `annotati
 Shape letters: T frames, H height, W width.
 """
 
-import json
 import math
 import os
 import warnings
+import zipfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
-from m2f_video.results import Rle, check_rle
+from m2f_video.data.annotations import category_count_fault, is_area
+from m2f_video.data.segmentation import compress_segmentation
+from m2f_video.files import check_regular, parse_json, read_json
+from m2f_video.results import Rle, check_picture_size
 
 Source = str | os.PathLike[str]
 Progress = Callable[[str, int, int], None]
 """Called with (what is being done, steps done, steps in all)."""
+
+_MOST_UNPACKED, _MOST_UNPACKED_RATIO = 2**26, 20  # bytes; run lengths pack to a half or a third
 
 
 class EvaluationWarning(UserWarning):
@@ -39,7 +45,8 @@ class MaskTrack:
         masks: T compressed COCO encodings, `counts` as bytes; None where the object is absent.
         pixels: (T,) int64, area of each mask; 0 where it is None or empty.
         area: mean area over the frames where it is not 0, which decides between small, medium and large: as the
-            file's `areas` state it for annotations, measured for predictions. 0 where there is none.
+            file's `areas` state it for annotations, measured for predictions and where there are no `areas`. 0 where
+            there is none.
         score: confidence of a prediction; 1 for annotations.
         crowd: an annotation that stands for a group: matching it counts neither for nor against a prediction.
     """
@@ -94,12 +101,17 @@ def load_ground_truth(source: Source | Mapping[str, Any], progress: Progress | N
     for row, video in enumerate(_rows(data, "videos", name)):
         where = f"{name}: video row {row}"
         video_id = _new_id(video, sizes, where)
-        height, width, frames = (_integer(video, key, where, least=1) for key in ("height", "width", "length"))
-        if height * width >= 2**31:
-            raise ValueError(f"{where}: run lengths cannot describe masks of {width} x {height} pixels")
-        sizes[video_id] = (height, width, frames)
+        height, width = (_integer(video, key, where, least=1) for key in ("height", "width"))
+        try:
+            check_picture_size(height, width)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        sizes[video_id] = (height, width, _length(video, where))
     categories: dict[int, str] = {}
-    for row, category in enumerate(_rows(data, "categories", name)):
+    rows = _rows(data, "categories", name)
+    if message := category_count_fault(len(rows)):
+        raise ValueError(f"{name}: {message}")
+    for row, category in enumerate(rows):
         where = f"{name}: category row {row}"
         categories[_new_id(category, categories, where)] = str(_get(category, "name", where))
     tracks: dict[int, MaskTrack] = {}
@@ -122,10 +134,12 @@ def load_results(
     """Read and check results against the data set they are for.
 
     As in the original evaluator, rows of categories that the data set does not have are left out, and of a row with
-    more or fewer frames than its video those in common count; both give an `EvaluationWarning`.
+    more or fewer frames than its video those in common count; both give an `EvaluationWarning`. No rows at all are no
+    error: nothing was found then.
 
     Args:
-        source: path of a JSON file, or its parsed content: a list of rows with compressed run lengths or null.
+        source: path of a JSON file or of a submission's zip with `results.json`, or the parsed content: a list of rows
+            with compressed run lengths or null.
         ground_truth: the data set.
         progress: see `Progress`.
 
@@ -142,8 +156,6 @@ def load_results(
             f"{name}: results are a list of rows, got a {_kind(rows)}; of a tracks.json only the list under 'results' "
             "is meant"
         )
-    if not rows:
-        raise ValueError(f"{name}: the list of results is empty, there is nothing to evaluate")
     tracks: list[MaskTrack] = []
     unknown: list[MaskTrack] = []
     for row, result in enumerate(rows):
@@ -178,20 +190,26 @@ def _annotation(
         raise ValueError(f"{where}: category_id {category_id} is not among the categories")
     crowd = row.get("iscrowd", 0)
     if crowd not in (0, 1):
-        raise ValueError(f"{where}: iscrowd must be 0 or 1, got {crowd!r}")
+        raise ValueError(f"{where}: iscrowd must be 0 or 1, got {crowd!r:.60}")
     masks = _masks(row, sizes[video_id], where, annotated=True)
-    areas = _list(row, "areas", where)
-    if len(areas) != len(masks):
-        raise ValueError(f"{where}: {len(areas)} areas for {len(masks)} segmentations; there is one for each frame")
-    if not all(area is None or (_is_number(area) and area >= 0) for area in areas):
-        raise ValueError(f"{where}: areas must be numbers of pixels, null where the object is absent")
+    pixels = _pixels(masks)
+    areas = pixels
+    if row.get("areas") is not None:
+        stated = _list(row, "areas", where)
+        if len(stated) != len(masks):
+            raise ValueError(
+                f"{where}: {len(stated)} areas for {len(masks)} segmentations; there is one for each frame"
+            )
+        if not all(map(is_area, stated)):
+            raise ValueError(f"{where}: areas must be numbers of pixels, null where the object is absent")
+        areas = np.array([area or 0 for area in stated])
     return MaskTrack(
         id=track_id,
         video_id=video_id,
         category_id=category_id,
         masks=masks,
-        pixels=_pixels(masks),
-        area=_mean_visible(np.array([area or 0 for area in areas])),
+        pixels=pixels,
+        area=_mean_visible(areas),
         crowd=bool(crowd),
     )
 
@@ -205,7 +223,7 @@ def _result(row: Any, number: int, ground_truth: GroundTruth, where: str) -> Mas
         )
     score = _get(row, "score", where)
     if not _is_number(score):
-        raise ValueError(f"{where}: the score must be a finite number, got {score!r}")
+        raise ValueError(f"{where}: the score must be a finite number, got {score!r:.60}")
     category_id = _integer(row, "category_id", where)
     masks = _masks(row, ground_truth.sizes[video_id], where, annotated=False)
     pixels = _pixels(masks)
@@ -227,63 +245,48 @@ def _masks(
     height, width, _ = size
     masks: list[Rle | None] = []
     for frame, mask in enumerate(_list(row, "segmentations", where)):
-        place = f"{where}, frame {frame}"
-        if mask is None or (annotated and mask == []):
+        if mask is None:
             masks.append(None)
             continue
-        if isinstance(mask, list) or (isinstance(mask, Mapping) and isinstance(mask.get("counts"), list)):
-            if not annotated:
-                raise ValueError(
-                    f'{place}: results take compressed run lengths only, {{"size": [H, W], "counts": text}}; encode '
-                    "the mask with pycocotools.mask.encode"
-                )
-            masks.append(_compress(mask, height, width, place))
-            continue
-        if isinstance(mask, Mapping) and isinstance(mask.get("counts"), bytes):  # as pycocotools gives them
-            mask = {**mask, "counts": mask["counts"].decode("ascii", "replace")}
-        check_rle(mask, height, width, place)
-        masks.append({"size": [height, width], "counts": mask["counts"].encode("ascii")})
+        if not annotated and (isinstance(mask, list) or isinstance(_counts(mask), list)):
+            raise ValueError(
+                f"{where}, frame {frame}: results take compressed run lengths only, "
+                '{"size": [H, W], "counts": text}; encode the mask with pycocotools.mask.encode'
+            )
+        if isinstance(counts := _counts(mask), bytes):  # as pycocotools gives them
+            mask = {**mask, "counts": counts.decode("ascii", "replace")}
+        try:
+            rle = compress_segmentation(mask, height, width)
+        except ValueError as error:
+            raise ValueError(f"{where}, frame {frame}: {error}") from error
+        masks.append(None if rle is None else {"size": [height, width], "counts": rle["counts"].encode("ascii")})
     if not masks:
         raise ValueError(f"{where}: the list of segmentations is empty; there is one, or null, for each frame")
     return tuple(masks)
 
 
-def _compress(mask: list | Mapping[str, Any], height: int, width: int, where: str) -> Rle:
-    """Polygons or uncompressed run lengths as compressed ones."""
-    from pycocotools import mask as coco
-
-    if isinstance(mask, list):
-        _check_polygons(mask, height, width, where)
-        return coco.merge(coco.frPyObjects(mask, height, width))
-    if mask.get("size") not in ([height, width], (height, width)):
-        raise ValueError(
-            f"{where}: the mask is {mask.get('size')} but the video is [{height}, {width}] (height, width)"
-        )
-    counts = mask["counts"]
-    if not all(type(count) is int and count >= 0 for count in counts) or sum(counts) != height * width:
-        raise ValueError(f"{where}: the run lengths are damaged, they do not cover {height} x {width} pixels")
-    return coco.frPyObjects({"size": [height, width], "counts": counts}, height, width)
+def _counts(mask: Any) -> Any:
+    return mask.get("counts") if isinstance(mask, Mapping) else None
 
 
-def _check_polygons(polygons: list, height: int, width: int, where: str) -> None:
-    """Coordinates far outside would let pycocotools allocate without bound."""
-    for polygon in polygons:
-        if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2 or not all(map(_is_number, polygon)):
-            raise ValueError(f"{where}: a polygon is a list of at least three points, x, y, x, y, ... in pixels")
-        points = np.array(polygon).reshape(-1, 2)
-        if (np.abs(points - [width / 2, height / 2]) > [1.5 * width, 1.5 * height]).any():
-            raise ValueError(f"{where}: the polygon lies far outside of the picture, {width} x {height}")
+def _length(video: Mapping[str, Any], where: str) -> int:
+    """Number of frames that a video says it has, or that it lists."""
+    names = video.get("file_names")
+    count = len(names) if isinstance(names, list | tuple) else None
+    if count and video.get("length") is None:
+        return count
+    length = _integer(video, "length", where, least=1)
+    if count is not None and length != count:
+        raise ValueError(f"{where}: length is {length}, but there are {count} file names")
+    return length
 
 
 def _pixels(masks: Sequence[Rle | None]) -> np.ndarray:
     """(T,) int64, area of each mask."""
     from pycocotools import mask as coco
 
-    pixels = np.zeros(len(masks), np.int64)
-    visible = [frame for frame, mask in enumerate(masks) if mask is not None]
-    if visible:
-        pixels[visible] = coco.area([masks[frame] for frame in visible])
-    return pixels
+    # one by one: with NumPy 2 the areas of a list are taken of at most 255 masks
+    return np.array([0 if mask is None else int(coco.area(mask)) for mask in masks], np.int64)
 
 
 def _mean_visible(areas: np.ndarray) -> float:
@@ -308,12 +311,30 @@ def _read(source: Any, word: str) -> tuple[str, Any]:
     if not isinstance(source, str | os.PathLike):
         return word, source
     path = Path(source)
+    check_regular(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file of {word}")
+    return str(path), _read_zip(path) if zipfile.is_zipfile(path) else read_json(path)
+
+
+def _read_zip(path: Path) -> Any:
+    """What the only JSON file of a zip holds, such as the submission that `write_submission` writes."""
+    limit = max(_MOST_UNPACKED, _MOST_UNPACKED_RATIO * path.stat().st_size)
     try:
-        return str(path), json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not a JSON file, or cut off: {error}") from error
+        with zipfile.ZipFile(path) as archive:
+            entries = [entry for entry in archive.infolist() if PurePosixPath(entry.filename).suffix == ".json"]
+            if len(entries) != 1:
+                raise ValueError(f"{path}: a zip of results holds one JSON file, this one {len(entries)}")
+            with archive.open(entries[0]) as file:
+                content = file.read(limit + 1)
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+        raise ValueError(f"{path}: not a zip that can be read: {error!s:.120}") from error
+    if len(content) > limit:
+        raise ValueError(f"{path}: {entries[0].filename:.60} has more than {limit} bytes; unpack it and give the file")
+    try:
+        return parse_json(content)
+    except ValueError as error:
+        raise ValueError(f"{path}: {entries[0].filename:.60} is not a JSON file, or cut off: {error}") from error
 
 
 def _rows(data: Mapping[str, Any], key: str, name: str) -> Sequence[Any]:
@@ -338,7 +359,7 @@ def _get(row: Any, key: str, where: str) -> Any:
     if not isinstance(row, Mapping):
         raise ValueError(f"{where} must be an object, got a {_kind(row)}")
     if key not in row:
-        raise ValueError(f"{where} has no {key!r}; it has {_shorten(sorted(map(str, row)))}")
+        raise ValueError(f"{where} has no {key!r}; it has {_shorten(sorted(map(str, row))):.120}")
     return row[key]
 
 
@@ -346,7 +367,7 @@ def _integer(row: Any, key: str, where: str, least: int | None = None) -> int:
     value = _get(row, key, where)
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or (least is not None and value < least):
         kind = "an integer" if least is None else f"an integer of at least {least}"
-        raise ValueError(f"{where}: {key} must be {kind}, got {value!r}")
+        raise ValueError(f"{where}: {key} must be {kind}, got {value!r:.60}")
     return int(value)
 
 

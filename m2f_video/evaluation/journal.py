@@ -5,10 +5,14 @@ of one video.
 """
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from m2f_video.files import check_regular, naming, parse_json
+from m2f_video.results import plain_rle
 
 Row = dict[str, Any]
 """A row of a YouTubeVIS submission."""
@@ -29,13 +33,15 @@ class Journal:
         rows: rows of each finished video by its index in the dataset.
 
     Raises:
-        ValueError: the file is no journal, is damaged, or its predictions are made from something else.
+        ValueError: the file is no journal, is damaged, or its predictions are made from something else; or it is a
+            pipe or device.
     """
 
     def __init__(self, path: str | os.PathLike[str], made_from: Mapping[str, Any]) -> None:
         self.path = Path(path)
         self.rows: dict[int, list[Row]] = {}
         self._header = _line({"made_from": made_from})
+        check_regular(self.path)
         content = self.path.read_bytes() if self.path.exists() else b""
         self._end = content.rfind(b"\n") + 1  # of the last whole line
         if not self._end and not self._header.startswith(content):
@@ -44,7 +50,7 @@ class Journal:
             entry = self._parse(line, number)
             if number == 0:
                 self._check_header(entry)
-            elif type(entry.get("video")) is not int or not isinstance(entry.get("rows"), list):
+            elif type(entry.get("video")) is not int or not _are_rows(entry.get("rows")):
                 raise self._damaged(number)
             else:
                 self.rows[entry["video"]] = entry["rows"]
@@ -55,7 +61,7 @@ class Journal:
         Raises:
             OSError: the file cannot be written.
         """
-        with self.path.open("ab") as file:
+        with naming(self.path), self.path.open("ab") as file:
             file.truncate(self._end)
             if not self._end:
                 file.write(self._header)
@@ -67,8 +73,8 @@ class Journal:
 
     def _parse(self, line: bytes, number: int) -> dict[str, Any]:
         try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            entry = parse_json(line)
+        except ValueError as error:
             raise (self._damaged(number) if number else self._foreign()) from error
         if not isinstance(entry, dict):
             raise self._damaged(number) if number else self._foreign()
@@ -89,6 +95,20 @@ class Journal:
 
     def _damaged(self, number: int) -> ValueError:
         return ValueError(f"{self.path}: line {number + 1} is damaged; delete the file to start anew")
+
+
+def _are_rows(rows: Any) -> bool:
+    """Whether these are rows of a submission, as far as that can be told without its dataset."""
+    return isinstance(rows, list) and all(
+        isinstance(row, dict)
+        and type(row.get("video_id")) is int
+        and type(row.get("category_id")) is int
+        and type(row.get("score")) in (int, float)
+        and math.isfinite(row["score"])
+        and isinstance(row.get("segmentations"), list)
+        and all(rle is None or plain_rle(rle) is not None for rle in row["segmentations"])
+        for row in rows
+    )
 
 
 def _line(entry: Mapping[str, Any]) -> bytes:

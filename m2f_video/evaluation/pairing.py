@@ -14,6 +14,9 @@ from m2f_video.evaluation.annotations import GroundTruth, MaskTrack, Progress
 MAX_DETECTIONS = 100
 """Predictions of a (video, category) that count, those with the highest scores."""
 
+# Numbers of intersections: 1 GiB of them, and of a pairing what some arrays as large, and TrackEval's, leave room for.
+_MOST_INTERSECTIONS, _MOST_OF_A_PAIRING, _TRACKEVAL_PER_PAIR = 2**28, 2**26, 100
+
 
 @dataclass(frozen=True, kw_only=True)
 class Pairing:
@@ -24,8 +27,8 @@ class Pairing:
         category_id: id of the category.
         detections: D predictions by falling score; among equals in the order of the rows.
         annotations: G annotations, in the order of the file.
-        intersections: (T, D, G) int64, pixels that both masks have in a frame; T is the largest number of frames of
-            any of the tracks.
+        intersections: (T, D, G) int32, pixels that both masks have in a frame; T is the largest number of frames of
+            any of the tracks, at most that of the video or the longest annotation.
     """
 
     video_id: int
@@ -54,7 +57,7 @@ class Pairing:
         # Row n of the running sums is the area in the first n frames.
         detected = _running(detections)[common, np.arange(detections.shape[1])[:, None]]
         annotated = _running(annotations)[common, np.arange(annotations.shape[1])]
-        intersection = self.intersections.sum(0)
+        intersection = self.intersections.sum(0, dtype=np.int64)
         return _divide(intersection, detected + annotated - intersection)
 
 
@@ -70,6 +73,9 @@ def pair_tracks(
 
     Returns:
         One for each (category, video) with any track, by category id, then video id.
+
+    Raises:
+        ValueError: there are more masks to compare with each other than memory is for.
     """
     annotations, detections = defaultdict(list), defaultdict(list)
     for track in ground_truth.tracks:
@@ -77,16 +83,25 @@ def pair_tracks(
     for track in results:
         detections[track.category_id, track.video_id].append(track)
     keys = sorted(annotations.keys() | detections.keys())
-    pairings = []
+    pairings: list[Pairing] = []
+    total = 0
     for done, key in enumerate(keys):
         best = sorted(detections[key], key=lambda track: -track.score)[:MAX_DETECTIONS]
+        T = _num_frames(best, annotations[key], ground_truth.sizes[key[1]][2])
+        total += T * len(best) * len(annotations[key])
+        pairs = (len(best) + 1) * (len(annotations[key]) + 1)
+        if total > _MOST_INTERSECTIONS or (T + _TRACKEVAL_PER_PAIR) * pairs > _MOST_OF_A_PAIRING:
+            raise ValueError(
+                f"video {key[1]}, category {key[0]}: {len(best)} predicted and {len(annotations[key])} annotated "
+                f"tracks of {T} frames are too many to compare; measure fewer videos at a time, or shorter ones"
+            )
         pairings.append(
             Pairing(
                 category_id=key[0],
                 video_id=key[1],
                 detections=tuple(best),
                 annotations=tuple(annotations[key]),
-                intersections=_intersections(best, annotations[key]),
+                intersections=_intersections(best, annotations[key], T),
             )
         )
         if progress is not None:
@@ -94,16 +109,20 @@ def pair_tracks(
     return pairings
 
 
-def _intersections(detections: Sequence[MaskTrack], annotations: Sequence[MaskTrack]) -> np.ndarray:
-    """(T, D, G) int64."""
+def _num_frames(detections: Sequence[MaskTrack], annotations: Sequence[MaskTrack], video_length: int) -> int:
+    annotated = max((len(track.masks) for track in annotations), default=0)
+    detected = max((len(track.masks) for track in detections), default=0)
+    return max(annotated, min(detected, video_length))
+
+
+def _intersections(detections: Sequence[MaskTrack], annotations: Sequence[MaskTrack], T: int) -> np.ndarray:
+    """(T, D, G) int32."""
     from pycocotools import mask as coco
 
-    T = max(len(track.masks) for track in (*detections, *annotations))
-    intersections = np.zeros((T, len(detections), len(annotations)), np.int64)
-    for t in range(T):
-        rows, columns = _visible(detections, t), _visible(annotations, t)
-        if not rows or not columns:
-            continue
+    intersections = np.zeros((T, len(detections), len(annotations)), np.int32)
+    detected, annotated = _padded(detections, T), _padded(annotations, T)
+    for t in np.flatnonzero(detected.any(1) & annotated.any(1)):
+        rows, columns = np.flatnonzero(detected[t]).tolist(), np.flatnonzero(annotated[t]).tolist()
         # Against crowds pycocotools divides by the detection's area instead of the union. Times that area gives the
         # intersection back, to rounding, without decoding a mask.
         covered = coco.iou(
@@ -111,20 +130,15 @@ def _intersections(detections: Sequence[MaskTrack], annotations: Sequence[MaskTr
             [annotations[column].masks[t] for column in columns],
             [1] * len(columns),
         )
-        areas = np.array([detections[row].pixels[t] for row in rows])
-        intersections[t][np.ix_(rows, columns)] = np.rint(covered * areas[:, None])
+        intersections[t][np.ix_(rows, columns)] = np.rint(covered * detected[t, rows, None])
     return intersections
-
-
-def _visible(tracks: Sequence[MaskTrack], t: int) -> list[int]:
-    return [index for index, track in enumerate(tracks) if t < len(track.masks) and track.pixels[t]]
 
 
 def _padded(tracks: Sequence[MaskTrack], T: int) -> np.ndarray:
     """(T, N) int64, areas of N tracks."""
     areas = np.zeros((T, len(tracks)), np.int64)
     for index, track in enumerate(tracks):
-        areas[: len(track.pixels), index] = track.pixels
+        areas[: len(track.pixels), index] = track.pixels[:T]
     return areas
 
 

@@ -25,6 +25,7 @@ from m2f_video.evaluation.video_ap import VideoAPResult, average_precision
 from m2f_video.inference import segment_video
 from m2f_video.modeling.video_mask2former import VideoMask2Former
 from m2f_video.processor import VideoProcessor
+from m2f_video.results import check_rle
 from m2f_video.video_io import DEFAULT_FPS, VideoReader
 
 
@@ -75,6 +76,9 @@ def predict_videos(
     share = range(rank, len(videos), world_size)
     kept = None if journal is None else Journal(journal, _made_from(model, videos, processor, top_k))
     rows_of = {} if kept is None else {index: kept.rows[index] for index in share if index in kept.rows}
+    for index, rows in rows_of.items():
+        if not _are_rows_of(videos[index], rows, set(category_ids.values())):
+            raise ValueError(f"{journal}: the rows of video {index} are damaged; delete the file to start anew")
     if progress is not None:
         progress("videos", len(rows_of), len(share))
     for index in share:
@@ -222,6 +226,22 @@ def prepare_ground_truth(videos: AnnotatedVideos, progress: Progress | None = No
         videos, progress=None if progress is None else lambda done, total: progress("truth", done, total)
     )
     return load_ground_truth(data) if data["annotations"] else None
+
+
+def _are_rows_of(video: AnnotatedVideo, rows: list[Row], category_ids: set[int]) -> bool:
+    """Whether rows from a file can be predictions of this video."""
+    try:
+        for rle in chain.from_iterable(row["segmentations"] for row in rows):
+            if rle is not None:
+                check_rle(rle, video.height, video.width)
+    except ValueError:
+        return False
+    return all(
+        row["video_id"] == video.video_id
+        and row["category_id"] in category_ids
+        and len(row["segmentations"]) == video.num_frames
+        for row in rows
+    )
 
 
 class _VideoFrames(VideoReader):

@@ -156,8 +156,13 @@ def _summarise(numbers: Mapping[str, Mapping[str, Any]]) -> TrackingMetrics:
 
 
 def _sequence(pairing: Pairing, score_threshold: float) -> dict[str, Any]:
-    """The tracks of a video and category as TrackEval's metrics take them: ids that are used count from 0."""
+    """The tracks of a video and category as TrackEval's metrics take them: ids that are used count from 0.
+
+    Frames in which nothing is visible change none of them, and are left out.
+    """
     detected, annotated, iou = _visible(pairing, score_threshold)
+    used = detected.any(1) | annotated.any(1)
+    detected, annotated, iou = detected[used], annotated[used], iou[used]
     detection_id, annotation_id = (present.any(0).cumsum() - 1 for present in (detected, annotated))
     T = len(iou)
     return {
@@ -179,7 +184,7 @@ def _visible(pairing: Pairing, score_threshold: float) -> tuple[np.ndarray, np.n
     confident = np.array([track.score >= score_threshold for track in pairing.detections], bool)
     crowd = np.array([track.crowd for track in pairing.annotations], bool)
     detected, annotated = (detection_areas > 0) & confident, (annotation_areas > 0) & ~crowd
-    in_crowd = 2 * pairing.intersections[:, :, crowd].sum(2) > detection_areas
+    in_crowd = 2 * pairing.intersections[:, :, crowd].sum(2, dtype=np.int64) > detection_areas
     for t in np.flatnonzero((detected & in_crowd).any(1)):
         detected[t] &= ~in_crowd[t] | _matched(iou[t], detected[t], annotated[t])
     return detected, annotated, iou

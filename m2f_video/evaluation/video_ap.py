@@ -7,6 +7,7 @@ Shape letters: T IoU thresholds, R recall thresholds, K categories, A area range
 D predicted tracks, G annotated tracks.
 """
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -68,8 +69,11 @@ def average_precision(
     T, R, K, A, M = len(IOU_THRESHOLDS), len(RECALL_THRESHOLDS), len(ground_truth.categories), 4, len(DETECTION_LIMITS)
     precision, scores = np.full((T, R, K, A, M), -1.0), np.full((T, R, K, A, M), -1.0)
     recall = np.full((T, K, A, M), -1.0)
+    of_category: dict[int, list[Pairing]] = defaultdict(list)
+    for pairing in pairings:
+        of_category[pairing.category_id].append(pairing)
     for k, category_id in enumerate(ground_truth.categories):
-        matches = [_match(pairing) for pairing in pairings if pairing.category_id == category_id]
+        matches = [_match(pairing) for pairing in of_category[category_id]]
         num_annotations = sum((match.num_annotations for match in matches), np.zeros(A, np.int64))
         measured = [a for a in range(A) if num_annotations[a]]
         for m, limit in enumerate(DETECTION_LIMITS):

@@ -1,6 +1,7 @@
 """Splitting a dataset by video."""
 
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +58,30 @@ def test_categories_stay_in_both_parts_as_far_as_one_video_at_a_time_can(rows, s
     chosen = _choose(twice, 5, np.random.default_rng(seed))
     assert set().union(*(twice[video] for video in chosen)) == set(range(5))
     assert set().union(*(twice[video] for video in twice.keys() - chosen)) == set(range(5))
+
+
+@given(st.lists(st.sets(st.integers(0, 4)), min_size=2, max_size=12), st.data())
+@settings(deadline=None)
+def test_each_video_is_the_best_of_all_that_are_left(rows, data):
+    categories = dict(enumerate(rows))
+    count, seed = data.draw(st.integers(1, len(rows) - 1)), data.draw(st.integers(0, 100))
+    left = np.random.default_rng(seed).permutation(len(rows)).tolist()
+    expected: set[int] = set()
+    for _ in range(count):
+        covered = set().union(*(categories[video] for video in expected))
+        last = {c for c in range(5) if sum(c in categories[video] for video in left) == 1}
+        best = min(left, key=lambda video: (len(categories[video] & last), -len(categories[video] - covered)))
+        left.remove(best)
+        expected.add(best)
+    assert _choose(categories, count, np.random.default_rng(seed)) == expected
+
+
+def test_many_videos_are_no_matter():
+    random = np.random.default_rng(0)
+    categories = {video: set(random.integers(0, 40, 3).tolist()) for video in range(20_000)}
+    start = time.process_time()
+    assert len(_choose(categories, 10_000, random)) == 10_000
+    assert time.process_time() - start < 5  # comparing each with each takes minutes
 
 
 def test_a_category_of_one_video_stays_in_train():

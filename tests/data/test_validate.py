@@ -60,7 +60,7 @@ FAULTS = {
     "other size": (
         lambda d: d["annotations"][1]["segmentations"].__setitem__(1, {"size": [48, 32], "counts": "0"}),
         2,
-        "frame 1: run lengths: the mask is [48, 32]",
+        "frame 1: the mask is [48, 32]",
     ),
     "bad polygon": (
         lambda d: d["annotations"][1]["segmentations"].__setitem__(2, [[1, 2]]),

@@ -1,6 +1,7 @@
 """Running a model over a dataset: rows, shares, journals, and what is measured."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -268,6 +269,9 @@ def test_a_run_that_does_not_begin_leaves_no_journal(model: VideoMask2Former, tm
     assert not any(tmp_path.iterdir())
 
 
+ROW: dict[str, Any] = {"video_id": 1, "category_id": 1, "score": 0.5, "segmentations": [None]}
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -278,6 +282,26 @@ def test_a_run_that_does_not_begin_leaves_no_journal(model: VideoMask2Former, tm
         (b'{"made_from": {"model": "a"}}\n{"vid\n{"video": 0, "rows": []}\n', "line 2 is damaged"),
         (b'{"made_from": {"model": "a"}}\n{"video": "0", "rows": []}\n', "line 2 is damaged"),
         (b'{"made_from": {"model": "a"}}\n[]\n', "line 2 is damaged"),
+        (b'{"made_from": {"model": "a"}}\n' + b"[" * 100_000 + b"\n", "line 2 is damaged"),
+        (b'{"made_from": {"model": "a"}}\n{"video": 0}\n', "line 2 is damaged"),
+        (b"[" * 100_000 + b"\n", "no journal of predictions"),
+        *(
+            (b'{"made_from": {"model": "a"}}\n' + json.dumps({"video": 0, "rows": [row]}).encode() + b"\n", "line 2")
+            for row in (
+                None,
+                {},
+                ROW | {"video_id": "1"},
+                ROW | {"video_id": 2**63},
+                ROW | {"category_id": 1.5},
+                ROW | {"score": None},
+                ROW | {"score": float("nan")},
+                ROW | {"score": True},
+                ROW | {"segmentations": None},
+                ROW | {"segmentations": [[]]},
+                ROW | {"segmentations": [{"size": [4, 5]}]},
+                ROW | {"segmentations": [{"size": [4, 5], "counts": [20]}]},
+            )
+        ),
     ],
 )
 def test_files_that_are_no_journal_stay(content: bytes, message: str, tmp_path: Path) -> None:
@@ -289,17 +313,46 @@ def test_files_that_are_no_journal_stay(content: bytes, message: str, tmp_path: 
 
 def test_a_write_that_fails_leaves_the_journal_usable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     journal = Journal(tmp_path / "journal.jsonl", {"model": "a"})
-    journal.add(0, [{"video_id": 1}])
+    journal.add(0, [ROW])
 
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr("os.fsync", full)
-        with pytest.raises(OSError, match="No space"):
-            journal.add(1, [{"video_id": 2}])
-    journal.add(2, [{"video_id": 3}])
-    assert Journal(tmp_path / "journal.jsonl", {"model": "a"}).rows == {0: [{"video_id": 1}], 2: [{"video_id": 3}]}
+        with pytest.raises(OSError, match=r"No space left on device; .*journal\.jsonl"):
+            journal.add(1, [ROW | {"video_id": 2}])
+    journal.add(2, [ROW | {"video_id": 3}])
+    assert Journal(tmp_path / "journal.jsonl", {"model": "a"}).rows == {0: [ROW], 2: [ROW | {"video_id": 3}]}
+
+
+def test_a_journal_that_would_block_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "journal.jsonl")
+    with pytest.raises(ValueError, match=r"journal\.jsonl is a named pipe"):
+        Journal(tmp_path / "journal.jsonl", {"model": "a"})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"video_id": 77},
+        {"category_id": 77},
+        {"segmentations": [None]},
+        {"segmentations": [{"size": [64, 32], "counts": "0"}] * 4},
+        {"segmentations": [{"size": [32, 64], "counts": "0"}] * 4},
+    ],
+)
+def test_rows_of_a_journal_that_are_not_the_videos_are_refused(
+    model: VideoMask2Former, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    journal = tmp_path / "journal.jsonl"
+    predict_videos(model, VIDEOS, top_k=3, journal=journal)
+    lines = [json.loads(line) for line in journal.read_bytes().splitlines()]
+    assert lines[1]["rows"]
+    lines[1]["rows"][0].update(change)
+    journal.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(ValueError, match=r"journal\.jsonl: .*video 0.* damaged; delete the file to start anew"):
+        predict_videos(model, VIDEOS, top_k=3, journal=journal)
 
 
 # --- measuring
