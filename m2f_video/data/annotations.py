@@ -74,7 +74,8 @@ def find_frames(
     folders = [folder for name in names if (folder := annotations.parent / name).is_dir()]
     if not folders:
         raise FileNotFoundError(
-            f"{annotations}: there is no folder of frames, none of {', '.join(names)} beside it; name it (--frames)"
+            f"{annotations}: there is no folder of frames, none of {', '.join(names)} beside it; name it (--frames, "
+            "--validation-frames)"
         )
     listed = (row.get("file_names") for row in videos)
     first = next((names[0] for names in listed if isinstance(names, list) and names), None)

@@ -61,8 +61,10 @@ def check(path: Source, /, frames: Path | None = None) -> int:
     Example: m2f-video data check ytvis_2021/train
 
     Args:
-        path: annotation file, or a folder with train.json or instances.json.
-        frames: folder of the videos' folders of frames; by default JPEGImages beside the annotation file.
+        path: annotation file, or a folder with train.json, instances.json (YouTubeVIS), annotations_train.json (OVIS)
+            or train_instances.json (LV-VIS).
+        frames: folder of the videos' folders of frames; by default found where published datasets have it, such as
+            JPEGImages beside the annotation file.
     """
     from m2f_video.data.validate import check_dataset
 
@@ -93,11 +95,13 @@ def split(
     Example: m2f-video data split ytvis_2021/train mini --fraction 0.1 --seed 0
 
     Args:
-        source: annotation file, or a folder with train.json or instances.json.
+        source: annotation file, or a folder with train.json, instances.json (YouTubeVIS), annotations_train.json
+            (OVIS) or train_instances.json (LV-VIS).
         out: folder to make; it must not exist, or be empty.
         fraction: of the videos, how many go to val.json.
         seed: of the random choice.
-        frames: folder of the videos' folders of frames; by default JPEGImages beside the annotation file.
+        frames: folder of the videos' folders of frames; by default found where published datasets have it, such as
+            JPEGImages beside the annotation file.
     """
     from m2f_video.data.split import split_dataset
 

@@ -47,6 +47,8 @@ class ModelOptions:
     """with --data: which part; by default test of the synthetic benchmark, and val of a folder."""
     videos: int | None = None
     """with --data: only the first so many videos."""
+    frames: Path | None = None
+    """with --data: folder of the videos' folders of frames; by default found where published datasets have it."""
     config: str | None = None
     """with --data: for a weight file without a config.json beside it, a preset or a config.json."""
     temporal: Literal["joint"] | None = None
@@ -87,7 +89,7 @@ def eval_results(
 
     Args:
         annotations: JSON file with videos, categories and annotations.
-        results: JSON file with the rows of a submission: video_id, category_id, score, segmentations.
+        results: JSON file with the rows of a submission (video_id, category_id, score, segmentations), or a zip of it.
         data: dataset to run the model on, a folder or annotation file in the YouTubeVIS format, whose categories are
             the labels of the model; or synthetic:easy, synthetic:medium, synthetic:hard.
         checkpoint: model to run: hub name, folder (config.json and weights) or weight file.
@@ -136,7 +138,7 @@ def _evaluate_checkpoint(
     if json is not None and json.resolve() in {results.resolve(), submission.resolve()}:
         raise ValueError(f"{json} is where the results go; give --json another name")
     split = options.split or ("test" if is_synthetic(data) else "val")
-    videos = open_dataset(data, split, options.videos)
+    videos = open_dataset(data, split, options.videos, options.frames)
     with join_workers(options.device) as worker, made_directory(options.output):
         for file in (results, submission, *([] if json is None else [json])):
             report.check_writable(file)

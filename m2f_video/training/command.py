@@ -32,7 +32,9 @@ def train_command(argv: Sequence[str] = ()) -> Callable[..., int]:
         output: Path,
         preset: Literal[TRAIN_PRESETS] | None = None,  # type: ignore[valid-type]  # made at run time
         config: Path | None = None,
+        frames: Path | None = None,
         validation: str | None = None,
+        validation_frames: Path | None = None,
         validation_videos: int | None = None,
         init: str | None = None,
         resume: bool = False,
@@ -61,8 +63,10 @@ def train_command(argv: Sequence[str] = ()) -> Callable[..., int]:
             preset: recipe whose fields are the defaults: demo, or that of a published checkpoint. A resumed run has its
                 own.
             config: JSON file of a recipe, such as the train.json of another run, instead of a preset.
+            frames: folder of the videos' folders of frames; by default found where published datasets have it.
             validation: dataset to evaluate on; for a folder its val.json. By default the validation videos of the
                 synthetic benchmark where that is trained on, and none otherwise; none says none.
+            validation_frames: as frames, for --validation.
             validation_videos: only the first so many of them.
             init: weights to begin with, by hub name, folder or file; by default random ones.
             resume: go on from the latest checkpoint in OUTPUT.
@@ -78,10 +82,12 @@ def train_command(argv: Sequence[str] = ()) -> Callable[..., int]:
             missing = f"there is no run to resume in {output}; " if resume else ""
             raise ValueError(f"{missing}give --preset ({', '.join(TRAIN_PRESETS)}) or --config")
         validation = validation or (data if is_synthetic(data) else "none")
-        videos = open_dataset(data, "train")
-        held_out = None if validation == "none" else open_dataset(validation, "val", validation_videos)
-        if held_out is None and validation_videos is not None:
-            raise ValueError("--validation-videos needs --validation")
+        videos = open_dataset(data, "train", frames=frames)
+        held_out = None
+        if validation != "none":
+            held_out = open_dataset(validation, "val", validation_videos, validation_frames)
+        elif validation_videos is not None or validation_frames is not None:
+            raise ValueError("--validation-videos and --validation-frames need --validation")
         with join_workers(device) as worker:
             trainer = Trainer(
                 settings,

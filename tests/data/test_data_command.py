@@ -5,6 +5,7 @@ import json
 import pytest
 import tyro
 
+from m2f_video.cli import main
 from m2f_video.data.command import DATA_COMMANDS
 
 
@@ -41,6 +42,26 @@ def test_bad_input(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such dataset"):
         run("check", tmp_path / "nothing")
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["data check DATA", "data split DATA OUT", "train --preset demo --data DATA --output OUT",
+     "eval --data DATA --checkpoint demo --output OUT"],
+)  # fmt: skip
+def test_frames_are_named_alike_everywhere(command, tmp_path, capsys):
+    assert run("synthesize", tmp_path / "data", "--videos", 2, "--frames", 1, "--height", 16, "--width", 16) == 0
+    capsys.readouterr()
+    places = {"DATA": str(tmp_path / "data"), "OUT": str(tmp_path / "out")}
+    arguments = [places.get(word, word) for word in command.split()]
+    assert main([*arguments, "--frames", str(tmp_path / "nowhere")]) == 2
+    assert capsys.readouterr().err == f"m2f-video: error: {tmp_path / 'nowhere'}: there is no such folder of frames\n"
+    (tmp_path / "data" / "JPEGImages").rename(tmp_path / "elsewhere")
+    assert main(arguments) == (1 if "check" in command else 2)
+    printed = "".join(capsys.readouterr())
+    assert "train.json: there is no folder of frames, none of JPEGImages, train/JPEGImages, " in printed
+    assert "beside it; name it (--frames" in printed
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("command", DATA_COMMANDS)

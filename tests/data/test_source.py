@@ -1,11 +1,22 @@
 """Which dataset a text opens."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
 
-from m2f_video.data import DIFFICULTIES, STANDARD_SPLITS, SyntheticVideos, YouTubeVis, open_dataset, write_youtube_vis
+from m2f_video.data import (
+    DIFFICULTIES,
+    STANDARD_SPLITS,
+    SyntheticVideos,
+    YouTubeVis,
+    check_dataset,
+    open_dataset,
+    split_dataset,
+    write_youtube_vis,
+)
 from m2f_video.data.source import is_synthetic
 
 
@@ -54,6 +65,67 @@ def test_a_folder_gives_the_file_of_the_split(folder):
     (folder / "test.json").rename(folder / "valid.json")
     assert opened(str(folder), "val") == "valid.json"
     assert opened(folder / "valid.json", "test") == "valid.json"  # a file is taken as it is
+
+
+LAYOUTS = {
+    # where an annotation file and its frames are: train, val, and which of them a folder is asked for
+    "YouTubeVIS 2019": ("train.json", "train/JPEGImages", "valid.json", "valid/JPEGImages"),
+    "YouTubeVIS 2021": ("train/instances.json", "train/JPEGImages", "valid/instances.json", "valid/JPEGImages"),
+    "OVIS": ("annotations_train.json", "train", "annotations_valid.json", "valid"),
+    "LV-VIS": ("train_instances.json", "JPEGImages/train", "val_instances.json", "JPEGImages/val"),
+    "LV-VIS, unpacked in one place": (
+        "train_instances_.json", "train/JPEGImages", "val_instances_.json", "val/JPEGImages"
+    ),
+    "LV-VIS, one folder each": (
+        "train/train_instances_.json", "train/JPEGImages", "val/val_instances_.json", "val/JPEGImages"
+    ),
+    "ours": ("train.json", "JPEGImages", "val.json", "JPEGImages"),
+}  # fmt: skip
+
+
+def lay_out(folder: Path, out: Path, annotations: str, frames: str) -> None:
+    """A dataset whose annotations and frames lie at these places of a folder."""
+    for place in (annotations, frames):
+        (out / place).parent.mkdir(parents=True, exist_ok=True)
+    (out / annotations).write_bytes((folder / "train.json").read_bytes())
+    shutil.copytree(folder / "JPEGImages", out / frames, dirs_exist_ok=True)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_datasets_are_found_as_they_are_published(layout, folder, tmp_path):
+    train, train_frames, val, val_frames = LAYOUTS[layout]
+    out = tmp_path / "out"
+    lay_out(folder, out, train, train_frames)
+    lay_out(folder, out, val, val_frames)
+    for split, file, frames in (("train", train, train_frames), ("val", val, val_frames)):
+        source = (out / file).parent
+        found = open_dataset(source, split)
+        assert isinstance(found, YouTubeVis)
+        assert found.file == out / file
+        assert found[0].files[0] == out / frames / "000000" / "00000.jpg"
+        assert len(found[0].clip([0]).frames) == 1
+        assert check_dataset(out / file).faults == ()
+    assert check_dataset((out / train).parent).file == str(out / train)
+    assert split_dataset((out / train).parent, tmp_path / "parts", 0.5) == (1, 1)
+    assert check_dataset(tmp_path / "parts" / "val.json").faults == ()
+
+
+def test_the_folder_that_holds_the_frames_is_taken(folder, tmp_path):
+    lay_out(folder, tmp_path / "out", "annotations_train.json", "train")
+    (tmp_path / "out" / "JPEGImages").mkdir()
+    assert open_dataset(tmp_path / "out", "train")[0].clip([0]).frames.any()
+
+
+def test_frames_elsewhere_are_named(folder, tmp_path):
+    (folder / "JPEGImages").rename(tmp_path / "elsewhere")
+    with pytest.raises(FileNotFoundError, match=r"no folder of frames, none of JPEGImages, .*; name it \(--frames"):
+        open_dataset(folder, "train")
+    assert open_dataset(folder, "train", frames=tmp_path / "elsewhere")[0].clip([0]).frames.any()
+    with pytest.raises(ValueError, match="synthetic:easy is rendered, it has no folder of frames"):
+        open_dataset("synthetic:easy", "train", frames=tmp_path / "elsewhere")
+    os.mkfifo(tmp_path / "train.json")
+    with pytest.raises(ValueError, match=r"train\.json is a named pipe"):
+        open_dataset(tmp_path / "train.json", "train")
 
 
 def test_the_first_videos_of_a_folder(folder):
