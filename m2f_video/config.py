@@ -256,12 +256,13 @@ class VideoMask2FormerConfig(CheckedConfig):
             ConfigError: no such preset; the message lists them.
         """
         if name not in _PRESETS:
-            raise ConfigError(f"unknown preset {name!r}; presets: {', '.join(_PRESETS)}")
-        backbone, num_queries, label_set = _PRESETS[name]
+            raise ConfigError(f"unknown preset {name!r:.60}; presets: {PRESETS_IN_WORDS}")
+        backbone, num_queries, shortest_edge, label_set = _PRESETS[name]
         return cls(
             backbone=backbone,
             transformer_decoder=TransformerDecoderConfig(num_queries=num_queries),
             labels=LABEL_SETS[label_set],
+            preprocessing=PreprocessingConfig(shortest_edge=shortest_edge),
         )
 
     def replace(self, **changes: Any) -> Self:
@@ -392,18 +393,22 @@ def _type_name(hint: Any) -> str:
     return hint.__name__ if isinstance(hint, type) and get_origin(hint) is None else str(hint).replace("typing.", "")
 
 
-_SWIN_SIZES: dict[str, tuple[SwinConfig, int]] = {
-    "tiny": (SwinConfig(), 100),
-    "small": (SwinConfig(depths=(2, 2, 18, 2)), 100),
-    "base": (SwinConfig(embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32), window_size=12), 100),
-    "large": (
+_BACKBONES: dict[str, tuple[BackboneConfig, int, int]] = {  # with the queries and the shorter side of the frames
+    "swin_tiny": (SwinConfig(), 100, 480),
+    "swin_small": (SwinConfig(depths=(2, 2, 18, 2)), 100, 480),
+    "swin_base": (SwinConfig(embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32), window_size=12), 100, 480),
+    "swin_large": (
         SwinConfig(embed_dim=192, depths=(2, 2, 18, 2), num_heads=(6, 12, 24, 48), window_size=12),
         200,
+        480,
     ),
+    "resnet50": (TimmBackboneConfig(name="resnet50"), 100, 360),
+    "resnet101": (TimmBackboneConfig(name="resnet101"), 100, 360),
 }
 _PRESETS = {
-    f"swin_{size}_{dataset}": (backbone, num_queries, dataset)
-    for size, (backbone, num_queries) in _SWIN_SIZES.items()
+    f"{name}_{dataset}": (*sizes, dataset)
+    for name, sizes in _BACKBONES.items()
     for dataset in ("youtubevis_2019", "youtubevis_2021")
 }
 PRESETS: tuple[str, ...] = tuple(_PRESETS)
+PRESETS_IN_WORDS = f"{', '.join(_BACKBONES)}, each followed by _youtubevis_2019 or _youtubevis_2021"

@@ -56,7 +56,7 @@ def random_model(config: VideoMask2FormerConfig, seed: int) -> VideoMask2Former:
     """A model whose every parameter has an effect.
 
     Initial weights alone would hide faults: sampling offsets and attention weights start at zero, norms at one. So
-    seeded noise is added to all.
+    seeded noise is added to all, and to the statistics of batch norms.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -64,6 +64,11 @@ def random_model(config: VideoMask2FormerConfig, seed: int) -> VideoMask2Former:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.02 * torch.randn_like(parameter))
+            for name, buffer in model.named_buffers():
+                if name.endswith("running_mean"):
+                    buffer.add_(0.1 * torch.randn_like(buffer))
+                elif name.endswith("running_var"):
+                    buffer.add_(torch.rand_like(buffer))
     return model.eval()
 
 

@@ -143,32 +143,34 @@ def test_every_field_has_a_case() -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets(name: str) -> None:
     config = VideoMask2FormerConfig.preset(name)
-    _, size, dataset = name.split("_", 2)
+    kind, size, dataset = name.split("_", 2) if name.startswith("swin") else ("timm", *name.split("_", 1))
     embed_dim, window, stage_3, queries = {
         "tiny": (96, 7, 6, 100),
         "small": (96, 7, 18, 100),
         "base": (128, 12, 18, 100),
         "large": (192, 12, 18, 200),
-    }[size]
+    }.get(size, (32, 0, 0, 100))
     heads = embed_dim // 32
-    assert config.backbone == SwinConfig(
-        embed_dim=embed_dim,
-        window_size=window,
-        depths=(2, 2, stage_3, 2),
-        num_heads=(heads, 2 * heads, 4 * heads, 8 * heads),
-    )
+    if kind == "swin":
+        assert config.backbone == SwinConfig(
+            embed_dim=embed_dim,
+            window_size=window,
+            depths=(2, 2, stage_3, 2),
+            num_heads=(heads, 2 * heads, 4 * heads, 8 * heads),
+        )
+    else:
+        assert config.backbone == TimmBackboneConfig(name=size)
     assert config.transformer_decoder == TransformerDecoderConfig(num_queries=queries)
     assert config.pixel_decoder == PixelDecoderConfig()
     assert config.labels == LABEL_SETS[dataset]
     assert config.num_labels == 40
     assert config.temporal == "joint"
-    assert config.preprocessing.shortest_edge == 480
+    assert config.preprocessing == PreprocessingConfig(shortest_edge=480 if kind == "swin" else 360)
 
 
 def test_all_published_sizes_and_datasets_have_a_preset() -> None:
-    assert set(PRESETS) == {
-        f"swin_{size}_youtubevis_{year}" for size in ("tiny", "small", "base", "large") for year in (2019, 2021)
-    }
+    backbones = ("swin_tiny", "swin_small", "swin_base", "swin_large", "resnet50", "resnet101")
+    assert set(PRESETS) == {f"{name}_youtubevis_{year}" for name in backbones for year in (2019, 2021)}
 
 
 def test_the_default_is_the_published_tiny_model() -> None:
@@ -182,7 +184,7 @@ def test_the_published_tiny_model_has_its_number_of_parameters() -> None:
 
 
 def test_an_unknown_preset_lists_the_known() -> None:
-    with pytest.raises(ConfigError, match=r"'swin_huge'.*swin_tiny_youtubevis_2019.*swin_large_youtubevis_2021"):
+    with pytest.raises(ConfigError, match=r"'swin_huge'.*swin_tiny, .*resnet101, each followed by _youtubevis_2019"):
         VideoMask2FormerConfig.preset("swin_huge")
 
 

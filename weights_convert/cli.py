@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from weights_convert.checkpoints import WEIGHTS_NAME, Checkpoint, read_checkpoint, read_config, write_checkpoint
-from weights_convert.configs import hf_config_from_native, to_native_config
+from weights_convert.configs import RESNETS, hf_config_from_native, to_native_config
 from weights_convert.convert import Translation, export_state_dict, import_state_dict
 from weights_convert.errors import ConversionError
 from weights_convert.rules import StateDict, count_layers
@@ -19,7 +19,7 @@ _DESCRIPTION = """\
 Convert Video Mask2Former weights. SRC may be
   - a folder or file of transformers (old or current key names, model.safetensors or pytorch_model.bin, sharded too),
   - an original checkpoint of the research code (.pkl or .pth; detectron2 key names),
-  - a Swin classifier of timm or of its authors (gives the backbone only),
+  - a Swin or ResNet classifier of timm, torchvision or detectron2, or of Swin's authors (gives the backbone only),
   - a native folder or file.
 Its kind is told from its content. Nothing in it is executed. The numbers are carried over bit for bit, and a key that
 no rule knows is an error. DST is a folder (config.json and model.safetensors), or a name ending in .safetensors for
@@ -119,6 +119,8 @@ def _check_fit(native: StateDict, config: dict[str, Any]) -> None:
     layers = {f"{part}.layers.": config[part]["num_layers"] for part in ("pixel_decoder", "transformer_decoder")}
     if config["backbone"]["type"] == "swin":
         layers |= {f"backbone.stages.{i}.blocks.": depth for i, depth in enumerate(config["backbone"]["depths"])}
+    elif resnet := RESNETS.get(config["backbone"].get("name")):
+        layers |= {f"backbone.model.layer{i}.": depth for i, depth in enumerate(resnet["depths"], start=1)}
     for prefix, wanted in layers.items():
         if (found := count_layers(native, prefix)) != wanted:
             raise ConversionError(

@@ -16,7 +16,8 @@ from weights_convert.errors import ConversionError
 Json = dict[str, Any]
 
 # native field, hf field, what transformers takes when an old config leaves it out (and so its type)
-_FIELDS: tuple[tuple[str, str, Any], ...] = (
+_Fields = tuple[tuple[str, str, Any], ...]
+_SWIN_FIELDS: _Fields = (
     ("backbone.embed_dim", "backbone_config.embed_dim", 96),
     ("backbone.depths", "backbone_config.depths", [2, 2, 6, 2]),
     ("backbone.num_heads", "backbone_config.num_heads", [3, 6, 12, 24]),
@@ -24,6 +25,8 @@ _FIELDS: tuple[tuple[str, str, Any], ...] = (
     ("backbone.mlp_ratio", "backbone_config.mlp_ratio", 4.0),
     ("backbone.qkv_bias", "backbone_config.qkv_bias", True),
     ("backbone.drop_path_rate", "backbone_config.drop_path_rate", 0.1),
+)
+_FIELDS: _Fields = (
     ("pixel_decoder.hidden_dim", "feature_size", 256),
     ("pixel_decoder.mask_dim", "mask_feature_size", 256),
     ("pixel_decoder.num_layers", "encoder_layers", 6),
@@ -50,7 +53,6 @@ _PREPROCESSING: Json = {  # native defaults, for a checkpoint without a preproce
 _NATIVE_FIXED: Json = {
     "model_type": "m2f-video",
     "format_version": 1,
-    "backbone.type": "swin",
     "pixel_decoder.num_points": 4,
 }
 _HF_FIXED: Json = {
@@ -59,6 +61,8 @@ _HF_FIXED: Json = {
     "pre_norm": False,
     "common_stride": 4,
     "feature_strides": [4, 8, 16, 32],
+}
+_SWIN_FIXED: Json = {
     "backbone_config.model_type": "swin",
     "backbone_config.patch_size": 4,
     "backbone_config.num_channels": 3,
@@ -68,8 +72,28 @@ _HF_FIXED: Json = {
     "backbone_config.hidden_dropout_prob": 0.0,
     "backbone_config.attention_probs_dropout_prob": 0.0,
 }
+_RESNET_FIXED: Json = {
+    "backbone_config.model_type": "resnet",
+    "backbone_config.num_channels": 3,
+    "backbone_config.embedding_size": 64,
+    "backbone_config.hidden_act": "relu",
+    "backbone_config.downsample_in_first_stage": False,
+    "backbone_config.downsample_in_bottleneck": False,
+}
+_BASIC: Json = {"layer_type": "basic", "hidden_sizes": [64, 128, 256, 512]}
+_BOTTLENECK: Json = {"layer_type": "bottleneck", "hidden_sizes": [256, 512, 1024, 2048]}
+RESNETS: dict[str, Json] = {
+    "resnet18": _BASIC | {"depths": [2, 2, 2, 2]},
+    "resnet26": _BOTTLENECK | {"depths": [2, 2, 2, 2]},
+    "resnet34": _BASIC | {"depths": [3, 4, 6, 3]},
+    "resnet50": _BOTTLENECK | {"depths": [3, 4, 6, 3]},
+    "resnet101": _BOTTLENECK | {"depths": [3, 4, 23, 3]},
+    "resnet152": _BOTTLENECK | {"depths": [3, 8, 36, 3]},
+}
+"""The timm models that transformers can express as a ResNet of its own, and what it calls that."""
 _PROCESSOR_FIXED: Json = {"do_resize": True, "do_rescale": True, "do_normalize": True, "resample": 2}
 _STAGES = {"out_features": ["stage1", "stage2", "stage3", "stage4"], "out_indices": [1, 2, 3, 4]}
+_MOST_LABELS = 100_000
 _TEMPORAL_OF = {True: "joint", False: "per_frame"}  # by whether the architecture is VideoMask2Former...
 
 
@@ -87,7 +111,7 @@ def to_native_config(config: Json, preprocessor: Json | None = None, temporal: s
     Raises:
         ConversionError: If the config is of another kind, or as `native_config_from_hf`.
     """
-    if config.get("model_type") != _NATIVE_FIXED["model_type"]:
+    if _get(config, "model_type") != _NATIVE_FIXED["model_type"]:
         return native_config_from_hf(config, preprocessor, temporal)
     _check_fixed("config", config, {"format_version": _NATIVE_FIXED["format_version"]})
     native = copy.deepcopy(config)
@@ -113,28 +137,60 @@ def native_config_from_hf(config: Json, preprocessor: Json | None = None, tempor
     """
     if (model_type := _get(config, "model_type")) != _HF_FIXED["model_type"]:
         known = f"{_NATIVE_FIXED['model_type']} (native) and {_HF_FIXED['model_type']} (transformers)"
-        raise ConversionError(f"config: model_type = {model_type!r} is another architecture; known are {known}")
+        raise ConversionError(f"config: model_type = {model_type!r:.60} is another architecture; known are {known}")
     _check_fixed("config", config, _HF_FIXED)
-    _get(config, "backbone_config")
-    outputs = {name: _get(config, f"backbone_config.{name}", None) for name in _STAGES}
-    if not any(outputs.values()) or any(value not in (None, _STAGES[name]) for name, value in outputs.items()):
-        raise ConversionError(f"config: backbone_config must have all four stages in out_features, but has {outputs}")
     native: Json = {
         "model_type": _NATIVE_FIXED["model_type"],
         "format_version": _NATIVE_FIXED["format_version"],
-        "backbone": {"type": "swin"},
+        "backbone": _backbone(config),
         "pixel_decoder": {"num_points": 4},
     }
-    for ours, theirs, default in _FIELDS:
+    fields = _FIELDS if native["backbone"]["type"] == "timm" else _SWIN_FIELDS + _FIELDS
+    for ours, theirs, default in fields:
         value = _checked(f"config: {theirs}", _get(config, theirs, default), default)
         _set(native, ours, value - 1 if theirs == "decoder_layers" else value)
     same_width = native["pixel_decoder"]["hidden_dim"] == native["transformer_decoder"]["hidden_dim"]
     _check_fixed("config", config, {"enforce_input_projection": False} if same_width else {})
-    video = any(str(name).startswith("VideoMask2Former") for name in config.get("architectures") or [])
+    architectures = config.get("architectures") or []
+    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+        raise ConversionError(f"config: architectures = {architectures!r:.60} must be a list of names")
+    video = any(name.startswith("VideoMask2Former") for name in architectures)
     native["temporal"] = _temporal(temporal or _TEMPORAL_OF[video])
-    native["labels"] = _labels(config.get("id2label", {"0": "LABEL_0", "1": "LABEL_1"}))
+    native["labels"] = _labels(config)
     native["preprocessing"] = copy.deepcopy(_PREPROCESSING) | ({} if preprocessor is None else _read(preprocessor))
     return native
+
+
+def _backbone(config: Json) -> Json:
+    """The native backbone of a transformers config."""
+    backbone, named = config.get("backbone_config"), config.get("backbone")
+    if isinstance(backbone, dict) and backbone.get("model_type") == "timm_backbone":  # as newer files say it
+        named = backbone.get("backbone")
+    elif backbone is not None or named is None:
+        if not isinstance(_get(config, "backbone_config"), dict):
+            raise ConversionError(f"config: backbone_config = {backbone!r:.60} must be an object that holds a config")
+        outputs = {name: _get(config, f"backbone_config.{name}", None) for name in _STAGES}
+        if not any(outputs.values()) or any(value not in (None, _STAGES[name]) for name, value in outputs.items()):
+            raise ConversionError(
+                f"config: backbone_config must have all four stages in out_features, but has {outputs!s:.120}"
+            )
+        if _get(config, "backbone_config.model_type", "swin") != "resnet":
+            _check_fixed("config", config, _SWIN_FIXED)
+            return {"type": "swin"}
+        _check_fixed("config", config, _RESNET_FIXED)
+        found = {name: _get(config, f"backbone_config.{name}", like) for name, like in RESNETS["resnet50"].items()}
+        if name := next((name for name, resnet in RESNETS.items() if resnet == found), None):
+            return {"type": "timm", "name": name}
+        raise ConversionError(
+            f"config: backbone_config has {', '.join(f'{name} = {value!r:.40}' for name, value in found.items())}, "
+            f"which is none of {', '.join(RESNETS)}"
+        )
+    resnet = str(named).removeprefix("microsoft/").replace("resnet-", "resnet").split(".")[0]
+    if isinstance(named, str) and resnet in RESNETS:
+        return {"type": "timm", "name": resnet}
+    raise ConversionError(
+        f"config: the backbone is {named!r:.60}, given by its name; only {', '.join(RESNETS)} can be represented so"
+    )
 
 
 def hf_config_from_native(config: Json) -> tuple[Json, Json]:
@@ -151,7 +207,10 @@ def hf_config_from_native(config: Json) -> tuple[Json, Json]:
         ConversionError: If a field is missing, or has no counterpart in transformers.
     """
     _check_fixed("config", config, _NATIVE_FIXED)
-    known = {ours for ours, _, _ in _FIELDS} | _NATIVE_FIXED.keys() | {"temporal", "labels"}
+    is_swin = _get(config, "backbone.type") == "swin"
+    fields, own = (_SWIN_FIELDS + _FIELDS, "type") if is_swin else (_FIELDS, "name")
+    known = {ours for ours, _, _ in fields} | _NATIVE_FIXED.keys() | {"temporal", "labels", "backbone.type"}
+    known |= {f"backbone.{own}"}
     known |= {f"preprocessing.{name}" for name in _PREPROCESSING}
     if unknown := sorted(_paths(config) - known):
         raise ConversionError(f"config: {unknown[0]} cannot be expressed in the hf format; keep the model native")
@@ -169,9 +228,11 @@ def hf_config_from_native(config: Json) -> tuple[Json, Json]:
         "architectures": ["VideoMask2FormerForVideoSegmentation" if video else "Mask2FormerForUniversalSegmentation"],
         "backbone_config": copy.deepcopy(_STAGES),
     }
-    for name, value in copy.deepcopy(_HF_FIXED).items():
+    for name, value in copy.deepcopy(_HF_FIXED | (_SWIN_FIXED if is_swin else _RESNET_FIXED)).items():
         _set(hf, name, value)
-    for ours, theirs, like in _FIELDS:
+    if not is_swin:
+        hf["backbone_config"] |= copy.deepcopy(_resnet(config))
+    for ours, theirs, like in fields:
         value = _checked(f"config: {ours}", _get(config, ours), like)
         _set(hf, theirs, value + 1 if theirs == "decoder_layers" else value)
     hf["id2label"] = {str(index): label for index, label in enumerate(labels)}
@@ -179,12 +240,26 @@ def hf_config_from_native(config: Json) -> tuple[Json, Json]:
     return hf, _written(config) | {"num_labels": len(labels)}
 
 
+def _resnet(config: Json) -> Json:
+    """What transformers calls the timm backbone of a native config."""
+    kind = _get(config, "backbone.type")
+    if kind != "timm":
+        raise ConversionError(f"config: backbone.type = {kind!r:.60} is unknown; it must be swin or timm")
+    name = _get(config, "backbone.name")
+    if not isinstance(name, str) or name not in RESNETS:
+        raise ConversionError(
+            f"config: backbone.name = {name!r:.60} cannot be expressed in the hf format, which has "
+            f"{', '.join(RESNETS)} of timm's models; keep the model native"
+        )
+    return RESNETS[name]
+
+
 def _read(processor: Json) -> Json:
     """The native preprocessing of an HF image processor."""
     _check_fixed("preprocessor", processor, _PROCESSOR_FIXED)
     factor = processor.get("rescale_factor", 1 / 255)
     if not isinstance(factor, float) or not math.isclose(factor, 1 / 255, rel_tol=1e-6):
-        raise ConversionError(f"preprocessor: rescale_factor = {factor!r} cannot be represented; only 1/255 can")
+        raise ConversionError(f"preprocessor: rescale_factor = {factor!r:.60} cannot be represented; only 1/255 can")
     native: Json = {"fit": processor.get("fit", _PREPROCESSING["fit"])}
     for name in ("size_divisor", "image_mean", "image_std"):
         like = _PREPROCESSING[name]
@@ -195,7 +270,7 @@ def _read(processor: Json) -> Json:
     if isinstance(size, dict) and {"height", "width"} <= size.keys():
         return native | {"fixed_size": _checked("preprocessor: size", [size["height"], size["width"]], [1, 1])}
     if not isinstance(size, dict) or "shortest_edge" not in size:
-        raise ConversionError(f"preprocessor: size = {size!r} has neither shortest_edge nor height and width")
+        raise ConversionError(f"preprocessor: size = {size!r:.60} has neither shortest_edge nor height and width")
     longest = size.get("longest_edge") or processor.get("_max_size") or processor.get("max_size")
     native["shortest_edge"] = _checked("preprocessor: size.shortest_edge", size["shortest_edge"], 1)
     native["longest_edge"] = _checked("preprocessor: size.longest_edge", longest, 1)
@@ -220,19 +295,28 @@ def _check_fixed(where: str, config: Json, fixed: Json) -> None:
     for name, wanted in fixed.items():
         value = _get(config, name, wanted)
         if (list(value) if isinstance(value, tuple) else value) != wanted:
-            raise ConversionError(f"{where}: {name} = {value!r} cannot be represented; only {wanted!r} can")
+            raise ConversionError(f"{where}: {name} = {value!r:.60} cannot be represented; only {wanted!r} can")
 
 
-def _labels(id2label: Any) -> list[str]:
-    names = {str(index): str(label) for index, label in id2label.items()} if isinstance(id2label, dict) else {}
+def _labels(config: Json) -> list[str]:
+    id2label, count = config.get("id2label"), config.get("num_labels")
+    if id2label is None:  # what transformers makes of it
+        if count is not None and (type(count) is not int or not 1 <= count <= _MOST_LABELS):
+            raise ConversionError(f"config: num_labels = {count!r:.60} must be a whole number from 1 to {_MOST_LABELS}")
+        return [f"LABEL_{index}" for index in range(2 if count is None else count)]
+    names = {str(index): label for index, label in id2label.items()} if isinstance(id2label, dict) else {}
+    if len(names) > _MOST_LABELS:
+        raise ConversionError(f"config: id2label has {len(names)} labels; there may be {_MOST_LABELS}")
     if not names or names.keys() != {str(index) for index in range(len(names))}:
         raise ConversionError("config: id2label must map 0, 1, ... K-1, each once, to names")
-    return [names[str(index)] for index in range(len(names))]
+    if odd := [label for label in names.values() if not isinstance(label, str | int)]:
+        raise ConversionError(f"config: id2label holds {odd[0]!r:.60}, which is no name")
+    return [str(names[str(index)]) for index in range(len(names))]
 
 
 def _temporal(value: Any) -> str:
     if value not in _TEMPORAL_OF.values():
-        raise ConversionError(f"config: temporal = {value!r} is unknown; use joint or per_frame")
+        raise ConversionError(f"config: temporal = {value!r:.60} is unknown; use joint or per_frame")
     return str(value)
 
 
@@ -240,7 +324,7 @@ def _checked(name: str, value: Any, like: Any) -> Any:
     """Return the value if it is of the kind of ``like``: a switch, a count, a rate, or a list of as many of them."""
     if isinstance(like, list):
         if not isinstance(value, (list, tuple)) or len(value) != len(like):
-            raise ConversionError(f"{name} = {value!r} must be a list of {len(like)}")
+            raise ConversionError(f"{name} = {value!r:.60} must be a list of {len(like)}")
         return [_checked(name, item, like[0]) for item in value]
     if isinstance(like, bool):
         good, kind = isinstance(value, bool), "true or false"
@@ -249,7 +333,7 @@ def _checked(name: str, value: Any, like: Any) -> Any:
     else:
         good, kind = type(value) in (int, float) and 0 <= value < math.inf, "a number of at least 0"
     if not good:
-        raise ConversionError(f"{name} = {value!r} must be {kind}")
+        raise ConversionError(f"{name} = {value!r:.60} must be {kind}")
     return value
 
 

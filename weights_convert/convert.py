@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from weights_convert.errors import ConversionError
-from weights_convert.rules import FORMATS, Format, StateDict, compile_pattern, whole_model_keys
+from weights_convert.rules import FORMATS, Format, StateDict, batch_counts, compile_pattern, whole_model_keys
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ def detect_format(keys: Iterable[str]) -> str:
         keys: The keys, with or without the ``module.`` of DistributedDataParallel before all of them.
 
     Returns:
-        ``"native"``, ``"hf"``, ``"detectron2"`` or ``"timm_swin"``.
+        A name of ``FORMATS``, such as ``"native"``, ``"hf"`` or ``"detectron2"``.
 
     Raises:
         ConversionError: If the keys are of no known format, or of several.
@@ -47,7 +47,7 @@ def detect_format(keys: Iterable[str]) -> str:
         raise ConversionError(f"keys of several formats in one state dict ({', '.join(found)}); convert them apart")
     raise ConversionError(
         f"no known format ({', '.join(FORMATS)}) has keys like {_some(names)}; "
-        "give the state dict of a Mask2Former model with a Swin backbone"
+        "give the state dict of a Mask2Former model with a Swin or ResNet backbone"
     )
 
 
@@ -113,6 +113,7 @@ def import_state_dict(state_dict: Mapping[str, torch.Tensor], format: str) -> Tr
         )
     result = {native: _joined(native, names, found) for native, names in pairs.items()}
     if format != "native":  # whoever loads a native one checks it against the model itself, which knows more
+        result |= batch_counts(result)
         _check_whole(result, form)
     return Translation(result, pairs, ignored)
 

@@ -1,8 +1,9 @@
 """The rule tables: how each foreign format names the tensors of the native one.
 
-A pattern is a key with placeholders: ``{p}`` is ``weight`` or ``bias``, ``{rest}`` is anything, every other name is an
-integer. A `Rule` pairs one native pattern with one foreign pattern, or with several when the foreign format cuts the
-tensor into equal parts along dim 0 (query, key, value). The same table serves both directions.
+A pattern is a key with placeholders: ``{p}`` is ``weight`` or ``bias``, ``{b}`` is what a batch norm has, ``{rest}`` is
+anything, every other name is an integer. A `Rule` pairs one native pattern with one foreign pattern, or with several
+when the foreign format cuts the tensor into equal parts along dim 0 (query, key, value). The same table serves both
+directions.
 """
 
 import re
@@ -18,10 +19,14 @@ _PIXEL = "model.pixel_level_module.decoder."
 _DECODER = "model.transformer_module."
 _HEAD = "sem_seg_head.pixel_decoder."
 _PREDICTOR = "sem_seg_head.predictor."
+_TIMM = "backbone.model."  # alternative backbones, in timm's own names
+
+_KINDS = {"p": ("weight", "bias"), "b": ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")}
 
 # One row per native pattern: native, hf and original name, each after its column's prefix. `=` repeats the native name,
 # commas part the pieces of a cut tensor. The hf column has the names of transformers 4.x, which 5.x reads too.
-_TABLE: tuple[tuple[tuple[str, str, str], str], ...] = (
+_Table = tuple[tuple[tuple[str, str, str], str], ...]
+_TABLE: _Table = (
     (
         ("backbone.", _ENCODER, "backbone."),
         """
@@ -134,7 +139,38 @@ _TABLE: tuple[tuple[tuple[str, str, str], str], ...] = (
         """,
     ),
 )
-_NATIVE_ONLY = ("backbone.model.{rest}",)  # alternative backbones, in timm's own names
+# ResNets with strides in their 3x3 convolutions, as torchvision, timm and the original's configs have them; no weight
+# tells where strides are. Basic blocks have no third convolution.
+_RESNET_TABLE: _Table = (
+    (
+        (_TIMM, _ENCODER + "embedder.embedder.", "backbone.stem."),
+        """
+        conv1.weight          convolution.weight                           =
+        bn1.{b}               normalization.{b}                            conv1.norm.{b}
+        """,
+    ),
+    *(
+        (
+            (
+                f"{_TIMM}layer{i + 1}.{{j}}.",
+                f"{_ENCODER}encoder.stages.{i}.layers.{{j}}.",
+                f"backbone.res{i + 2}.{{j}}.",
+            ),
+            """
+            conv1.weight          layer.0.convolution.weight               =
+            bn1.{b}               layer.0.normalization.{b}                conv1.norm.{b}
+            conv2.weight          layer.1.convolution.weight               =
+            bn2.{b}               layer.1.normalization.{b}                conv2.norm.{b}
+            conv3.weight          layer.2.convolution.weight               =
+            bn3.{b}               layer.2.normalization.{b}                conv3.norm.{b}
+            downsample.0.weight   shortcut.convolution.weight              shortcut.weight
+            downsample.1.{b}      shortcut.normalization.{b}               shortcut.norm.{b}
+            """,
+        )
+        for i in range(4)
+    ),
+)
+_NATIVE_ONLY = (_TIMM + "{rest}",)
 
 # The tail of a backbone key in transformers 5.x -> in 4.x. Outside the backbone the two agree.
 _HF_CURRENT_TO_OLD = {
@@ -179,17 +215,17 @@ class Format:
 
 def compile_pattern(pattern: str) -> re.Pattern[str]:
     """Turn a key pattern into a regular expression with one named group per placeholder."""
-    kinds = {"p": "weight|bias", "rest": ".+"}
+    kinds = {name: "|".join(kinds) for name, kinds in _KINDS.items()} | {"rest": ".+"}
     parts = re.split(r"\{(\w+)\}", pattern)  # literal, placeholder, literal, ...
     for at, part in enumerate(parts):
         parts[at] = f"(?P<{part}>{kinds.get(part, '0|[1-9][0-9]*')})" if at % 2 else re.escape(part)
     return re.compile("".join(parts))
 
 
-def _column(at: int) -> tuple[Rule, ...]:
+def _column(table: _Table, at: int) -> tuple[Rule, ...]:
     """Rules from the native names to those of column ``at`` (1 hf, 2 original)."""
     rules = []
-    for prefixes, rows in _TABLE:
+    for prefixes, rows in table:
         for row in rows.strip().splitlines():
             names = row.split()
             foreign = names[0] if names[at] == "=" else names[at]
@@ -205,6 +241,7 @@ def count_layers(native: Collection[str], prefix: str) -> int:
 def whole_model_keys(native: Collection[str]) -> list[str]:
     """All native keys of the model that these are keys of; its numbers of layers are read off the highest indices."""
     blocks = [(i, j) for i in range(4) for j in range(count_layers(native, f"backbone.stages.{i}.blocks.") or 1)]
+    resnet = _resnet_keys(native)
     indices: dict[str, list[dict[str, int]]] = {
         "backbone.stages.{i}.blocks.": [{"i": i, "j": j} for i, j in blocks],
         "backbone.stages.{i}.downsample.": [{"i": i} for i in range(3)],
@@ -215,17 +252,36 @@ def whole_model_keys(native: Collection[str]) -> list[str]:
     for part in ("pixel_decoder.layers.", "transformer_decoder.layers."):
         indices[part] = [{"n": n} for n in range(count_layers(native, part) or 1)]
     keys = []
-    for pattern in (rule.native for rule in _HF_RULES):
+    for pattern in (rule.native for rule in _RULES[1]):
         found = (places for prefix, places in indices.items() if pattern.startswith(prefix))
         at: list[dict[str, int]] = next(found, [{}])
-        kinds = ("weight", "bias") if "{p}" in pattern else ("",)
+        kinds = _KINDS["p"] if "{p}" in pattern else ("",)
         keys += [pattern.format(**place, p=kind) for place in at for kind in kinds]
     absent = [] if any(key.endswith(".qkv.bias") for key in native) else [".qkv.bias"]  # a choice of the config
     if count_layers(native, "transformer_decoder.input_projections.") == 0:  # there where widths differ
         absent.append("transformer_decoder.input_projections.")
-    if any(key.startswith("backbone.model.") for key in native):  # timm's own names
+    if any(key.startswith(_TIMM) for key in native):
         absent.append("backbone.")
-    return [key for key in keys if not key.startswith(tuple(absent)) and not key.endswith(tuple(absent))]
+    return resnet + [key for key in keys if not key.startswith(tuple(absent)) and not key.endswith(tuple(absent))]
+
+
+def _resnet_keys(native: Collection[str]) -> list[str]:
+    """All native keys of the ResNet that these are keys of; none where they are not, as of another timm model."""
+    own = [key for key in native if key.startswith(_TIMM)]
+    patterns = [compile_pattern(rule.native) for rule in _RESNET_RULES[1]]
+    if not own or not all(any(pattern.fullmatch(key) for pattern in patterns) for key in own):
+        return []
+    is_bottleneck = any(".conv3." in key for key in own)
+    keys = []
+    for pattern in (rule.native for rule in _RESNET_RULES[1]):
+        stage = pattern.removeprefix(_TIMM).split(".")[0]
+        blocks = range((count_layers(native, f"{_TIMM}{stage}.") or 1) if "{j}" in pattern else 1)
+        if ".downsample." in pattern:  # where widths or strides change
+            blocks = range(1 if is_bottleneck or stage != "layer1" else 0)
+        if not is_bottleneck and (".conv3." in pattern or ".bn3." in pattern):
+            continue
+        keys += [pattern.format(j=j, b=kind) for j in blocks for kind in (_KINDS["b"] if "{b}" in pattern else ("",))]
+    return keys
 
 
 def _spell_hf(keys: Sequence[str]) -> list[str]:
@@ -265,8 +321,24 @@ def _spell_timm_swin(keys: Sequence[str]) -> list[str]:
     return [re.sub(r"^layers\.(\d+)\.downsample\.", lambda m: f"layers.{int(m[1]) - 1}.downsample.", k) for k in keys]
 
 
-_HF_RULES, _ORIGINAL_RULES = _column(1), _column(2)
-_NATIVE_PATTERNS = tuple(rule.native for rule in _HF_RULES) + _NATIVE_ONLY
+def batch_counts(native: StateDict) -> StateDict:
+    """The counts of batches that batch norms lack which were frozen or are of old files; no output depends on them."""
+    names = [key.removesuffix("running_var") + "num_batches_tracked" for key in native if key.endswith(".running_var")]
+    return {name: torch.zeros((), dtype=torch.int64) for name in names if name not in native}
+
+
+def _without(prefix: str, rules: Sequence[Rule], instead: str = "") -> tuple[Rule, ...]:
+    """Those of the rules whose foreign names begin with a prefix, without it."""
+    return tuple(
+        Rule(rule.native, (instead + rule.foreign[0].removeprefix(prefix),))
+        for rule in rules
+        if rule.foreign[0].startswith(prefix)
+    )
+
+
+_RULES = tuple(_column(_TABLE, at) for at in range(3))  # native, hf, original
+_RESNET_RULES = tuple(_column(_RESNET_TABLE, at) for at in range(3))
+_NATIVE_PATTERNS = tuple(rule.native for rule in _RULES[0]) + _NATIVE_ONLY
 _SWIN_BUFFERS = ("layers.{i}.blocks.{j}.attn.relative_position_index", "layers.{i}.blocks.{j}.attn_mask")
 
 FORMATS: dict[str, Format] = {
@@ -283,7 +355,8 @@ FORMATS: dict[str, Format] = {
     ),
     "hf": Format(
         signatures=("model.pixel_level_module.", _DECODER, "class_predictor."),
-        rules=_HF_RULES,
+        # the last are those of transformers' wrapper around timm: read, and written in transformers' own names
+        rules=(*_RULES[1], *_RESNET_RULES[1], *_without(_TIMM, _RESNET_RULES[0], _ENCODER + "_backbone.")),
         ignored=(
             "criterion.empty_weight",
             _ENCODER + "encoder.layers.{i}.blocks.{j}.attention.self.relative_position_index",
@@ -293,20 +366,28 @@ FORMATS: dict[str, Format] = {
         synthesise=_synthesise_hf,
     ),
     "detectron2": Format(
-        signatures=("sem_seg_head.", "backbone.layers."),
-        rules=_ORIGINAL_RULES,
+        signatures=("sem_seg_head.", "backbone.layers.", "backbone.res2."),
+        rules=_RULES[2] + _RESNET_RULES[2],
         ignored=("criterion.empty_weight", *("backbone." + buffer for buffer in _SWIN_BUFFERS)),
         spell=_spell_original,
     ),
     "timm_swin": Format(  # a classifier to start training from; it has no output norms
         signatures=("patch_embed.", "layers."),
-        rules=tuple(
-            Rule(rule.native, (rule.foreign[0].removeprefix("backbone."),))
-            for rule in _ORIGINAL_RULES
-            if rule.foreign[0].startswith(("backbone.patch_embed.", "backbone.layers."))
-        ),
+        rules=_without("backbone.", [rule for rule in _RULES[2] if ".out_norms." not in rule.native]),
         ignored=("head.{rest}", "norm.{p}", *_SWIN_BUFFERS),
         spell=_spell_timm_swin,
+        holds_backbones=True,
+    ),
+    "timm_resnet": Format(  # and torchvision's
+        signatures=tuple(f"layer{i}." for i in range(1, 5)),
+        rules=_without(_TIMM, _RESNET_RULES[0]),
+        ignored=("fc.{p}",),
+        holds_backbones=True,
+    ),
+    "detectron2_resnet": Format(
+        signatures=tuple(f"res{i}." for i in range(2, 6)),
+        rules=_without("backbone.", _RESNET_RULES[2]),
+        ignored=("stem.fc.{p}",),
         holds_backbones=True,
     ),
 }

@@ -15,6 +15,9 @@ _FAULTS = (RuntimeError, AssertionError, AttributeError, TypeError, ValueError) 
 class TimmBackbone(nn.Module):
     """A timm model's maps at strides 4, 8, 16 and 32.
 
+    In training mode batch norms use the statistics of the batch, and learn; the original's ResNets keep theirs as they
+    were pretrained. In evaluation mode the two are the same function.
+
     Args:
         name: timm model name; it is built with random weights.
 

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from m2f_video.config import PRESETS_IN_WORDS
 from m2f_video.training.config import TRAIN_PRESETS, TrainConfig
 
 SHOWN_PRESET = "demo"
@@ -80,7 +81,7 @@ def train_command(argv: Sequence[str] = ()) -> Callable[..., int]:
 
         if preset is None and config is None and not (resume and (output / CONFIG_FILE).exists()):
             missing = f"there is no run to resume in {output}; " if resume else ""
-            raise ValueError(f"{missing}give --preset ({', '.join(TRAIN_PRESETS)}) or --config")
+            raise ValueError(f"{missing}give --config or --preset (demo; {PRESETS_IN_WORDS})")
         validation = validation or (data if is_synthetic(data) else "none")
         videos = open_dataset(data, "train", frames=frames)
         held_out = None

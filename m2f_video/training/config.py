@@ -9,6 +9,7 @@ from typing import Any, Literal, Self
 from m2f_video.config import (
     MODEL_TYPE,
     PRESETS,
+    PRESETS_IN_WORDS,
     CheckedConfig,
     ConfigError,
     PixelDecoderConfig,
@@ -98,7 +99,7 @@ class TrainConfig(CheckedConfig):
         if name == "demo":
             return replace(cls(), **_demo())
         if name not in PRESETS:
-            raise ConfigError(f"unknown preset {name!r}; presets: {', '.join(TRAIN_PRESETS)}")
+            raise ConfigError(f"unknown preset {name!r:.60}; presets: demo; {PRESETS_IN_WORDS}")
         steps, milestone = (6000, 4000) if name.endswith("2019") else (8000, 5500)
         return cls(model=VideoMask2FormerConfig.preset(name), optim=OptimConfig(milestones=(milestone,)), steps=steps)
 

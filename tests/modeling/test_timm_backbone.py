@@ -1,10 +1,15 @@
+import pickle
+from pathlib import Path
+
 import pytest
 import torch
 
 from m2f_video.config import ConfigError, PixelDecoderConfig, TransformerDecoderConfig, VideoMask2FormerConfig
 from m2f_video.modeling.timm_backbone import TimmBackbone
 from m2f_video.modeling.video_mask2former import VideoMask2Former
-from tests.tolerances import assert_close
+from m2f_video.parity import random_model
+from tests.tolerances import assert_close, identical
+from weights_convert import from_native, hf_config_from_native, write_checkpoint
 
 
 def config(name: str) -> VideoMask2FormerConfig:
@@ -84,3 +89,21 @@ def test_a_model_without_these_strides_is_refused(name: str) -> None:
 def test_the_error_reaches_who_builds_the_model() -> None:
     with pytest.raises(ConfigError, match="resnet18"):
         VideoMask2Former(config("resnet19"))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet26"])
+def test_an_original_resnet_is_loaded(name: str, tmp_path: Path) -> None:
+    model = random_model(config(name), seed=0)
+    weights = from_native(model.state_dict(), "detectron2")
+    frozen = {key: tensor.numpy() for key, tensor in weights.items() if not key.endswith("num_batches_tracked")}
+    (tmp_path / "model_final.pkl").write_bytes(pickle.dumps({"model": frozen, "__author__": "someone"}))
+    loaded = VideoMask2Former.from_pretrained(tmp_path / "model_final.pkl", config=config(name))
+    assert identical(loaded, model)
+
+
+def test_an_image_checkpoint_with_a_resnet_is_loaded(tmp_path: Path) -> None:
+    model = random_model(config("resnet18").replace(temporal="per_frame"), seed=0)
+    write_checkpoint(tmp_path, from_native(model.state_dict()), *hf_config_from_native(model.config.to_dict()))
+    loaded = VideoMask2Former.from_pretrained(tmp_path)
+    assert loaded.config == model.config
+    assert identical(loaded, model)

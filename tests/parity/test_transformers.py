@@ -80,6 +80,16 @@ def test_every_stage_agrees_for_other_configs(config: VideoMask2FormerConfig) ->
     assert within_tolerance(ours, torch.float64), ours
 
 
+@pytest.mark.parametrize(("name", "size"), [("resnet18", (70, 90)), ("resnet50", (64, 96)), ("resnet50", (33, 130))])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_every_stage_agrees_with_a_resnet(name: str, size: tuple[int, int], dtype: torch.dtype) -> None:
+    model = random_model(SMALL.replace(backbone=f"timm:{name}"), 1)
+    ours, theirs = compare_with_transformers(model, random_frames(2, *size, seed=0), dtype)
+    assert within_tolerance(ours, dtype), ours
+    assert within_tolerance(theirs, dtype), theirs
+    assert all(stage.flips == (0, stage.flips[1]) for stage in ours if stage.flips)
+
+
 @pytest.mark.parametrize(
     ("parameter", "stage"),
     [
@@ -176,7 +186,7 @@ def test_a_dtype_without_a_tolerance_is_refused() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"backbone": "timm:test_convnext"}, "backbone.type = 'timm'"),
+        ({"backbone": "timm:test_convnext"}, "backbone.name = 'test_convnext'"),
         ({"pixel_decoder": PixelDecoderConfig(hidden_dim=64, num_heads=4, num_points=2)}, "num_points = 2"),
         ({"pixel_decoder": PixelDecoderConfig(hidden_dim=64, num_heads=8)}, "num_heads = 8 and .*num_heads = 4 differ"),
     ],
@@ -202,6 +212,13 @@ def test_a_random_model_leaves_the_random_state_alone() -> None:
     torch.manual_seed(0)
     random_model(SMALL, 1)
     assert torch.equal(torch.rand(1), expected)
+
+
+def test_statistics_of_batch_norms_are_moved() -> None:
+    for name, buffer in random_model(SMALL.replace(backbone="timm:resnet18"), 1).named_buffers():
+        if name.endswith(("running_mean", "running_var")):
+            assert buffer.std() > 0, name
+            assert name.endswith("mean") or buffer.min() >= 1
 
 
 def test_every_parameter_of_a_random_model_is_moved() -> None:

@@ -198,9 +198,9 @@ def test_a_recipe_has_to_be_chosen(
 ) -> None:
     options = ("--data", "synthetic", "--output", tmp_path, "--device", "cpu")
     assert run(*options) == 2
-    assert "error: give --preset (demo, swin_tiny_youtubevis_2019, " in error_of(capsys)
+    assert "error: give --config or --preset (demo; swin_tiny, swin_small, " in error_of(capsys)
     assert run(*options, "--resume") == 2
-    assert f"there is no run to resume in {tmp_path}; give --preset" in error_of(capsys)
+    assert f"there is no run to resume in {tmp_path}; give --config or --preset" in error_of(capsys)
     (tmp_path / "train.json").write_text(CONFIG.to_json())
     assert run(*options, "--resume", "--steps", 5) == 0
     assert [call[0] for call in made] == [CONFIG.replace(steps=5)]

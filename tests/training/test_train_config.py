@@ -37,7 +37,7 @@ def test_published_recipes(name: str) -> None:
 
 
 def test_unknown_preset() -> None:
-    with pytest.raises(ConfigError, match="unknown preset 'tiny'; presets: demo, swin_tiny"):
+    with pytest.raises(ConfigError, match="unknown preset 'tiny'; presets: demo; swin_tiny, swin_small"):
         TrainConfig.preset("tiny")
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import timm
 import torch
 from conversion_helpers import GOLDEN, assert_same
 from safetensors.torch import load_file, save_file
@@ -104,6 +105,24 @@ def test_a_layer_that_the_weights_lack(original, hf_folder, tmp_path, capsys):
     line = fails(capsys, tmp_path / "short.safetensors", tmp_path / "a", "--config", hf_folder / "config.json")
     assert "the config has 3 of transformer_decoder.layers.*, but the weights 2" in line
     assert not (tmp_path / "a").exists()
+
+
+def test_a_resnet_of_other_depths(original, config, tmp_path, capsys):
+    weights = to_native(original)
+    backbone = timm.create_model("resnet26", features_only=True).state_dict()
+    weights = {key: tensor for key, tensor in weights.items() if not key.startswith("backbone.")}
+    weights |= {f"backbone.model.{key}": tensor for key, tensor in backbone.items()}
+    save_file(weights, tmp_path / "resnet.safetensors")
+    for name in ("resnet26", "resnet50"):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"backbone": {"type": "timm", "name": name}}))
+        argv = (tmp_path / "resnet.safetensors", tmp_path / name, "--config", tmp_path / "config.json", "--to", "hf")
+        if name == "resnet26":
+            assert main([str(arg) for arg in argv]) == 0
+            assert read_checkpoint(tmp_path / name).config["backbone_config"]["depths"] == [2, 2, 2, 2]
+        else:
+            capsys.readouterr()
+            assert "the config has 3 of backbone.model.layer1.*, but the weights 2" in fails(capsys, *argv)
+            assert not (tmp_path / name).exists()
 
 
 def test_part_of_a_model_goes_to_a_file_only(original, hf_folder, tmp_path, capsys):

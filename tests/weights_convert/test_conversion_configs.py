@@ -6,6 +6,7 @@ import json
 import pytest
 
 from weights_convert import ConversionError, hf_config_from_native, native_config_from_hf, to_native_config
+from weights_convert.configs import RESNETS
 
 
 def set_field(config, path, value):
@@ -110,6 +111,7 @@ def test_temporal_comes_from_the_architecture(architectures, temporal, expected)
         {"pixel_decoder.dropout": 0.1, "backbone.qkv_bias": False, "backbone.mlp_ratio": 2.5},
         {"pixel_decoder.num_heads": 4, "transformer_decoder.num_heads": 4},
         {"labels": ["one", "two", "one"]},
+        *({"backbone": {"type": "timm", "name": name}} for name in RESNETS),
     ],
 )
 def test_round_trip_is_equal(config, changes):
@@ -144,7 +146,11 @@ def test_results_are_independent_of_each_other(config):
         ("common_stride", 8),
         ("feature_strides", [8, 16, 32, 64]),
         ("enforce_input_projection", True),
-        ("backbone_config.model_type", "resnet"),
+        ("backbone_config.model_type", "convnext"),
+        ("backbone_config", []),
+        ("backbone_config", "swin"),
+        ("architectures", 5),
+        ("architectures", [None]),
         ("backbone_config.use_absolute_embeddings", True),
         ("backbone_config.hidden_act", "relu"),
         ("backbone_config.num_channels", 4),
@@ -203,6 +209,116 @@ def test_labels_must_be_contiguous(id2label):
         native_config_from_hf(published() | {"id2label": id2label})
 
 
+@pytest.mark.parametrize("label", [None, ["a"], {"name": "a"}, 1.5])
+def test_labels_must_be_names(label):
+    with pytest.raises(ConversionError, match=r"id2label holds .* no name"):
+        native_config_from_hf(published() | {"id2label": {"0": "a", "1": label}})
+
+
+@pytest.mark.parametrize(("changes", "count"), [({}, 2), ({"num_labels": 5}, 5), ({"num_labels": 1}, 1)])
+def test_a_number_of_labels_stands_for_their_names(changes, count):
+    config = {key: value for key, value in published().items() if key != "id2label"} | changes
+    assert native_config_from_hf(config)["labels"] == [f"LABEL_{index}" for index in range(count)]
+    assert native_config_from_hf(config | {"id2label": None})["labels"] == native_config_from_hf(config)["labels"]
+
+
+@pytest.mark.parametrize("count", [0, -1, True, 2.0, "5", [], 10**12])
+def test_a_number_of_labels_that_is_none_is_named(count):
+    with pytest.raises(ConversionError, match=r"num_labels = .* must be a whole number from 1 to"):
+        native_config_from_hf(published() | {"id2label": None, "num_labels": count})
+
+
+def test_the_number_of_labels_is_bounded():
+    labels = {str(index): "a" for index in range(100_001)}
+    with pytest.raises(ConversionError, match="id2label has 100001 labels"):
+        native_config_from_hf(published() | {"id2label": labels})
+
+
+# ---- ResNets ----
+
+
+def resnet(**changes):
+    """A config with a ResNet-50, as transformers writes it."""
+    backbone = {
+        "model_type": "resnet",
+        "depths": [3, 4, 6, 3],
+        "hidden_sizes": [256, 512, 1024, 2048],
+        "layer_type": "bottleneck",
+        "embedding_size": 64,
+        "hidden_act": "relu",
+        "downsample_in_first_stage": False,
+        "downsample_in_bottleneck": False,
+        "out_features": ["stage1", "stage2", "stage3", "stage4"],
+    }
+    return published() | {"backbone_config": backbone | changes}
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({}, "resnet50"),
+        ({"depths": [3, 4, 23, 3]}, "resnet101"),
+        ({"depths": [2, 2, 2, 2], "hidden_sizes": [64, 128, 256, 512], "layer_type": "basic"}, "resnet18"),
+    ],
+)
+def test_a_resnet_is_the_one_of_timm(changes, name):
+    assert native_config_from_hf(resnet(**changes))["backbone"] == {"type": "timm", "name": name}
+
+
+def test_a_resnet_that_says_nothing_takes_the_defaults_of_transformers():
+    stages = ["stage1", "stage2", "stage3", "stage4"]
+    config = published() | {"backbone_config": {"model_type": "resnet", "out_features": stages}}
+    assert native_config_from_hf(config)["backbone"]["name"] == "resnet50"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("depths", [3, 4, 6, 4]),
+        ("depths", None),
+        ("hidden_sizes", [64, 128, 256, 512]),
+        ("layer_type", "basic"),
+        ("embedding_size", 32),
+        ("hidden_act", "gelu"),
+        ("num_channels", 4),
+        ("downsample_in_first_stage", True),
+        ("downsample_in_bottleneck", True),
+    ],
+)
+def test_a_resnet_that_timm_does_not_have_is_named(field, value):
+    with pytest.raises(ConversionError) as error:
+        native_config_from_hf(resnet(**{field: value}))
+    assert f"{field} = {value!r}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"backbone": "microsoft/resnet-50", "backbone_config": None}, "resnet50"),
+        ({"backbone": "resnet101", "use_timm_backbone": True, "backbone_config": None}, "resnet101"),
+        ({"backbone_config": {"model_type": "timm_backbone", "backbone": "resnet18.a1_in1k"}}, "resnet18"),
+    ],
+)
+def test_a_backbone_given_by_its_name(changes, name):
+    assert native_config_from_hf(published() | changes)["backbone"] == {"type": "timm", "name": name}
+
+
+@pytest.mark.parametrize("name", ["microsoft/swin-tiny-patch4-window7-224", "efficientnet_b0", 5, ["resnet50"]])
+@pytest.mark.parametrize("is_timm", [True, False])
+def test_a_backbone_of_another_name_is_named(name, is_timm):
+    timm = {"model_type": "timm_backbone", "backbone": name}
+    with pytest.raises(ConversionError) as error:
+        native_config_from_hf(published() | {"backbone": name, "backbone_config": timm if is_timm else None})
+    assert f"the backbone is {name!r}, given by its name" in str(error.value)
+
+
+@pytest.mark.parametrize("path", ["num_queries", "architectures", "backbone_config", "model_type", "num_labels"])
+def test_messages_stay_short(path):
+    with pytest.raises(ConversionError) as error:
+        native_config_from_hf(published() | {"id2label": None, path: [["x" * 1000]] * 1000})
+    assert len(str(error.value)) < 300
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
@@ -256,7 +372,11 @@ def test_processor_without_longest_edge_is_named():
     [
         ("model_type", "mask2former"),
         ("format_version", 2),
-        ("backbone", {"type": "timm", "name": "resnet50"}),
+        ("backbone.name", {"type": "timm", "name": "convnext_tiny"}),
+        ("backbone.name", {"type": "timm", "name": ["resnet50"]}),
+        ("backbone.depths", {"type": "timm", "name": "resnet50", "depths": [3, 4, 6, 3]}),
+        ("backbone.type", {"type": "vit", "name": "resnet50"}),
+        ("backbone.name", {"type": "swin", "name": "resnet50"}),
         ("backbone.patch_size", 2),
         ("pixel_decoder.num_points", 8),
         ("pixel_decoder.num_heads", 4),
@@ -272,7 +392,7 @@ def test_processor_without_longest_edge_is_named():
     ],
 )
 def test_what_transformers_cannot_express_is_named(config, path, value):
-    set_field(config, path, value)
+    set_field(config, path.split(".")[0] if isinstance(value, dict) else path, value)
     with pytest.raises(ConversionError, match=path):
         hf_config_from_native(config)
 

@@ -135,6 +135,8 @@ def test_every_rule_is_inverted_by_itself(name):
     assert keys.issuperset(highest)
     if name == "timm_swin":
         keys = {key for key in keys if key.startswith("backbone.") and "out_norms" not in key}
+    if name.endswith("_resnet"):
+        keys = set(resnet_keys("resnet50"))
     native = {key: torch.randn(6, 2) for key in keys}
     foreign = from_native(native, name)
     if name == "timm_swin":  # is written in the layout of Swin's authors, which a first downsampling tells apart
@@ -239,6 +241,96 @@ def test_swin_of_its_authors_downsamples_at_the_end_of_a_stage(timm_swin):
     theirs["layers.0.blocks.1.attn.relative_position_index"] = torch.zeros(49, 49, dtype=torch.int64)
     theirs["head.weight"] = torch.zeros(1000, 768)
     assert_same(to_native(theirs), to_native(timm_swin))
+
+
+# ---- ResNets ----
+
+
+def resnet_keys(name: str) -> dict[str, torch.Tensor]:
+    """The native weights of a ResNet, each with other numbers."""
+    shapes = {key: tensor.shape for key, tensor in timm.create_model(name, features_only=True).state_dict().items()}
+    return {
+        f"backbone.model.{key}": torch.tensor(7) if key.endswith("num_batches_tracked") else torch.randn(2, *shape[2:])
+        for key, shape in shapes.items()
+    }
+
+
+@pytest.fixture(scope="module", params=["resnet18", "resnet26", "resnet101"])
+def resnet(request, original):
+    """A whole native model with a ResNet as its backbone."""
+    rest = {key: tensor for key, tensor in to_native(original).items() if not key.startswith("backbone.")}
+    return resnet_keys(request.param) | rest
+
+
+@pytest.mark.parametrize("name", ["hf", "detectron2"])
+def test_resnet_round_trip_is_bitwise(resnet, name):
+    foreign = from_native(resnet, name)
+    assert not any("swin" in key for key in foreign)
+    assert detect_format(foreign) == name
+    assert_same(to_native(foreign), resnet)
+
+
+@pytest.mark.parametrize("name", ["hf", "detectron2"])
+def test_every_missing_key_of_a_resnet_is_named(resnet, name):
+    backbone = [key for key in resnet if key.startswith("backbone.")]
+    assert {key for key in whole_model_keys(resnet) if key.startswith("backbone.")} == set(backbone)
+    names = import_state_dict(from_native(resnet, name), name).pairs
+    for key in (backbone[0], backbone[1], backbone[-2], *(key for key in backbone if "layer2.0.downsample" in key)):
+        if not key.endswith("num_batches_tracked"):
+            (lost,) = names[key]
+            foreign = {other: tensor for other, tensor in from_native(resnet, name).items() if other != lost}
+            with pytest.raises(ConversionError, match=re.escape(lost)):
+                to_native(foreign)
+
+
+def test_batch_norms_that_were_frozen_have_no_counts(resnet):
+    frozen = {key: t for key, t in from_native(resnet, "detectron2").items() if not key.endswith("batches_tracked")}
+    counts = {key: torch.tensor(0) for key in resnet if key.endswith("batches_tracked")}
+    assert_same(to_native(frozen), resnet | counts)
+
+
+def test_names_of_the_original_resnet(resnet):
+    foreign = from_native(resnet, "detectron2")
+    for theirs, ours in {
+        "backbone.stem.conv1.weight": "conv1.weight",
+        "backbone.stem.conv1.norm.running_var": "bn1.running_var",
+        "backbone.res2.1.conv2.norm.bias": "layer1.1.bn2.bias",
+        "backbone.res3.0.shortcut.weight": "layer2.0.downsample.0.weight",
+        "backbone.res5.0.shortcut.norm.running_mean": "layer4.0.downsample.1.running_mean",
+    }.items():
+        assert torch.equal(foreign[theirs], resnet["backbone.model." + ours])
+
+
+def test_a_resnet_of_timm_inside_transformers_is_read(resnet):
+    encoder = "model.pixel_level_module.encoder."
+    rest = {key: tensor for key, tensor in from_native(resnet).items() if not key.startswith(encoder)}
+    wrapped = {
+        key.replace("backbone.model.", encoder + "_backbone."): tensor
+        for key, tensor in resnet.items()
+        if key.startswith("backbone.")
+    }
+    assert_same(to_native(rest | wrapped), resnet)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_a_classifier_fills_the_backbone(name):
+    torch.manual_seed(0)
+    classifier = timm.create_model(name).state_dict()
+    extractor = timm.create_model(name, features_only=True).state_dict()
+    assert detect_format(classifier) == "timm_resnet"
+    native = to_native(classifier)
+    assert_same(native, {f"backbone.model.{key}": classifier[key] for key in extractor})
+    original = from_native(native, "detectron2_resnet") | {"stem.fc.weight": torch.zeros(10, 4)}
+    assert detect_format(original) == "detectron2_resnet"
+    assert_same(to_native(original), native)
+
+
+def test_other_models_of_timm_have_no_names_elsewhere(original):
+    rest = {key: tensor for key, tensor in to_native(original).items() if not key.startswith("backbone.")}
+    other = {f"backbone.model.{key}": tensor for key, tensor in timm.create_model("resnet26d").state_dict().items()}
+    assert_same(from_native(rest | other, "native"), rest | other)
+    with pytest.raises(ConversionError, match=r"hf has no counterpart for backbone\.model\.conv1\.0\.weight"):
+        from_native(rest | other)
 
 
 # ---- strictness ----

@@ -21,17 +21,24 @@ from weights_convert import (
 transformers = pytest.importorskip("transformers")
 
 
-@pytest.fixture(scope="module", params=["equal widths", "unequal widths"])
+@pytest.fixture(scope="module", params=["equal widths", "unequal widths", "basic ResNet", "bottleneck ResNet"])
 def model(request):
     torch.manual_seed(0)
     config = copy.deepcopy(NATIVE_CONFIG)
     if request.param == "unequal widths":
         config["transformer_decoder"]["hidden_dim"] = 32
+    if request.param.endswith("ResNet"):
+        config["backbone"] = {"type": "timm", "name": "resnet18" if request.param == "basic ResNet" else "resnet26"}
     hf_config = transformers.Mask2FormerConfig.from_dict(hf_config_from_native(config)[0])
     model = transformers.Mask2FormerForUniversalSegmentation(hf_config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.02 * torch.randn_like(parameter)
+        for name, buffer in model.named_buffers():
+            if name.endswith("running_mean"):
+                buffer += 0.1 * torch.randn_like(buffer)
+            if name.endswith("running_var"):
+                buffer += torch.rand_like(buffer)
     return model
 
 
@@ -92,9 +99,13 @@ def test_written_processor_loads(tmp_path):
 def test_field_defaults_are_those_of_transformers():
     """A config that says nothing gives what transformers would build from it."""
     stages = ["stage1", "stage2", "stage3", "stage4"]
-    bare = {"model_type": "mask2former", "backbone_config": {"model_type": "swin", "out_features": stages}}
-    full = transformers.Mask2FormerConfig.from_dict(copy.deepcopy(bare)).to_dict()
-    assert native_config_from_hf(bare) == native_config_from_hf(full)
+    for kind in ("swin", "resnet"):
+        bare = {"model_type": "mask2former", "backbone_config": {"model_type": kind, "out_features": stages}}
+        full = transformers.Mask2FormerConfig.from_dict(copy.deepcopy(bare)).to_dict()
+        assert native_config_from_hf(bare) == native_config_from_hf(full)
+    for labels in ({}, {"num_labels": 5}):
+        full = transformers.Mask2FormerConfig.from_dict(copy.deepcopy(bare | labels)).to_dict()
+        assert native_config_from_hf(bare | labels)["labels"] == native_config_from_hf(full)["labels"]
 
 
 @pytest.mark.parametrize(
