@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from m2f_video.backbone_weights import load_backbone
     from m2f_video.config import VideoMask2FormerConfig
     from m2f_video.inference import segment_video
     from m2f_video.modeling.video_mask2former import VideoMask2Former
@@ -18,6 +19,7 @@ __all__ = [
     "VideoProcessor",
     "VideoSegmentation",
     "VideoWriter",
+    "load_backbone",
     "open_video",
     "read_video",
     "segment_video",
@@ -30,6 +32,7 @@ _MODULES = {
     "VideoProcessor": "processor",
     "VideoSegmentation": "results",
     "VideoWriter": "video_io",
+    "load_backbone": "backbone_weights",
     "open_video": "video_io",
     "read_video": "video_io",
     "segment_video": "inference",

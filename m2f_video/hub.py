@@ -101,12 +101,7 @@ def load_checkpoint(
     force_download: bool = False,
 ) -> tuple[VideoMask2FormerConfig, dict[str, Tensor]]:
     """Config and native weights of a checkpoint; arguments and errors as `VideoMask2Former.from_pretrained`."""
-    path = _local_path(source)
-    if not path.exists():
-        hub_options = _hub_options(revision, token, cache_dir, local_files_only, force_download)
-        path = _download(str(source), _CONFIG_FILES + _SAFETENSORS, hub_options)
-        if not any(path.glob("model*.safetensors")):  # older repositories hold a pickle only
-            path = _download(str(source), _CONFIG_FILES + _PICKLES, hub_options)
+    path = weights_path(source, _hub_options(revision, token, cache_dir, local_files_only, force_download))
     model_config = load_config(path, config=config, temporal=temporal)
     checkpoint = read_checkpoint(path)
     return model_config, to_native(checkpoint.state_dict, checkpoint.format)
@@ -117,6 +112,16 @@ def _local_path(source: str | os.PathLike[str]) -> Path:
     return DEMO_FOLDER if source == DEMO_NAME else Path(source)
 
 
+def weights_path(source: str | os.PathLike[str], hub_options: dict[str, Any]) -> Path:
+    """The file or folder that holds a checkpoint's weights, downloaded where it is on the hub."""
+    path = _local_path(source)
+    if not path.exists():
+        path = _download(str(source), _CONFIG_FILES + _SAFETENSORS, hub_options)
+        if not any(path.glob("model*.safetensors")):  # older repositories hold a pickle only
+            path = _download(str(source), _CONFIG_FILES + _PICKLES, hub_options)
+    return path
+
+
 def load_state_dict_strictly(model: nn.Module, state_dict: Mapping[str, Tensor], source: str) -> None:
     """Load weights that must match the model key by key and shape by shape.
 
@@ -124,7 +129,22 @@ def load_state_dict_strictly(model: nn.Module, state_dict: Mapping[str, Tensor],
         weights_convert.ConversionError: a key is missing, left over, of another shape or not floating point; the
             message names it.
     """
-    expected = model.state_dict()
+    if problems := misfits(model.state_dict(), state_dict):
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        if all(key.startswith("backbone.") for key in state_dict):
+            raise ConversionError(
+                f"{source} holds the weights of a backbone only: begin a training with them by train --init-backbone, "
+                "or load them into a built model with m2f_video.load_backbone(model, source)"
+            )
+        raise ConversionError(
+            f"the weights of {source} do not fit its config: {'; '.join(problems[:3])}{more}. "
+            "Give the config they were trained with."
+        )
+    model.load_state_dict(state_dict)
+
+
+def misfits(expected: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]) -> list[str]:
+    """What keeps a state dict from being one with the expected keys, shapes and kinds of numbers."""
     problems = [f"missing {key} {tuple(expected[key].shape)}" for key in expected if key not in state_dict]
     problems += [f"unexpected {key} {tuple(state_dict[key].shape)}" for key in state_dict if key not in expected]
     problems += [
@@ -137,18 +157,7 @@ def load_state_dict_strictly(model: nn.Module, state_dict: Mapping[str, Tensor],
         for key, tensor in state_dict.items()
         if key in expected and expected[key].is_floating_point() and not tensor.is_floating_point()
     ]
-    if problems:
-        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-        if all(key.startswith("backbone.") for key in state_dict):
-            raise ConversionError(
-                f"{source} holds the weights of a backbone only: load them into a built model with "
-                "model.load_state_dict(weights, strict=False)"
-            )
-        raise ConversionError(
-            f"the weights of {source} do not fit its config: {'; '.join(problems[:3])}{more}. "
-            "Give the config they were trained with."
-        )
-    model.load_state_dict(state_dict)
+    return problems
 
 
 @contextmanager

@@ -8,21 +8,24 @@
 Command line: ``python -m weights_convert SRC DST [--to native|hf]``.
 """
 
-from weights_convert.checkpoints import Checkpoint, read_checkpoint, read_config, write_checkpoint
+from weights_convert.checkpoints import Checkpoint, read_checkpoint, read_config, read_state_dict, write_checkpoint
 from weights_convert.configs import hf_config_from_native, native_config_from_hf, to_native_config
-from weights_convert.convert import detect_format, from_native, to_native
+from weights_convert.convert import Translation, detect_format, from_native, import_state_dict, to_native
 from weights_convert.errors import CheckpointError, ConversionError
 
 __all__ = [
     "Checkpoint",
     "CheckpointError",
     "ConversionError",
+    "Translation",
     "detect_format",
     "from_native",
     "hf_config_from_native",
+    "import_state_dict",
     "native_config_from_hf",
     "read_checkpoint",
     "read_config",
+    "read_state_dict",
     "to_native",
     "to_native_config",
     "write_checkpoint",

@@ -65,18 +65,26 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         ConversionError: If the keys are of no known format.
     """
     path = Path(path)
+    state_dict = read_state_dict(path)
+    config, preprocessor = read_config(path / CONFIG_NAME) if (path / CONFIG_NAME).exists() else (None, None)
+    return Checkpoint(state_dict, config, preprocessor, detect_format(state_dict))
+
+
+def read_state_dict(path: str | os.PathLike[str]) -> StateDict:
+    """Read weights alone, of any format, from whatever `read_checkpoint` takes, and as safely.
+
+    Raises:
+        CheckpointError: If the path is missing, the file damaged, unsafe or no checkpoint, or a weight is not finite.
+    """
+    path = Path(path)
     if not path.exists():
         raise CheckpointError(f"{path} does not exist; give a checkpoint file or folder")
     try:
-        if path.is_dir():
-            state_dict = _read_folder(path)
-            config, preprocessor = read_config(path / CONFIG_NAME) if (path / CONFIG_NAME).exists() else (None, None)
-        else:
-            state_dict, config, preprocessor = _read_file(path), None, None
+        state_dict = _read_folder(path) if path.is_dir() else _read_file(path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     _check_values(path, state_dict)
-    return Checkpoint(state_dict, config, preprocessor, detect_format(state_dict))
+    return state_dict
 
 
 def read_config(path: str | os.PathLike[str]) -> tuple[Json, Json | None]:

@@ -1,6 +1,7 @@
 """Any timm feature extractor as the backbone."""
 
 import difflib
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,15 +48,43 @@ class TimmBackbone(nn.Module):
         return tuple(level.permute(0, 3, 1, 2) if self._channels_last else level for level in levels)
 
 
-def _build(name: str) -> Any:
+def pretrained_weights(name: str, *, features_only: bool) -> dict[str, Tensor]:
+    """The weights that timm knows for a name with or without a tag, such as `resnet50.a1_in1k`, downloaded if need be.
+
+    Args:
+        name: of the weights.
+        features_only: those that a `TimmBackbone` holds, under its names; otherwise the whole classifier.
+
+    Raises:
+        ConfigError: timm knows no such weights.
+        FileNotFoundError: they are not in the hub's cache, and the hub was not reached.
+    """
+    import timm
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # the client library's
+
+    if not timm.is_model_pretrained(name):
+        known = timm.list_pretrained(f"{name.split('.')[0]}.*") or timm.list_pretrained()
+        close = difflib.get_close_matches(name, known, n=3, cutoff=0) or known[:3]
+        raise ConfigError(f"timm has no pretrained weights {name!r:.60}; did you mean {', '.join(close)}?")
+    try:
+        model = _build(name, pretrained=True) if features_only else timm.create_model(name, pretrained=True)
+    except (OSError, HTTPError) as error:
+        reason = " ".join(str(error).split())
+        raise FileNotFoundError(f"the pretrained weights {name} of timm cannot be fetched: {reason:.120}") from error
+    weights: dict[str, Tensor] = model.state_dict()
+    return weights
+
+
+def _build(name: str, pretrained: bool = False) -> Any:
     """The feature extractor, told to take any size where it has to be told."""
     import timm
 
+    create = partial(timm.create_model, name, features_only=True, pretrained=pretrained)
     try:
-        return _checked(timm.create_model(name, features_only=True))
+        return _checked(create())
     except _FAULTS as error:
         try:
-            return _checked(timm.create_model(name, features_only=True, strict_img_size=False))
+            return _checked(create(strict_img_size=False))
         except _FAULTS:
             raise ConfigError(
                 f"timm model {name!r} does not give features at strides {STRIDES} for frames of any size: {error}"

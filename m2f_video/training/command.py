@@ -38,6 +38,7 @@ def train_command(argv: Sequence[str] = ()) -> Callable[..., int]:
         validation_frames: Path | None = None,
         validation_videos: int | None = None,
         init: str | None = None,
+        init_backbone: str | None = None,
         resume: bool = False,
         device: str | None = None,
         tensorboard: bool = False,
@@ -70,6 +71,9 @@ def train_command(argv: Sequence[str] = ()) -> Callable[..., int]:
             validation_frames: as frames, for --validation.
             validation_videos: only the first so many of them.
             init: weights to begin with, by hub name, folder or file; by default random ones.
+            init_backbone: weights of the backbone alone to begin with: a file, folder or hub name (of a converted
+                backbone, of timm, torchvision, detectron2 or Swin's authors, or of a whole model), or timm:NAME for
+                pretrained ones of timm, such as timm:resnet50.a1_in1k; timm takes those of the model's own backbone.
             resume: go on from the latest checkpoint in OUTPUT.
             device: such as cpu or cuda; by default cuda where there is one, else cpu.
             tensorboard: write TensorBoard's event files to OUTPUT/tensorboard; needs the extra m2f-video[train].
@@ -98,6 +102,7 @@ def train_command(argv: Sequence[str] = ()) -> Callable[..., int]:
                 worker=worker,
                 resume=resume,
                 init=init,
+                init_backbone=init_backbone,
                 tensorboard=tensorboard,
             )
             count = sum(parameter.numel() for parameter in trainer.model.parameters())

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from m2f_video.backbone_weights import load_backbone
 from m2f_video.config import ConfigError, VideoMask2FormerConfig
 from m2f_video.data.augment import Augmentation
 from m2f_video.data.clip import AnnotatedVideos, ClipDataset
@@ -73,13 +74,14 @@ class Trainer:
         resume: go on from the latest checkpoint in `output`; where there is none, begin.
         init: weights to begin with, as `VideoMask2Former.from_pretrained` takes them; None begins with random ones. A
             classifier of other labels begins with random weights.
+        init_backbone: weights of the backbone to begin with, as `load_backbone` takes them, instead of `init`.
         tensorboard: write TensorBoard's event files too.
 
     Raises:
-        ValueError: another run is at work in the folder; it holds a run and `resume` was not asked for; the run in it
-            had another config or other data; no checkpoint can be read, or its logs cannot be gone on with; a batch
-            cannot be divided among the workers, or they disagree on what to go on with; or the validation videos are
-            missing, have other classes or no annotations.
+        ValueError: both `init` and `init_backbone` are given; another run is at work in the folder; it holds a run and
+            `resume` was not asked for; the run in it had another config or other data; no checkpoint can be read, or
+            its logs cannot be gone on with; a batch cannot be divided among the workers, or they disagree on what to
+            go on with; or the validation videos are missing, have other classes or no annotations.
         OSError: files cannot be read or written.
     """
 
@@ -93,8 +95,11 @@ class Trainer:
         worker: Worker | None = None,
         resume: bool = False,
         init: str | None = None,
+        init_backbone: str | None = None,
         tensorboard: bool = False,
     ) -> None:
+        if init is not None and init_backbone is not None:
+            raise ValueError("give init or init_backbone, not both: the first brings a backbone along")
         self.config = config = config.replace(model=config.model.replace(labels=tuple(videos.labels)))
         self.output = output
         self.validation = validation
@@ -108,7 +113,7 @@ class Trainer:
         with ExitStack() as held:
             if self.worker.is_main:
                 held.enter_context(_held(output))
-            self._prepare(videos, held, resume=resume, init=init, tensorboard=tensorboard)
+            self._prepare(videos, held, resume, init, init_backbone, tensorboard)
             self._resources = held.pop_all()
         if self.worker.is_main and config.optim.warmup_steps > config.steps:
             warnings.warn(
@@ -118,7 +123,13 @@ class Trainer:
             )
 
     def _prepare(
-        self, videos: AnnotatedVideos, held: ExitStack, *, resume: bool, init: str | None, tensorboard: bool
+        self,
+        videos: AnnotatedVideos,
+        held: ExitStack,
+        resume: bool,
+        init: str | None,
+        init_backbone: str | None,
+        tensorboard: bool,
     ) -> None:
         """Begin or resume; what has to be closed at the end is put on `held`."""
         config, output = self.config, self.output
@@ -131,6 +142,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         model = VideoMask2Former(config.model)
         knows_classes = init is None or state is not None or load_initial_weights(model, init)
+        begins_with = load_backbone(model, init_backbone) if init_backbone is not None and state is None else None
         self.model = model.to(self.worker.device).train()
         self.average = copy.deepcopy(self.model).eval().requires_grad_(False) if config.optim.ema_decay else None
         if config.activation_checkpointing:
@@ -157,6 +169,8 @@ class Trainer:
                 f"{output}: there were {state['workers']} workers and are now {self.worker.world_size}, so that other "
                 "random numbers are drawn than in an uninterrupted run"
             )
+        if begins_with is not None:
+            self.log.say(str(begins_with))
         if not knows_classes:
             self.log.say(f"{init} knows other classes: the classifier begins with random weights")
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from timm.models.swin_transformer import SwinTransformer
 from torch import nn
 
 from m2f_video import VideoMask2Former
@@ -19,8 +21,10 @@ from m2f_video.cli import main
 from m2f_video.config import TimmBackboneConfig
 from m2f_video.data import SyntheticVideos, write_youtube_vis
 from m2f_video.training import TRAIN_PRESETS, TrainConfig, Trainer, trainer
+from m2f_video.training.checkpoint import load_latest_checkpoint
 from tests.tolerances import identical
 from tests.training.tiny_run import CONFIG, VIDEOS, final_weights, rows
+from weights_convert import to_native
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +128,36 @@ def test_a_second_run_in_a_folder_is_one_line(folder: Path, tmp_path: Path, caps
     made.close()
 
 
+def test_a_run_from_the_weights_of_a_backbone(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    swin = SwinTransformer(
+        img_size=128, embed_dim=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8), window_size=4, num_classes=3
+    )
+    torch.save(swin.state_dict(), tmp_path / "swin.pth")
+    begin = ("--init-backbone", tmp_path / "swin.pth")
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 0)
+        assert run_tiny(folder, tmp_path / "run", *begin) == 130
+    printed = capsys.readouterr().out
+    assert f"backbone of {tmp_path / 'swin.pth'}\n" in printed
+    assert ["backbone.stages", "61", "0"] in [line.split() for line in printed.splitlines()]
+    assert ["backbone.out_norms", "0", "8"] in [line.split() for line in printed.splitlines()]
+    state = load_latest_checkpoint(tmp_path / "run")
+    assert state is not None
+    weights = to_native(swin.state_dict())
+    assert all(torch.equal(state["model"][key], tensor) for key, tensor in weights.items())
+
+    (tmp_path / "swin.pth").unlink()
+    assert run_tiny(folder, tmp_path / "run", *begin, "--resume") == 0  # it has what it began with
+    assert "backbone of" not in capsys.readouterr().out
+
+    torch.save(swin.state_dict(), tmp_path / "swin.pth")
+    assert run_tiny(folder, tmp_path / "other", *begin, "--model.backbone.window-size", 3) == 2
+    assert "relative_position_bias_table is (49, 1), the config makes it (25, 1)" in error_of(capsys)
+    assert not (tmp_path / "other").exists()
+
+
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """What trainers are made from, in place of training."""
@@ -219,6 +253,10 @@ def test_a_recipe_has_to_be_chosen(
         (("--validation", "synthetic", "--validation-videos", "0"), "num_videos must be positive"),
         (("--device", "abacus"), "unknown device 'abacus'"),
         (("--init", "nowhere"), "nowhere does not exist"),
+        (("--init-backbone", "nowhere"), "nowhere does not exist"),
+        (("--init-backbone", "{folder}/config.json"), "config.json is not a checkpoint"),
+        (("--init-backbone", "timm"), "the backbone is not timm's; name weights, such as timm:swin_tiny"),
+        (("--init", "demo", "--init-backbone", "demo"), "give init or init_backbone, not both"),
         (("--model.temporal", "per_frame"), "an image model has no clips to learn from"),
         (("--output", "{folder}/config.json"), "config.json is a file, where a training run needs a folder"),
         (("--output", "{folder}/config.json/run"), "config.json/run"),
@@ -238,6 +276,7 @@ def test_bad_input_is_one_line(
     [
         (("--preset", "tiny"), "--preset"),
         (("--preset",), "--preset"),
+        (("--init-backbone",), "--init-backbone"),
         (("--learning-rate", "1"), "--learning-rate"),
         (("--precision", "float64"), "float64"),
         (("--data", "d", "--output", "o", "--steps", "many"), "many"),

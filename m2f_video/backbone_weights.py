@@ -1,0 +1,123 @@
+"""Weights of a backbone alone, for a model to begin with: from a file, a hub, or timm."""
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from m2f_video.config import ConfigError, TimmBackboneConfig
+from m2f_video.files import check_regular
+from m2f_video.hub import misfits, weights_path
+from weights_convert import ConversionError, detect_format, import_state_dict, read_state_dict
+
+if TYPE_CHECKING:
+    from m2f_video.modeling.video_mask2former import VideoMask2Former
+
+
+@dataclass(frozen=True)
+class LoadedBackbone:
+    """What `load_backbone` has done, as numbers of tensors by the group of their names.
+
+    Attributes:
+        source: where the weights are from.
+        loaded: of the model's backbone, such as `backbone.stages`.
+        kept: of the model's backbone, which the source lacks: they are as they were, random in a new model.
+        left_out: of the source, which are no part of the backbone, such as a classifier's head.
+    """
+
+    source: str
+    loaded: dict[str, int]
+    kept: dict[str, int]
+    left_out: dict[str, int]
+
+    def __str__(self) -> str:
+        """A table."""
+        rows = [(group, self.loaded.get(group, 0), self.kept.get(group, 0)) for group in {**self.loaded, **self.kept}]
+        rows.append(("all", sum(self.loaded.values()), sum(self.kept.values())))
+        width = max(len(group) for group, _, _ in rows)
+        lines = [f"backbone of {self.source}", f"{'':{width}}  loaded  as before"]
+        lines += [f"{group:{width}}  {loaded:6}  {kept:9}" for group, loaded, kept in rows]
+        rest = ", ".join(f"{group} ({count})" for group, count in self.left_out.items())
+        return "\n".join(lines + ([f"left out: {rest}"] if rest else []))
+
+
+def load_backbone(model: "VideoMask2Former", source: str | os.PathLike[str]) -> LoadedBackbone:
+    """Load the weights of a backbone into a model; all others stay as they are.
+
+    Args:
+        model: changed in place, or not at all where the weights do not fit.
+        source: a file, folder or hub name with a backbone alone (converted, or under the names of timm, torchvision,
+            detectron2 or Swin's authors), or with a whole model, of which the backbone is taken; or `timm:NAME`, the
+            pretrained weights of timm, as `timm:resnet50.a1_in1k`; or `timm`, those that timm takes by default for a
+            timm backbone.
+
+    Returns:
+        What was loaded and what was not. Swin's output norms, which no classifier has, may stay as they were; all
+        other weights of the backbone must be there.
+
+    Raises:
+        FileNotFoundError: there is no such file, or it cannot be fetched.
+        ConfigError: timm knows no such weights, or they are of another model than the backbone.
+        weights_convert.ConversionError: the file cannot be read, or what it holds does not fit the backbone.
+    """
+    name = str(source)
+    expected = {key: tensor for key, tensor in model.state_dict().items() if key.startswith("backbone.")}
+    weights, left_out = _backbone_weights(model, name, expected)
+    counts = [key for key in expected if key.endswith(".num_batches_tracked") and key not in weights]
+    weights |= {key: torch.zeros_like(expected[key]) for key in counts}  # old files lack them; nothing depends on them
+    kept = [key for key in expected if key not in weights and key.startswith("backbone.out_norms.")]
+    if problems := misfits({key: tensor for key, tensor in expected.items() if key not in kept}, weights):
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise ConversionError(
+            f"the weights of {name:.100} do not fit the model's backbone: {problems[0]}{more}; "
+            "give those of a backbone of the same kind and sizes"
+        )
+    model.load_state_dict(weights, strict=False)  # each key was looked at
+    return LoadedBackbone(name, _by_group(weights), _by_group(kept), left_out)
+
+
+def _backbone_weights(
+    model: "VideoMask2Former", source: str, expected: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """The backbone's weights in a source, by native key, and how many others are there, by group."""
+    kind, _, name = source.partition(":")
+    timm_name = model.config.backbone.name if isinstance(model.config.backbone, TimmBackboneConfig) else None
+    if kind == "timm" and not Path(source).exists():
+        from m2f_video.modeling.timm_backbone import pretrained_weights
+
+        if not (name := name or timm_name or ""):
+            raise ConfigError("the backbone is not timm's; name weights, such as timm:swin_tiny_patch4_window7_224")
+        if timm_name and name.split(".")[0] != timm_name.split(".")[0]:
+            raise ConfigError(f"{source:.80} is of another model than the backbone, timm's {timm_name}")
+        state_dict = pretrained_weights(name, features_only=timm_name is not None)
+    else:
+        path = weights_path(source, {})
+        check_regular(path)
+        state_dict = read_state_dict(path)
+    if timm_name:  # whose extractors have underscores where its classifiers have dots
+        own = {key.removeprefix("backbone.model.").replace(".", "_"): key for key in expected}
+        parts = tuple({f"{key.split('.')[2]}_" for key in expected})  # more of them are of a deeper backbone
+        spelled = {key: key.replace(".", "_") for key in state_dict}
+        if any(name in own for name in spelled.values()):
+            weights = {
+                own.get(name, f"backbone.model.{key}"): state_dict[key]
+                for key, name in spelled.items()
+                if name in own or name.startswith(parts)
+            }
+            return weights, dict(Counter(k.split(".")[0] for k, name in spelled.items() if not name.startswith(parts)))
+    try:
+        translation = import_state_dict(state_dict, detect_format(state_dict))
+    except ConversionError as error:
+        raise ConversionError(f"{source:.100}: {error}") from error
+    weights = {key: tensor for key, tensor in translation.state_dict.items() if key.startswith("backbone.")}
+    rest = Counter(key.split(".")[0] for key in translation.state_dict if key not in weights)
+    return weights, dict(rest + translation.ignored)
+
+
+def _by_group(keys: Iterable[str]) -> dict[str, int]:
+    return dict(Counter(".".join(key.split(".")[: 3 if key.startswith("backbone.model.") else 2]) for key in keys))
