@@ -27,6 +27,7 @@ WEIGHTS_NAME = "model.safetensors"
 _WEIGHTS = (WEIGHTS_NAME, WEIGHTS_NAME + ".index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 _TORCH_LEGACY = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the magic number torch.save wrote before its zip files
+_DETECTRON2_CONFIG = re.compile(rb"^(_BASE_|MODEL|SOLVER|DATASETS|DATALOADER|INPUT|TEST):", re.MULTILINE)  # in YAML
 _LFS_POINTER = b"version https://git-lfs"
 
 
@@ -95,7 +96,16 @@ def read_config(path: str | os.PathLike[str]) -> tuple[Json, Json | None]:
     """
     path = Path(path)
     beside = path.parent / PREPROCESSOR_NAME
-    return _read_json(path), _read_json(beside) if beside.exists() else None
+    try:
+        config = _read_json(path)
+    except CheckpointError as error:
+        if isinstance(error.__cause__, ValueError) and path.is_file() and _is_of_detectron2(path):
+            raise CheckpointError(
+                f"{path} is a config of detectron2, which cannot be read; give the config.json of such a model, or (to "
+                "m2f-video) a preset such as resnet50_youtubevis_2019"
+            ) from error
+        raise
+    return config, _read_json(beside) if beside.exists() else None
 
 
 def write_checkpoint(
@@ -150,6 +160,11 @@ def write_checkpoint(
             for parent in created:
                 with suppress(OSError):
                     parent.rmdir()
+
+
+def _is_of_detectron2(config: Path) -> bool:
+    with config.open("rb") as file:
+        return _DETECTRON2_CONFIG.search(file.read(1 << 16)) is not None
 
 
 def _read_json(path: Path) -> Json:

@@ -93,7 +93,7 @@ RESNETS: dict[str, Json] = {
 """The timm models that transformers can express as a ResNet of its own, and what it calls that."""
 _PROCESSOR_FIXED: Json = {"do_resize": True, "do_rescale": True, "do_normalize": True, "resample": 2}
 _STAGES = {"out_features": ["stage1", "stage2", "stage3", "stage4"], "out_indices": [1, 2, 3, 4]}
-_MOST_LABELS = 100_000
+_MOST_LABELS, _DEEPEST = 100_000, 10
 _TEMPORAL_OF = {True: "joint", False: "per_frame"}  # by whether the architecture is VideoMask2Former...
 
 
@@ -111,6 +111,7 @@ def to_native_config(config: Json, preprocessor: Json | None = None, temporal: s
     Raises:
         ConversionError: If the config is of another kind, or as `native_config_from_hf`.
     """
+    _check_depth(config)
     if _get(config, "model_type") != _NATIVE_FIXED["model_type"]:
         return native_config_from_hf(config, preprocessor, temporal)
     _check_fixed("config", config, {"format_version": _NATIVE_FIXED["format_version"]})
@@ -135,6 +136,7 @@ def native_config_from_hf(config: Json, preprocessor: Json | None = None, tempor
     Raises:
         ConversionError: If a required field is missing or a value is one the native model cannot represent.
     """
+    _check_depth([config, preprocessor])
     if (model_type := _get(config, "model_type")) != _HF_FIXED["model_type"]:
         known = f"{_NATIVE_FIXED['model_type']} (native) and {_HF_FIXED['model_type']} (transformers)"
         raise ConversionError(f"config: model_type = {model_type!r:.60} is another architecture; known are {known}")
@@ -206,6 +208,7 @@ def hf_config_from_native(config: Json) -> tuple[Json, Json]:
     Raises:
         ConversionError: If a field is missing, or has no counterpart in transformers.
     """
+    _check_depth(config)
     _check_fixed("config", config, _NATIVE_FIXED)
     is_swin = _get(config, "backbone.type") == "swin"
     fields, own = (_SWIN_FIELDS + _FIELDS, "type") if is_swin else (_FIELDS, "name")
@@ -213,12 +216,12 @@ def hf_config_from_native(config: Json) -> tuple[Json, Json]:
     known |= {f"backbone.{own}"}
     known |= {f"preprocessing.{name}" for name in _PREPROCESSING}
     if unknown := sorted(_paths(config) - known):
-        raise ConversionError(f"config: {unknown[0]} cannot be expressed in the hf format; keep the model native")
+        raise ConversionError(f"config: {unknown[0]:.100} cannot be expressed in the hf format; keep the model native")
     heads = [_get(config, f"{part}.num_heads") for part in ("pixel_decoder", "transformer_decoder")]
     if heads[0] != heads[1]:
         raise ConversionError(
-            f"config: pixel_decoder.num_heads = {heads[0]} and transformer_decoder.num_heads = {heads[1]} differ, "
-            "which the hf format cannot express; keep the model native"
+            f"config: pixel_decoder.num_heads = {heads[0]!r:.40} and transformer_decoder.num_heads = {heads[1]!r:.40} "
+            "differ, which the hf format cannot express; keep the model native"
         )
     video = _temporal(_get(config, "temporal")) == "joint"
     labels = _get(config, "labels")
@@ -252,6 +255,20 @@ def _resnet(config: Json) -> Json:
             f"{', '.join(RESNETS)} of timm's models; keep the model native"
         )
     return RESNETS[name]
+
+
+def _check_depth(config: Any) -> None:
+    """Refuse what is nested further than any config, before something recursive meets it."""
+    level = [config]
+    for _ in range(_DEEPEST):
+        level = [
+            item
+            for value in level
+            if isinstance(value, (dict, list, tuple))
+            for item in (value.values() if isinstance(value, dict) else value)
+        ]
+    if level:
+        raise ConversionError("config: it nests too deeply; give the config.json of a model")
 
 
 def _read(processor: Json) -> Json:

@@ -130,6 +130,11 @@ def _defaults(argv: Sequence[str]) -> TrainConfig:
         return TrainConfig.preset(SHOWN_PRESET)
     if given.preset is not None and given.config is not None:
         raise ValueError("give --preset or --config, not both")
+    if given.config is not None and given.config.suffix in (".yaml", ".yml"):
+        raise ValueError(
+            f"{given.config} is YAML, as configs of detectron2 are, which cannot be read; give a --preset such as "
+            "resnet50_youtubevis_2019, or the train.json of a run"
+        )
     if given.config is not None:
         return TrainConfig.from_file(given.config)
     if given.preset is None and given.resume and given.output is not None:

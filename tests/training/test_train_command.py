@@ -300,6 +300,10 @@ def test_a_config_of_something_else_is_named(folder: Path, tmp_path: Path, capsy
         error = error_of(capsys)
         assert str(file) in error
         assert message in error
+    yaml = tmp_path / "video_maskformer2_R50_bs16_8ep.yaml"
+    yaml.write_text("MODEL:\n  MASK_ON: True\n")
+    assert run("--config", yaml, "--data", folder / "data", "--output", tmp_path / "run") == 2
+    assert f"{yaml} is YAML, as configs of detectron2 are" in error_of(capsys)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

@@ -135,6 +135,17 @@ def test_part_of_a_model_goes_to_a_file_only(original, hf_folder, tmp_path, caps
     assert all(key.startswith("backbone.stages.0.") for key in load_file(tmp_path / "a.safetensors"))
 
 
+@pytest.mark.parametrize("name", ["R50.yaml", "config.json", "config"])
+def test_a_config_of_detectron2_is_named(name, tmp_path, capsys):
+    for text in ("_BASE_: Base.yaml\nMODEL:\n  MASK_ON: True\n", "# of the original\nMODEL:\n  MASK_ON: True\n"):
+        (tmp_path / name).write_text(text)
+        line = fails(capsys, WEIGHTS, tmp_path / "a", "--config", tmp_path / name)
+        assert f"{name} is a config of detectron2" in line
+        assert "resnet50_youtubevis_2019" in line
+    (tmp_path / name).write_text("a: 1\n")
+    assert "not valid JSON" in fails(capsys, WEIGHTS, tmp_path / "a", "--config", tmp_path / name)
+
+
 def test_bad_input_is_one_line(hf_folder, tmp_path, capsys):
     (tmp_path / "bad.pkl").write_bytes(b"\x80\x02cos\nsystem\nU\x02ls\x85R.")
     assert "asks for os.system" in fails(capsys, tmp_path / "bad.pkl", tmp_path / "a")

@@ -312,6 +312,63 @@ def test_a_backbone_of_another_name_is_named(name, is_timm):
     assert f"the backbone is {name!r}, given by its name" in str(error.value)
 
 
+def nested(kind, levels=900):
+    """As deep as JSON can be read."""
+    value = kind()
+    for _ in range(levels):
+        value = {"a": value} if kind is dict else [value]
+    return value
+
+
+NUMBERS = (True, -1, 0, 5, 1.5, 10**400, 10**4000, float("nan"), float("inf"))
+ODD = (None, *NUMBERS, "", "x", "x" * 1000, [], [[]], [None], {}, {"a": {}}, nested(list), nested(dict))
+
+
+def mutants(config):
+    """The config with each of its fields and sections replaced by whatever JSON may hold, or removed."""
+    for name, value in config.items():
+        yield {key: kept for key, kept in config.items() if key != name}
+        for odd in ODD:
+            yield config | {name: odd}
+        if isinstance(value, dict):
+            for mutant in mutants(value):
+                yield config | {name: mutant}
+        if isinstance(value, list):
+            for odd in ODD:
+                yield config | {name: [odd, *value[1:]]}
+
+
+def failures(convert, *configs):
+    """The share of configs that are refused, each by one short line."""
+    told = []
+    for config in configs:
+        try:
+            convert(config)
+        except ConversionError as error:
+            told.append(str(error))
+    assert all(len(message) < 300 and "\n" not in message for message in told)
+    return len(told) / len(configs)
+
+
+def test_no_foreign_config_is_a_traceback():
+    small = published() | {"id2label": {"0": "a"}}
+    for config in (
+        small,
+        resnet() | {"id2label": {"0": "a"}},
+        small | {"backbone": "resnet50", "backbone_config": None},
+    ):
+        assert 0.2 < failures(native_config_from_hf, *mutants(config)) < 0.95
+    preprocessors = mutants(processor())
+    assert 0.2 < failures(lambda mutant: native_config_from_hf(small, mutant), *preprocessors) < 0.95
+
+
+def test_no_native_config_is_a_traceback(config):
+    assert 0.7 < failures(hf_config_from_native, *mutants(config)) < 1
+    assert 0 < failures(to_native_config, *mutants(config)) < 1
+    for convert in (hf_config_from_native, to_native_config, native_config_from_hf):
+        assert failures(convert, *ODD) == 1
+
+
 @pytest.mark.parametrize("path", ["num_queries", "architectures", "backbone_config", "model_type", "num_labels"])
 def test_messages_stay_short(path):
     with pytest.raises(ConversionError) as error:
@@ -389,11 +446,12 @@ def test_processor_without_longest_edge_is_named():
         ("preprocessing.fixed_size", [480]),
         ("preprocessing.image_std", None),
         ("preprocessing.crop", 3),
+        ("preprocessing." + 100 * "x", 3),
     ],
 )
 def test_what_transformers_cannot_express_is_named(config, path, value):
     set_field(config, path.split(".")[0] if isinstance(value, dict) else path, value)
-    with pytest.raises(ConversionError, match=path):
+    with pytest.raises(ConversionError, match=path[:90]):
         hf_config_from_native(config)
 
 
