@@ -224,7 +224,7 @@ def test_no_validation(made: list[tuple[Any, ...]], capsys: pytest.CaptureFixtur
     assert run(*options) == 0
     assert made[0][-1]["validation"] is None
     assert run(*options, "--validation-videos", 3) == 2
-    assert "--validation-videos needs --validation" in error_of(capsys)
+    assert "--validation-videos and --validation-frames need --validation" in error_of(capsys)
 
 
 def test_a_recipe_has_to_be_chosen(
