@@ -3,6 +3,8 @@
 B clips, T frames, N instances, H W height and width, padded to what the model takes.
 """
 
+import os
+import signal
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
@@ -158,7 +160,7 @@ def load_batches(
 
     Raises:
         ValueError: a clip is damaged or does not fit the model.
-        OSError: a clip cannot be read.
+        OSError: a clip cannot be read, or a process was killed.
     """
     loader = DataLoader(
         batches,
@@ -167,11 +169,38 @@ def load_batches(
         num_workers=num_workers,
         collate_fn=_unchanged,
         pin_memory=pin_memory,
+        worker_init_fn=_leave_when_asked,
     )
-    for batch in loader:
+    prepared: Iterator[Batch | Exception] = iter(loader)
+    while True:
+        try:
+            batch = next(prepared, None)
+        except (ConnectionError, EOFError, FileNotFoundError) as error:  # what clips raise comes as a batch
+            raise lost_process(error) from error
+        if batch is None:
+            return
         if isinstance(batch, Exception):
             raise batch
         yield batch
+
+
+def lost_process(error: Exception) -> ChildProcessError:
+    """What to say where a process that prepares clips has ended, of which PyTorch tells in many ways."""
+    reason = str(error).split(". ")[0] or type(error).__name__
+    return ChildProcessError(
+        f"a process that prepares clips has ended ({reason:.100}); give it more memory, shared memory included, or set "
+        "num_workers=0"
+    )
+
+
+def _leave_when_asked(_: int) -> None:
+    """Let a process that prepares clips end in silence when it is interrupted, as it is with all others of its group.
+
+    The training process gets that signal too. It would take one that is killed for a failure.
+    """
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if number := getattr(signal, name, None):  # Windows has no SIGHUP
+            signal.signal(number, lambda *_: os._exit(0))
 
 
 def _unchanged(batch: Any) -> Any:

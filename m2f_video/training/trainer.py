@@ -12,7 +12,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -38,7 +38,7 @@ from m2f_video.modeling.pixel_decoder import DeformableEncoderLayer
 from m2f_video.modeling.swin import SwinBlock
 from m2f_video.modeling.transformer_decoder import DecoderLayer
 from m2f_video.modeling.video_mask2former import VideoMask2Former
-from m2f_video.training.batches import Batch, ClipBatches, ClipOrder, Collate, load_batches
+from m2f_video.training.batches import Batch, ClipBatches, ClipOrder, Collate, load_batches, lost_process
 from m2f_video.training.checkpoint import FOLDER, list_checkpoints, load_latest_checkpoint, save_checkpoint
 from m2f_video.training.config import TrainConfig
 from m2f_video.training.log import (
@@ -185,12 +185,15 @@ class Trainer:
         Raises:
             NonFinitePredictionError: the model predicts NaN or infinite values; the message names step and tensor.
             ValueError: a gradient is not finite, or a clip is damaged.
-            OSError: files cannot be read or written.
+            OSError: files cannot be read or written, or a process that prepares clips was killed.
         """
         try:
-            self._steps()
-        finally:
-            self.close()
+            with closing(self):
+                self._steps()
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):  # which may come up anywhere, by a signal
+                raise
+            raise lost_process(error) from error
         return self.result.eval()
 
     def close(self) -> None:

@@ -1,5 +1,9 @@
 """Which clips make a batch, in which order, and how they become one."""
 
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -21,7 +25,7 @@ from m2f_video.data import (
     YouTubeVis,
     write_youtube_vis,
 )
-from m2f_video.training import ClipTarget
+from m2f_video.training import ClipTarget, batches
 from m2f_video.training.batches import Batch, ClipBatches, ClipOrder, Collate, load_batches
 
 VIDEOS = SyntheticVideos(5, seed=1, difficulty="hard", num_frames=6, height=32, width=48)
@@ -138,6 +142,33 @@ def test_processes_prepare_the_same_batches() -> None:
         assert torch.equal(frames, others)
         assert all(map(same, targets, other_targets))
     assert not torch.equal(here[0][0][..., :24, :32], here[1][0][..., :24, :32])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_process_that_is_interrupted_leaves_in_silence(number: int, capfd: pytest.CaptureFixture[str]) -> None:
+    clips, collate = ClipDataset(VIDEOS), Collate(PreprocessingConfig(), LABELS, "any_frame")
+    made = load_batches(ClipBatches(clips, collate), order(5, 2, (0, 9)), num_workers=2)
+    next(made)
+    processes = multiprocessing.active_children()
+    for process in processes:
+        assert process.pid is not None
+        os.kill(process.pid, number)
+    for process in processes:
+        process.join(10)
+    assert [process.exitcode for process in processes] == [0, 0]
+    made.close()
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
+def test_a_process_that_is_gone_is_said(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> Iterator[Batch]:
+        raise error
+        yield
+
+    monkeypatch.setattr(batches, "DataLoader", broken)
+    with pytest.raises(ChildProcessError, match=r"^a process that prepares clips has ended \(.+\); .* num_workers=0$"):
+        batches_of(VIDEOS, 1)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

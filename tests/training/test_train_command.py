@@ -121,6 +121,20 @@ def test_an_interrupt_leaves_no_process_and_nothing_half_written(
     assert not list((tmp_path / "run").rglob(".*"))
 
 
+def test_a_killed_process_that_prepares_clips_is_one_line(
+    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kill(made: Trainer) -> None:
+        for process in multiprocessing.active_children():
+            process.kill()
+            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+
+    monkeypatch.setattr(Trainer, "_save", kill)
+    assert run_tiny(folder, tmp_path / "run", "--num-workers", 1, "--steps", 99) == 2
+    assert "a process that prepares clips has ended (" in error_of(capfd)
+    assert not list((tmp_path / "run").rglob(".*"))
+
+
 def test_a_second_run_in_a_folder_is_one_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made = Trainer(CONFIG, VIDEOS, tmp_path)
     assert run_tiny(folder, tmp_path, "--resume") == 2
