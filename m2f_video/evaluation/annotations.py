@@ -320,21 +320,26 @@ def _read(source: Any, word: str) -> tuple[str, Any]:
 def _read_zip(path: Path) -> Any:
     """What the only JSON file of a zip holds, such as the submission that `write_submission` writes."""
     limit = max(_MOST_UNPACKED, _MOST_UNPACKED_RATIO * path.stat().st_size)
+    content = b""
     try:
         with zipfile.ZipFile(path) as archive:
             entries = [entry for entry in archive.infolist() if PurePosixPath(entry.filename).suffix == ".json"]
-            if len(entries) != 1:
-                raise ValueError(f"{path}: a zip of results holds one JSON file, this one {len(entries)}")
-            with archive.open(entries[0]) as file:
-                content = file.read(limit + 1)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+            for entry in entries[:1]:
+                if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                    raise zipfile.BadZipFile("its entry is packed by another method than deflate")
+                with archive.open(entry) as file:
+                    content = file.read(limit + 1)
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError, OSError) as error:
         raise ValueError(f"{path}: not a zip that can be read: {error!s:.120}") from error
+    if len(entries) != 1:
+        raise ValueError(f"{path}: a zip of results holds one JSON file, this one {len(entries)}")
+    name = f"{entries[0].filename:.60}"
     if len(content) > limit:
-        raise ValueError(f"{path}: {entries[0].filename:.60} has more than {limit} bytes; unpack it and give the file")
+        raise ValueError(f"{path}: {name} has more than {limit} bytes; unpack it and give the file")
     try:
         return parse_json(content)
     except ValueError as error:
-        raise ValueError(f"{path}: {entries[0].filename:.60} is not a JSON file, or cut off: {error}") from error
+        raise ValueError(f"{path}: {name} is not a JSON file, or cut off: {error}") from error
 
 
 def _rows(data: Mapping[str, Any], key: str, name: str) -> Sequence[Any]:
