@@ -101,10 +101,8 @@ class Track:
 
     def area(self, frame: int) -> int:
         """Number of pixels of the mask in a frame; `frame` as in `mask`."""
-        from pycocotools import mask as coco
-
         rle = self._at(frame)
-        return 0 if rle is None else int(coco.area(_as_bytes(rle)))
+        return 0 if rle is None else mask_area(rle)
 
     def _at(self, frame: int) -> Rle | None:
         return self.segmentations[_check_position(frame, len(self.segmentations))]
@@ -343,6 +341,13 @@ def decode_mask(rle: Rle) -> np.ndarray:
     from pycocotools import mask as coco
 
     return coco.decode(_as_bytes(rle)).astype(bool)
+
+
+def mask_area(rle: Rle) -> int:
+    """Number of pixels of a well-formed encoding; `check_rle` is for others."""
+    from pycocotools import mask as coco
+
+    return int(coco.area(_as_bytes(rle)))
 
 
 def check_picture_size(height: int, width: int) -> None:

@@ -3,6 +3,7 @@ import dataclasses
 import errno
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -358,7 +359,9 @@ def test_damaged_files_are_refused_naming_the_part(
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize("counts", ["", "o", "0", "05", "P0d1", "PPPPPPPPPPPPPPPP0", "0d1", "é", "~", " ", "00000"])
+@pytest.mark.parametrize(
+    "counts", ["", "o", "0", "05", "P0d1", "PPPPPPPPPPPPPPPP0", "0d1", "é", "~", " ", "00000", "<ooooo?"]
+)
 def test_damaged_run_lengths_never_reach_the_decoder(tmp_path: Path, counts: str) -> None:
     data = saved(tmp_path)
     data["results"][1]["segmentations"][1]["counts"] = counts
@@ -377,6 +380,47 @@ def test_any_counts_are_refused_or_decode_to_a_full_mask(counts: str) -> None:
     runs = results._run_lengths(counts)
     assert runs is not None
     assert results.decode_mask(rle).sum() == runs[1::2].sum()
+
+
+def test_run_lengths_as_other_programs_write_them_are_read(tmp_path: Path) -> None:
+    data = saved(tmp_path)
+    expected = VideoSegmentation.load(tmp_path)
+    for row in data["results"]:
+        for rle in filter(None, row["segmentations"]):
+            rle.update(size=[float(H), float(W)], area=7)
+    (tmp_path / "tracks.json").write_text(json.dumps(data))
+    assert VideoSegmentation.load(tmp_path) == expected
+    assert VideoSegmentation.load(tmp_path).to_dict() == expected.to_dict()
+
+
+def test_a_picture_larger_than_any_is_refused(tmp_path: Path) -> None:
+    for height, width in ((10**9, 10**9), (1, 2**17), (2**16, 2**15)):
+        data = saved(tmp_path)
+        data["video"].update(height=height, width=width)
+        data["results"] = []
+        (tmp_path / "tracks.json").write_text(json.dumps(data))
+        with pytest.raises(ValueError, match=r"tracks\.json: .* is too large for a mask"):
+            VideoSegmentation.load(tmp_path)
+
+
+def test_many_tracks_are_no_matter(tmp_path: Path) -> None:
+    data = saved(tmp_path)
+    row = next(row for row in data["results"] if any(row["segmentations"]))
+    visible = next(filter(None, row["segmentations"]))
+    data["video"]["frames"] = list(range(1000))
+    shown = [[visible if frame == 500 + track // 2 else None for frame in range(1000)] for track in range(800)]
+    data["results"] = [row | {"segmentations": segmentations} for segmentations in shown]
+    (tmp_path / "tracks.json").write_text(json.dumps(data))
+    start = time.process_time()
+    tracks = VideoSegmentation.load(tmp_path).tracks
+    assert time.process_time() - start < 2  # comparing each with each takes half a minute
+    assert [track.query_id for track in tracks] == [index // 2 * 2 for index in range(800)]
+
+
+def test_a_pipe_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "tracks.json")
+    with pytest.raises(ValueError, match=r"tracks\.json is a named pipe"):
+        VideoSegmentation.load(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "NaN", '{"video": NaN}', "[" * 100_000, "\xff"])

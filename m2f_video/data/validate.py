@@ -18,8 +18,9 @@ from m2f_video.data.annotations import (
     is_inner_path,
     read_annotations,
 )
-from m2f_video.data.segmentation import decode_segmentation
+from m2f_video.data.segmentation import compress_segmentation
 from m2f_video.files import check_regular
+from m2f_video.results import mask_area
 from m2f_video.video_io import image_size
 
 Progress = Callable[[int, int], None]
@@ -243,9 +244,9 @@ def _check_segmentations(segmentations: list[Any], height: int, width: int) -> I
         yield "it has no segmentation in any frame"
     for index, segmentation in enumerate(segmentations):
         try:
-            mask = decode_segmentation(segmentation, height, width)
+            rle = compress_segmentation(segmentation, height, width)
         except ValueError as error:
             yield f"frame {index}: {error}"
         else:
-            if mask is not None and not mask.any():
+            if rle is not None and not mask_area(rle):
                 yield f"frame {index}: the segmentation is empty; null says that an object is absent"

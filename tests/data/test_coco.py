@@ -1,6 +1,7 @@
 """COCO images as pseudo-videos."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -160,3 +161,23 @@ def test_bad_images_masks_and_arguments(tmp_path):
 def test_impossible_motions_are_named(field, value):
     with pytest.raises(ValueError, match=f"CameraMotion.{field}"):
         CameraMotion(**{field: value})
+
+
+IMAGE = {"id": 9, "height": H, "width": W, "file_name": "one.png"}
+
+
+def test_images_that_would_take_all_memory_or_block_are_refused(tmp_path):
+    with pytest.raises(DatasetError, match="two images have the same id"):
+        CocoVideos(*write_coco(tmp_path, images=[IMAGE, IMAGE]))
+    for height, width in ((10**9, 10**9), (1, 2**27)):
+        with pytest.raises(DatasetError, match=r"image 9: a picture of .* is too large"):
+            CocoVideos(*write_coco(tmp_path, images=[IMAGE | {"height": height, "width": width}]))
+    for polygon in ([0, 0, W, H] * 5000, [0, 0] * 100_000, [float("inf")] * 6, [0, 0, 1, 1, 1, 2**62]):
+        videos = CocoVideos(*write_coco(tmp_path, annotations=[annotation(1, segmentation=[polygon])]))
+        with pytest.raises(DatasetError, match=r"one\.png: annotation 1: "):
+            videos[0].clip([0])
+    paths = write_coco(tmp_path)
+    (tmp_path / "one.png").unlink()
+    os.mkfifo(tmp_path / "one.png")
+    with pytest.raises(ValueError, match=r"one\.png is a named pipe"):
+        CocoVideos(*paths)[0].clip([0])

@@ -1,6 +1,8 @@
 """Reading and writing the YouTubeVIS format: masks come back exactly, bad files give one clear error."""
 
 import json
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from m2f_video.data import (
     DatasetError,
     SyntheticVideos,
     YouTubeVis,
+    check_dataset,
     write_youtube_vis,
     youtube_vis_annotations,
 )
@@ -256,9 +259,72 @@ def test_damaged_segmentations(segmentation, message):
         decode_segmentation(segmentation, H, W)
 
 
-def test_a_wild_size_takes_no_memory():
+@pytest.mark.parametrize(("height", "width"), [(10**9, 10**9), (2**27, 1), (1, 2**28), (2**15, 2**14)])
+@pytest.mark.parametrize(
+    "segmentation",
+    [
+        [[0, 0, 4, 0, 4, 4]],
+        {"counts": []},
+        {"counts": "0"},
+    ],
+)
+def test_a_wild_size_takes_no_memory(segmentation, height, width):
+    if isinstance(segmentation, dict):
+        segmentation = {"size": [height, width], **segmentation}
     with pytest.raises(ValueError, match="too large for a mask"):
-        decode_segmentation([[0, 0, 4, 0, 4, 4]], 10**9, 10**9)
+        decode_segmentation(segmentation, height, width)
+
+
+@pytest.mark.parametrize(
+    ("polygons", "height", "width"),
+    [
+        ([[0, 0, 4000, 3000] * 2000], 3000, 4000),  # there and back again, 32 million steps of 16 bytes
+        ([[-4000, 0, 8000, 0, 0, 3000]] * 500, 3000, 4000),
+        ([[0, 0] * 20_000], H, W),
+        ([[1.5, 1.5, 1.5, 1.5, 1.6, 1.6]] * 10_000, H, W),
+        ([[0, 0, 2**16 - 1, 0, 0, 2**12 - 1] * 40], 2**12, 2**16),
+    ],
+)
+def test_outlines_that_no_picture_has_take_no_memory(polygons, height, width):
+    start = time.process_time()
+    with pytest.raises(ValueError, match="outlines are longer than any in a frame"):
+        decode_segmentation(polygons, height, width)
+    assert time.process_time() - start < 1
+
+
+def test_outlines_of_all_that_a_picture_can_show_are_drawn():
+    angles = np.linspace(0, 2 * np.pi, 20_000)
+    star = np.stack([1920 + np.cos(angles) * (900 + 100 * np.sin(500 * angles)), 1080 + 900 * np.sin(angles)], 1)
+    mask = decode_segmentation([star.ravel().tolist()], 2160, 3840)
+    assert mask is not None
+    assert 2e6 < mask.sum() < 3e6
+    leaves = [[x, y, x + 1, y, x + 1, y + 1, x, y + 1] for x in range(0, 200, 2) for y in range(0, 400, 2)]
+    start = time.process_time()
+    mask = decode_segmentation(leaves, 400, 200)
+    assert mask is not None
+    assert mask.sum() == len(leaves) == 20_000
+    assert time.process_time() - start < 5
+
+
+def test_many_categories_and_labels_are_no_matter(tmp_path):
+    categories = [{"id": number, "name": f"class {number}"} for number in range(5001)]
+    write_dataset(tmp_path, categories=categories[:5000], annotations=[])
+    start = time.process_time()
+    assert YouTubeVis(tmp_path).labels[-1] == "class 4999"
+    assert time.process_time() - start < 2
+    write_dataset(tmp_path, categories=categories, annotations=[])
+    with pytest.raises(DatasetError, match="5001 categories are too many"):
+        YouTubeVis(tmp_path)
+
+
+def test_a_frame_that_would_block_is_refused(tmp_path):
+    frame = write_dataset(tmp_path) / "JPEGImages" / "a" / "0.jpg"
+    frame.unlink()
+    os.mkfifo(frame)
+    with pytest.raises(ValueError, match=r"a/0\.jpg is a named pipe"):
+        YouTubeVis(tmp_path)[0].clip([0])
+    (fault,) = [fault for fault in check_dataset(tmp_path).faults if fault.file == str(frame)]
+    assert "is a named pipe" in fault.message
 
 
 # --- writing
