@@ -170,7 +170,8 @@ def _evaluate_checkpoint(
     else:
         _show(ap, followed, json)
     for finished in options.output.glob(JOURNAL_FILE.format("[0-9]*")):  # of every rank
-        finished.unlink()
+        if finished.is_file():
+            finished.unlink()
     print(f"written to {options.output}: {results.name}, {submission.name}")
     return 0
 

@@ -76,8 +76,9 @@ def predict_videos(
     share = range(rank, len(videos), world_size)
     kept = None if journal is None else Journal(journal, _made_from(model, videos, processor, top_k))
     rows_of = {} if kept is None else {index: kept.rows[index] for index in share if index in kept.rows}
+    known_ids = set(category_ids.values())
     for index, rows in rows_of.items():
-        if not _are_rows_of(videos[index], rows, set(category_ids.values())):
+        if not _are_rows_of(videos[index], rows, known_ids):
             raise ValueError(f"{journal}: the rows of video {index} are damaged; delete the file to start anew")
     if progress is not None:
         progress("videos", len(rows_of), len(share))

@@ -92,7 +92,8 @@ def train_command(argv: Sequence[str] = ()) -> Callable[..., int]:
         if validation != "none":
             held_out = open_dataset(validation, "val", validation_videos, validation_frames)
         elif validation_videos is not None or validation_frames is not None:
-            raise ValueError("--validation-videos and --validation-frames need --validation")
+            option = "--validation-frames" if validation_videos is None else "--validation-videos"
+            raise ValueError(f"{option} needs --validation")
         with join_workers(device) as worker:
             trainer = Trainer(
                 settings,

@@ -1,5 +1,6 @@
 import importlib.util
 import json
+import os
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -139,3 +140,10 @@ def test_command_shows_its_arguments(capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit):
         tyro.cli(eval_results, args=["--help"])
     assert "--score-threshold" in capsys.readouterr().out
+
+
+def test_a_pipe_is_no_place_for_a_report(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "report.json")
+    with pytest.raises(OSError, match=r"report\.json is a named pipe; give the name of a file"):
+        write_results(tmp_path / "report.json", [])
+    assert (tmp_path / "report.json").is_fifo()
