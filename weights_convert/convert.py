@@ -1,5 +1,6 @@
 """State dicts in, state dicts out: applies the rule tables of `weights_convert.rules`, strict in both directions."""
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,6 +9,9 @@ import torch
 
 from weights_convert.errors import ConversionError
 from weights_convert.rules import FORMATS, Format, StateDict, batch_counts, compile_pattern, whole_model_keys
+
+_INNER_WRAPPER = re.compile(r"(?<![^.])_orig_mod\.")  # of torch.compile, which may be around any part of a model
+_MAX_WRAPPERS = 10
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ def detect_format(keys: Iterable[str]) -> str:
     """Tell the format of a state dict from its keys.
 
     Args:
-        keys: The keys, with or without the ``module.`` of DistributedDataParallel before all of them.
+        keys: The keys; wrappers may have put names before all of them, as ``module.`` of DistributedDataParallel.
 
     Returns:
         A name of ``FORMATS``, such as ``"native"``, ``"hf"`` or ``"detectron2"``.
@@ -39,7 +43,7 @@ def detect_format(keys: Iterable[str]) -> str:
     Raises:
         ConversionError: If the keys are of no known format, or of several.
     """
-    names = _without_ddp_prefix(list(keys))
+    names = _without_wrappers(list(keys))
     found = [name for name, form in FORMATS.items() if any(key.startswith(form.signatures) for key in names)]
     if len(found) == 1:
         return found[0]
@@ -93,7 +97,7 @@ def import_state_dict(state_dict: Mapping[str, torch.Tensor], format: str) -> Tr
     pairs: dict[str, list[str]] = {}
     ignored: Counter[str] = Counter()
     unknown: list[str] = []
-    for key, name in zip(state_dict, form.spell(_without_ddp_prefix(list(state_dict))), strict=True):
+    for key, name in zip(state_dict, form.spell(_without_wrappers(list(state_dict))), strict=True):
         if skipped := next((pattern for pattern, regex in skips if regex.fullmatch(name)), None):
             ignored[skipped] += 1
             continue
@@ -163,9 +167,17 @@ def _checked_format(state_dict: Mapping[str, torch.Tensor], name: str) -> Format
     return FORMATS[name]
 
 
-def _without_ddp_prefix(keys: list[str]) -> list[str]:
-    prefixed = all(key.startswith("module.") for key in keys)
-    return [key.removeprefix("module.") for key in keys] if prefixed else keys
+def _without_wrappers(keys: list[str]) -> list[str]:
+    """Take off the names that all keys begin with, until they are of a known format; as they are if they never are."""
+    signatures = tuple(signature for form in FORMATS.values() for signature in form.signatures)
+    names = [_INNER_WRAPPER.sub("", key) for key in keys]
+    for _ in range(_MAX_WRAPPERS):
+        if any(name.startswith(signatures) for name in names):
+            return names
+        if len({name.partition(".")[0] for name in names}) != 1 or not all("." in name for name in names):
+            break
+        names = [name.partition(".")[2] for name in names]
+    return keys
 
 
 def _joined(native: str, names: list[str], found: StateDict) -> torch.Tensor:
@@ -178,7 +190,10 @@ def _joined(native: str, names: list[str], found: StateDict) -> torch.Tensor:
         return parts[0].clone(memory_format=torch.contiguous_format)
     if parts[0].dim() == 0 or len({(part.shape, part.dtype) for part in parts}) > 1:
         forms = ", ".join(f"{tuple(part.shape)} {part.dtype}" for part in parts)
-        raise ConversionError(f"{_some(names)} must agree in shape and dtype to form {native}, but are {forms}")
+        raise ConversionError(
+            f"the parts must agree in shape and dtype to form {native}, but are {forms} ({_some(names)}); "
+            "fetch or save the checkpoint again"
+        )
     return torch.cat(parts)
 
 
@@ -190,5 +205,6 @@ def _cut(key: str, tensor: torch.Tensor, count: int) -> list[torch.Tensor]:
 
 
 def _some(keys: Sequence[str]) -> str:
-    shown = ", ".join(keys[:3]) or "(none)"
-    return shown if len(keys) <= 3 else f"{shown} and {len(keys) - 3} more"
+    count = 1 if sum(map(len, keys[:3])) > 130 else 3  # what fits into a line
+    shown = ", ".join(f"{key:.110}" for key in keys[:count]) or "(none)"
+    return shown if len(keys) <= count else f"{shown} and {len(keys) - count} more"

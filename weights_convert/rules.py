@@ -1,9 +1,9 @@
 """The rule tables: how each foreign format names the tensors of the native one.
 
 A pattern is a key with placeholders: ``{p}`` is ``weight`` or ``bias``, ``{b}`` is what a batch norm has, ``{rest}`` is
-anything, every other name is an integer. A `Rule` pairs one native pattern with one foreign pattern, or with several
-when the foreign format cuts the tensor into equal parts along dim 0 (query, key, value). The same table serves both
-directions.
+anything, every other name is an integer below 1000. A `Rule` pairs one native pattern with one foreign pattern, or with
+several when the foreign format cuts the tensor into equal parts along dim 0 (query, key, value). The same table serves
+both directions.
 """
 
 import re
@@ -218,7 +218,7 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
     kinds = {name: "|".join(kinds) for name, kinds in _KINDS.items()} | {"rest": ".+"}
     parts = re.split(r"\{(\w+)\}", pattern)  # literal, placeholder, literal, ...
     for at, part in enumerate(parts):
-        parts[at] = f"(?P<{part}>{kinds.get(part, '0|[1-9][0-9]*')})" if at % 2 else re.escape(part)
+        parts[at] = f"(?P<{part}>{kinds.get(part, '0|[1-9][0-9]{0,2}')})" if at % 2 else re.escape(part)
     return re.compile("".join(parts))
 
 

@@ -13,6 +13,7 @@ from weights_convert import ConversionError, detect_format, from_native, to_nati
 from weights_convert.convert import import_state_dict
 from weights_convert.rules import FORMATS, whole_model_keys
 
+HIGH_LAYER = "sem_seg_head.predictor.transformer_ffn_layers.999.norm."
 BLOCK = "model.pixel_level_module.encoder.encoder.layers.2.blocks.1."
 
 
@@ -193,9 +194,42 @@ def test_older_image_checkpoint_spelling(original):
     assert_same(to_native(older), to_native(original))
 
 
-def test_ddp_prefix_on_all_keys_is_dropped(original):
-    prefixed = {"module." + key: tensor for key, tensor in original.items()}
-    assert_same(to_native(prefixed), to_native(original))
+@pytest.mark.parametrize("form", ["native", "hf", "detectron2", "timm_swin"])
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.", "model.", "net.", "module._orig_mod.", "model.net._orig_mod."]
+)
+def test_names_of_wrappers_before_all_keys_are_dropped(original, form, prefix):
+    """DistributedDataParallel, torch.compile, Lightning and whatever a training loop keeps its model in."""
+    native = to_native(original)
+    if form == "timm_swin":  # which has no output norms
+        native = {key: native[key] for key in native if key.startswith(("backbone.stages.", "backbone.patch_embed."))}
+        keys = {key.replace("stages", "layers").removeprefix("backbone."): tensor for key, tensor in native.items()}
+    else:
+        keys = native if form == "native" else from_native(native, form)
+    assert detect_format({prefix + key: tensor for key, tensor in keys.items()}) == form
+    assert_same(to_native({prefix + key: tensor for key, tensor in keys.items()}), native)
+
+
+def test_names_of_a_compiled_part_are_dropped(original):
+    compiled = {key.replace("backbone.", "backbone._orig_mod."): tensor for key, tensor in original.items()}
+    assert_same(to_native({"model." + key: tensor for key, tensor in compiled.items()}), to_native(original))
+
+
+@pytest.mark.parametrize("key", ["a." * 100_000 + "weight", "module." * 100_000, "." * 100_000, "", "weight"])
+def test_wrappers_without_end_are_no_format(key):
+    with pytest.raises(ConversionError, match="no known format") as error:
+        detect_format([key])
+    assert len(str(error.value)) < 300
+
+
+def test_layers_without_end_are_an_error(original):
+    """A high number makes no long list of the layers that would be before it."""
+    native = to_native(original)
+    for name in ("transformer_decoder.layers.999999999.norm.weight", "pixel_decoder.layers.1000.linear1.bias"):
+        with pytest.raises(ConversionError, match="no rule for"):
+            to_native(native | {name: torch.zeros(1)})
+    with pytest.raises(ConversionError, match=r"missing .* and \d+ more"):
+        to_native(from_native(native, "detectron2") | {HIGH_LAYER + "weight": torch.zeros(64)})
 
 
 def test_ddp_prefix_on_some_keys_is_an_error(original):
