@@ -1,9 +1,9 @@
 """Checkpoint files and folders: read any known kind safely, write safetensors atomically."""
 
 import json
+import math
 import os
-import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from weights_convert.convert import detect_format
 from weights_convert.errors import CheckpointError
-from weights_convert.pickles import BROKEN_PICKLE, REFUSED, PickledTensor, load_pickle
+from weights_convert.pickles import PickledTensor, UnreadTensor, load_pickle
 from weights_convert.rules import StateDict
+from weights_convert.torch_files import LEGACY, load_torch_storage, read_torch_file
 
 Json = dict[str, Any]
 
@@ -26,9 +27,15 @@ PREPROCESSOR_NAME = "preprocessor_config.json"
 WEIGHTS_NAME = "model.safetensors"
 _WEIGHTS = (WEIGHTS_NAME, WEIGHTS_NAME + ".index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
-_TORCH_LEGACY = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the magic number torch.save wrote before its zip files
 _DETECTRON2_CONFIG = re.compile(rb"^(_BASE_|MODEL|SOLVER|DATASETS|DATALOADER|INPUT|TEST):", re.MULTILINE)  # in YAML
 _LFS_POINTER = b"version https://git-lfs"
+_MAX_JSON = 16 << 20  # bytes; the index of a large model is a tenth of it
+_MAX_NESTING = 50
+_MAX_SHARING = 4  # times that the same memory may be claimed by tensors of several keys
+_DTYPES = {
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+}
 
 
 @dataclass(frozen=True)
@@ -78,12 +85,14 @@ def read_state_dict(path: str | os.PathLike[str]) -> StateDict:
         CheckpointError: If the path is missing, the file damaged, unsafe or no checkpoint, or a weight is not finite.
     """
     path = Path(path)
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist; give a checkpoint file or folder")
     try:
+        if not path.exists():
+            raise CheckpointError(f"{path} does not exist; give a checkpoint file or folder")
         state_dict = _read_folder(path) if path.is_dir() else _read_file(path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    except MemoryError as error:
+        raise CheckpointError(f"{path} does not fit into memory; free some, or use a larger machine") from error
     _check_values(path, state_dict)
     return state_dict
 
@@ -168,15 +177,48 @@ def _is_of_detectron2(config: Path) -> bool:
 
 
 def _read_json(path: Path) -> Json:
+    """Parse a JSON object from a stranger: of bounded size and depth, and with numbers of 64 bits."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        _check_regular(path)
+        if path.stat().st_size > _MAX_JSON:
+            raise CheckpointError(f"{path} is larger than {_MAX_JSON >> 20} MB, as no config is; fetch it again")
+        content = json.loads(path.read_text(encoding="utf-8"), parse_int=_integer, parse_float=_float)
+        level = [content]
+        for _ in range(_MAX_NESTING):
+            level = [part for value in level for part in _inside(value)]
+        if level:
+            raise RecursionError
+    except CheckpointError:
+        raise
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    except RecursionError as error:
+        raise CheckpointError(f"{path} nests too deeply for a config; do not trust this checkpoint") from error
     except ValueError as error:  # bad JSON or bad UTF-8
         raise CheckpointError(f"{path} is not valid JSON ({error}); fetch it again") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} must hold a JSON object, but holds a {type(content).__name__}")
     return content
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
+
+
+def _integer(text: str) -> int:
+    number = int(text) if len(text) < 25 else 1 << 63
+    if not -(1 << 63) <= number < 1 << 63:
+        raise ValueError(f"the number {text[:20]}... does not fit into 64 bits")
+    return number
+
+
+def _float(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"the number {text[:20]}... is out of the range of floating point")
+    return number
 
 
 def _read_folder(folder: Path) -> StateDict:
@@ -203,6 +245,7 @@ def _read_shards(index: Path) -> StateDict:
 
 
 def _read_file(path: Path) -> StateDict:
+    _check_regular(path)
     with path.open("rb") as file:
         head = file.read(32)
     if not head:
@@ -214,25 +257,23 @@ def _read_file(path: Path) -> StateDict:
             return dict(load_file(path))
         except SafetensorError as error:
             raise CheckpointError(f"{path} is a damaged safetensors file ({error}); fetch it again") from error
-    if head.startswith(b"PK") or _TORCH_LEGACY in head:
-        return _unwrapped(path, _load_torch(path))
+    if head.startswith(b"PK") or LEGACY in head:
+        return _unwrapped(path, read_torch_file(path))
     if head[:1] not in (b"\x80", b"(", b"c", b"}"):  # how pickles of any protocol begin
         raise CheckpointError(f"{path} is not a checkpoint; give safetensors, a torch.save file or a pickle of weights")
     try:
-        content = load_pickle(path.read_bytes())
+        with path.open("rb") as file:
+            content = load_pickle(file, path.stat().st_size, load_storage=load_torch_storage)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     return _unwrapped(path, content)
 
 
-def _load_torch(path: Path) -> object:
-    try:
-        with path.open("rb") as file:
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except BROKEN_PICKLE as error:
-        if asked := re.search(r"GLOBAL (\S+)", str(error)):  # torch's own message advises to load it unsafely
-            raise CheckpointError(f"{path}: {REFUSED.format(asked[1])}") from error
-        raise CheckpointError(f"{path} is a damaged torch file ({type(error).__name__}); fetch it again") from error
+def _check_regular(path: Path) -> None:
+    """Refuse pipes and devices, whose reading may block for ever."""
+    if path.exists() and not path.is_file():
+        kind = "a folder" if path.is_dir() else "a pipe, socket or device"
+        raise CheckpointError(f"{path} is {kind}, not a regular file; give a file, or copy its content to one")
 
 
 def _unwrapped(path: Path, content: object) -> StateDict:
@@ -245,19 +286,31 @@ def _unwrapped(path: Path, content: object) -> StateDict:
     state_dict: StateDict = {}
     for key, value in content.items():
         tensor = value.tensor if isinstance(value, PickledTensor) else value
+        if isinstance(value, UnreadTensor):
+            raise CheckpointError(f"{path}: {key!r:.120} is a {value.kind} tensor, not a plain one; save it dense")
         if not isinstance(key, str) or not isinstance(tensor, torch.Tensor):
-            raise CheckpointError(f"{path}: {key!r} is a {type(tensor).__name__}, not a tensor; keep only weights")
+            kind = type(tensor).__name__
+            raise CheckpointError(f"{path}: {key!r:.120} is a {kind}, not a tensor; keep only weights")
         state_dict[key] = tensor
     return state_dict
 
 
 def _check_values(path: Path, state_dict: StateDict) -> None:
+    held: dict[int, int] = {}
     for key, tensor in state_dict.items():
-        if tensor.nbytes > tensor.untyped_storage().nbytes():  # a stride of 0 makes any size of a few bytes
-            raise CheckpointError(f"{path}: {key} claims more values than the file holds; save it contiguous")
+        if tensor.dtype not in _DTYPES:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise CheckpointError(f"{path}: {key:.120} is a {kind} tensor; weights are real numbers: save them as such")
+        memory = tensor.untyped_storage()
+        held[memory.data_ptr()] = memory.nbytes()
+        if tensor.nbytes > memory.nbytes():  # a stride of 0 makes any size of a few bytes
+            raise CheckpointError(f"{path}: {key:.120} claims more values than the file holds; save it contiguous")
+    if sum(tensor.nbytes for tensor in state_dict.values()) > _MAX_SHARING * sum(held.values()):
+        raise CheckpointError(f"{path}: its tensors claim more values than the file holds; save them contiguous")
+    for key, tensor in state_dict.items():
         values = tensor.float() if tensor.element_size() == 1 else tensor  # float8 has no isfinite
         if tensor.is_floating_point() and not bool(torch.isfinite(values).all()):
             raise CheckpointError(
-                f"{path}: {key} has {int((~torch.isfinite(values)).sum())} NaN or infinite values of {tensor.numel()}; "
-                "the training diverged or the file is damaged: take an earlier checkpoint"
+                f"{path}: {key:.120} has {int((~torch.isfinite(values)).sum())} NaN or infinite values of "
+                f"{tensor.numel()}; the training diverged or the file is damaged: take an earlier checkpoint"
             )

@@ -156,7 +156,7 @@ def test_sharded_folder_errors(sharded):
         ({"extra.weight": "3-of-2.bin"}, "3-of-2.bin is missing"),
         ({"extra.weight": "../outside.bin"}, "outside its folder"),
         ({"extra.weight": "/etc/hostname"}, "outside its folder"),
-        ({"extra.weight": ".."}, "cannot be read|not a checkpoint"),
+        ({"extra.weight": ".."}, "is a folder, not a regular file"),
         ({"extra.weight": 3}, "no weight_map"),
     ]:
         index.write_text(json.dumps({"weight_map": good["weight_map"] | change}))
@@ -196,7 +196,7 @@ def test_missing_and_empty(tmp_path):
         (b"\x80\x02]q\x00(K\x01K\x02e.", "no state dict but a list"),
         (b"\x80\x02}q\x00.", "no state dict but a dict"),
         (b"\x80\x02}K\x01K\x02s.", "1 is a int, not a tensor"),
-        (b"\x80\x02}q\x00U\x05modelh\x00s.", "'model' is a dict"),  # a dict within itself
+        (b"\x80\x02}q\x00U\x05modelh\x00s.", "nests too deeply"),  # a dict within itself
         (b"\x80\x02Q.", "damaged pickle"),  # a persistent id
     ],
 )
@@ -318,7 +318,7 @@ def test_torch_storage_within_a_pickle_runs_nothing(tmp_path):
     canary = tmp_path / CANARY
     inner = pickle.dumps(Runs(os.system, f"touch {canary}"), protocol=2)
     path = dump(tmp_path / "a.pkl", {"x": Runs(torch.storage._load_from_bytes, inner)}, protocol=2)
-    with pytest.raises(CheckpointError, match=r"a\.pkl: it is a truncated or damaged pickle"):
+    with pytest.raises(CheckpointError, match=r"a\.pkl: it asks for (posix|nt)\.system"):
         read_checkpoint(path)
     assert not canary.exists()
 
@@ -373,7 +373,7 @@ def test_tensors_beyond_their_storage_are_refused(tmp_path):
     )
     for offset, size, stride in ((2, (9,), (1,)), (0, (2,), (4,)), (-1, (2,), (1,)), (0, (2,), (-1,)), (9, (1,), (1,))):
         beyond = Runs(torch._utils._rebuild_tensor_v2, storage, offset, size, stride, False, {})
-        with pytest.raises(CheckpointError, match="truncated or damaged pickle"):
+        with pytest.raises(CheckpointError, match=r"truncated or damaged pickle|impossible shape; the file"):
             read_checkpoint(dump(tmp_path / "a.pkl", {"a": beyond}))
 
 
