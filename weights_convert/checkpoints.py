@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -182,10 +183,12 @@ def _read_json(path: Path) -> Json:
         _check_regular(path)
         if path.stat().st_size > _MAX_JSON:
             raise CheckpointError(f"{path} is larger than {_MAX_JSON >> 20} MB, as no config is; fetch it again")
-        content = json.loads(path.read_text(encoding="utf-8"), parse_int=_integer, parse_float=_float)
+        content = json.loads(path.read_text(encoding="utf-8"))
         level = [content]
         for _ in range(_MAX_NESTING):
             level = [part for value in level for part in _inside(value)]
+            if any(isinstance(value, int | float) and not _fits(value) for value in level):
+                raise ValueError("it holds a number out of the range of 64 bits")
         if level:
             raise RecursionError
     except CheckpointError:
@@ -207,18 +210,8 @@ def _inside(value: Any) -> Iterable[Any]:
     return value if isinstance(value, list) else ()
 
 
-def _integer(text: str) -> int:
-    number = int(text) if len(text) < 25 else 1 << 63
-    if not -(1 << 63) <= number < 1 << 63:
-        raise ValueError(f"the number {text[:20]}... does not fit into 64 bits")
-    return number
-
-
-def _float(text: str) -> float:
-    number = float(text)
-    if math.isinf(number):
-        raise ValueError(f"the number {text[:20]}... is out of the range of floating point")
-    return number
+def _fits(number: float) -> bool:
+    return math.isfinite(number) if isinstance(number, float) else -(1 << 63) <= number < 1 << 63
 
 
 def _read_folder(folder: Path) -> StateDict:
