@@ -12,7 +12,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -465,7 +465,8 @@ def _held(output: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            (output / LOCK_FILE).unlink(missing_ok=True)  # while it is locked: who has it open will look for a new one
+            with suppress(OSError):  # Windows lets nobody remove what is open
+                (output / LOCK_FILE).unlink()  # while it is locked: who has it open will look for a new one
             lock.release()
 
 
