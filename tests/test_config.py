@@ -177,10 +177,13 @@ def test_the_default_is_the_published_tiny_model() -> None:
     assert VideoMask2FormerConfig() == VideoMask2FormerConfig.preset("swin_tiny_youtubevis_2019")
 
 
-def test_the_published_tiny_model_has_its_number_of_parameters() -> None:
+@pytest.mark.parametrize(
+    ("name", "count"), [("swin_tiny", 47_411_363), ("resnet50", 44_013_097), ("resnet101", 63_005_225)]
+)
+def test_published_models_have_their_number_of_parameters(name: str, count: int) -> None:
     with torch.device("meta"):
-        model = VideoMask2Former(VideoMask2FormerConfig())
-    assert sum(parameter.numel() for parameter in model.parameters()) == 47_411_363
+        model = VideoMask2Former(VideoMask2FormerConfig.preset(f"{name}_youtubevis_2019"))
+    assert sum(parameter.numel() for parameter in model.parameters()) == count
 
 
 def test_an_unknown_preset_lists_the_known() -> None:
