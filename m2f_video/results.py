@@ -151,7 +151,7 @@ class VideoSegmentation:
         ):
             raise ValueError(f"frames must be rising numbers from 0, at least one, got {_shorten(self.frames)}")
         if len({track.id for track in self.tracks}) != len(self.tracks):
-            raise ValueError(f"track ids must differ, got {sorted(track.id for track in self.tracks)}")
+            raise ValueError(f"track ids must differ, got {_shorten(sorted(track.id for track in self.tracks))}")
         for track in self.tracks:
             self._check(track)
 
@@ -297,7 +297,7 @@ class VideoSegmentation:
     def _check(self, track: Track) -> None:
         if not 0 <= track.label_id < len(self.labels) or self.labels[track.label_id] != track.label:
             raise ValueError(
-                f"track {track.id}: label {track.label!r} is not number {track.label_id} of {len(self.labels)} labels"
+                f"track {track.id}: label {track.label!r:.60} is not number {track.label_id} of {len(self.labels)} labels"
             )
         if len(track.segmentations) != len(self.frames):
             raise ValueError(

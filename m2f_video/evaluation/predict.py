@@ -272,8 +272,8 @@ def _check_labels(labels: tuple[str, ...], categories: tuple[str, ...]) -> None:
     not_in_dataset = [name for name in labels if name not in categories]
     not_in_model = [name for name in categories if name not in labels]
     if not_in_dataset or not_in_model:
-        differences = [f"{name!r} is no category of the dataset" for name in not_in_dataset[:1]]
-        differences += [f"{name!r} is no label of the model" for name in not_in_model[:1]]
+        differences = [f"{name!r:.60} is no category of the dataset" for name in not_in_dataset[:1]]
+        differences += [f"{name!r:.60} is no label of the model" for name in not_in_model[:1]]
         raise ValueError(
             f"the model's {len(labels)} labels are not the dataset's {len(categories)} categories: "
             f"{', and '.join(differences)}; take a model that was trained for the categories of the dataset"
