@@ -37,7 +37,9 @@ REFUSED = (
     "it asks for {:.80}, and only plain arrays, tensors and containers are read; do not trust this file, or have its "
     "state dict saved alone"
 )
-_MAX_STEPS = 4_000_000  # of one pickle; the weights, averages and optimizer of a large model take 100,000
+_MAX_STEPS = 3_000_000  # of one pickle; the weights, averages and optimizer of a large model take 300,000
+_STEPS_OF_A_CALL = 20  # which takes as long
+_MAX_LINE = 1 << 28  # bytes; protocol 0 writes an array as a line
 _MAX_NESTING = 50
 _MAX_DIMENSIONS = 32
 _TOO_LARGE = "it nests too deeply, or holds too many values for a checkpoint; do not trust this file"
@@ -295,7 +297,12 @@ class _Bounded:
 
     def __init__(self, file: BinaryIO, size: int) -> None:
         self.file, self.size = file, size
-        self.readline = file.readline
+
+    def readline(self) -> bytes:
+        line = self.file.readline(_MAX_LINE)
+        if len(line) == _MAX_LINE:
+            raise CheckpointError(_TOO_LARGE)
+        return line
 
     def read(self, count: int) -> bytes:
         if count > 1 << 16 and count > self.size - self.file.tell():
@@ -341,8 +348,8 @@ class _RestrictedUnpickler(pickle._Unpickler):
             raise CheckpointError("it names content that it does not hold; the file is damaged")
         return self._find_storage(dtype, key, count)
 
-    def step(self) -> None:
-        self._steps_left -= 1
+    def step(self, count: int = 1) -> None:
+        self._steps_left -= count
         if self._steps_left < 0:
             raise CheckpointError(_TOO_LARGE)
 
@@ -360,6 +367,7 @@ class _RestrictedUnpickler(pickle._Unpickler):
         args, function = self.stack.pop(), self.stack.pop()
         if not isinstance(function, _StandIn):
             raise CheckpointError("it calls what is no function; the file is damaged")
+        self.step(_STEPS_OF_A_CALL)
         self.spend(args)
         self.append(function(*args))
 

@@ -4,23 +4,37 @@ The state of a run is its weights, their moving average, the optimiser, the loss
 Everything random in a step is a function of the seed and the step, so that there is no other state to save.
 """
 
-import errno
 import os
-import pickle
 import re
 import warnings
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from m2f_video.files import atomic_path
+from m2f_video.files import atomic_path, parse_json
+from weights_convert import read_torch_file
 
 FORMAT = 1
 FOLDER = "checkpoints"
 _NAME = re.compile(r"step-(\d{8})\.pt")
-_UNREADABLE = (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile)
+# What the state of a run holds, beside `format` and `step`.
+_KINDS: dict[str, tuple[type, ...]] = {
+    "config": (str,),
+    "data": (str,),
+    "validation": (str, type(None)),
+    "workers": (int,),
+    "model": (dict,),
+    "average": (dict, type(None)),
+    "optimizer": (dict,),
+    "scaler": (dict,),
+    "best": (dict, type(None)),
+}
+
+
+class _NewerFormatError(ValueError):
+    """A checkpoint that a newer version wrote, whose run must not go on from an earlier one."""
 
 
 class CheckpointWarning(UserWarning):
@@ -68,25 +82,29 @@ def save_checkpoint(output: Path, step: int, state: dict[str, Any], keep: int) -
 def load_latest_checkpoint(output: Path) -> dict[str, Any] | None:
     """The state of the latest checkpoint that can be read; None where there is none at all.
 
-    A damaged file is left as it is, with a warning, and the one before it is taken.
+    A damaged file, or one that is no whole state of a run, is left as it is, with a warning, and the one before it is
+    taken. Nothing in a file is executed.
 
     Raises:
         ValueError: there are checkpoints, and none can be read; or a newer version wrote them.
         OSError: the system does not let a file be read.
-        RuntimeError: there is not enough memory.
+        MemoryError: there is not enough memory.
     """
     checkpoints = list_checkpoints(output)
     for step, path in reversed(checkpoints):
         try:
-            state = _read(path, step)
-        except _UNREADABLE as error:
-            if not _is_damage(error):
-                raise
-            warnings.warn(f"{path} is damaged and passed over ({_first_line(error)})", CheckpointWarning, stacklevel=2)
-            continue
-        if state["format"] != FORMAT:
-            raise ValueError(f"{path} has format {state['format']}, not {FORMAT}; a newer m2f-video wrote it: upgrade")
-        return state
+            state = read_torch_file(path)
+            format = state.get("format") if isinstance(state, dict) else None
+            if isinstance(format, int) and format > FORMAT:
+                raise _NewerFormatError(
+                    f"{path} has format {format}, not {FORMAT}; a newer m2f-video wrote it: upgrade"
+                )
+            return _checked(state, step)
+        except _NewerFormatError:
+            raise
+        except ValueError as error:
+            reason = str(error).removeprefix(f"{path}: ").removeprefix(f"{path} ")
+            warnings.warn(f"{path} is damaged and passed over ({reason:.120})", CheckpointWarning, stacklevel=2)
     if checkpoints:
         raise ValueError(
             f"none of the {len(checkpoints)} checkpoints in {output / FOLDER} can be read; start a new run"
@@ -94,26 +112,47 @@ def load_latest_checkpoint(output: Path) -> dict[str, Any] | None:
     return None
 
 
-def _read(path: Path, step: int) -> dict[str, Any]:
-    """Load a file whose checksums are right: `torch.load` does not look at them and would give wrong weights."""
-    with zipfile.ZipFile(path) as archive:
-        if any(entry.compress_type for entry in archive.infolist()):  # PyTorch stores entries as they are
-            raise ValueError("its directory is damaged")
-        if archive.testzip():
-            raise ValueError("its checksums are wrong")
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(state, dict) or "format" not in state:
+def _checked(state: object, step: int) -> dict[str, Any]:
+    """A state with all that a run needs to go on, each of its kind; whether it fits the run is for the trainer to say.
+
+    Raises:
+        ValueError: something is missing or of another kind.
+    """
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError("it is no checkpoint of a run")
-    if state["step"] != step:
-        raise ValueError(f"it holds step {state['step']}")
+    if state.get("step") != step:
+        raise ValueError(f"it holds step {state.get('step')!r:.20}")
+    for name, kinds in _KINDS.items():
+        if name not in state:
+            raise ValueError(f"it has no {name}")
+        if not isinstance(state[name], kinds):
+            raise ValueError(f"its {name} is a {type(state[name]).__name__}")
+    for name in ("model", "average"):
+        for key, tensor in (state[name] or {}).items():
+            if not isinstance(key, str) or not _is_whole(tensor):
+                raise ValueError(f"its {name} has no weights at {key!r:.60}")
+    optimizer, best = state["optimizer"], state["best"]
+    kept, groups = optimizer.get("state"), optimizer.get("param_groups")
+    if (
+        not isinstance(kept, dict)
+        or not isinstance(groups, list)
+        or not all(isinstance(number, int) and isinstance(values, dict) for number, values in kept.items())
+        or not all(_is_whole(value) for values in kept.values() for value in values.values())
+        or not all(isinstance(group, dict) for group in groups)
+    ):
+        raise ValueError("its optimizer is not as the optimizer keeps it")
+    if not all(isinstance(value, int | float) for value in state["scaler"].values()):
+        raise ValueError("its scaler is not as the scaler keeps it")
+    if best is not None and not all(isinstance(best.get(name), int | float) for name in ("step", "AP")):
+        raise ValueError("its best evaluation has no step or no AP")
+    if not isinstance(parse_json(state["config"]), dict):
+        raise ValueError("its config is none")
     return state
 
 
-def _is_damage(error: Exception) -> bool:
-    """Whether an error tells of the file, and not of a system that is short of memory or refuses to read."""
-    if isinstance(error, OSError):
-        return error.errno == errno.EINVAL  # a place before the file's beginning, as a damaged directory names one
-    return "allocate memory" not in str(error)
+def _is_whole(value: object) -> bool:
+    """Whether this is a tensor that holds as many numbers as it claims: a stride of 0 makes any number of one."""
+    return isinstance(value, Tensor) and value.nbytes <= value.untyped_storage().nbytes()
 
 
 def _first_line(error: Exception) -> str:

@@ -1,6 +1,8 @@
 """Checkpoint files: whole, damaged, and cut off while they are written."""
 
+import os
 import warnings
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,28 @@ import torch
 from m2f_video.training.checkpoint import CheckpointWarning, list_checkpoints, load_latest_checkpoint, save_checkpoint
 
 
+def a_state(value: float) -> dict[str, Any]:
+    """What a trainer keeps, of a model with one tensor."""
+    weights = torch.full((5000,), value)
+    return {
+        "config": "{}",
+        "data": "fingerprint",
+        "validation": None,
+        "workers": 1,
+        "model": {"weights": weights},
+        "average": {"weights": weights.clone()},
+        "optimizer": {
+            "state": {0: {"step": torch.tensor(value), "exp_avg": weights / 2, "exp_avg_sq": weights / 4}},
+            "param_groups": [{"lr": 0.1, "betas": (0.9, 0.999), "fused": None, "amsgrad": False, "params": [0]}],
+        },
+        "scaler": {"scale": 65536.0, "growth_factor": 2.0, "_growth_tracker": 0},
+        "best": {"step": 1, "AP": 0.5},
+    }
+
+
 def save(output: Path, *steps: int, keep: int = 9) -> None:
     for step in steps:
-        save_checkpoint(output, step, {"weights": torch.full((5000,), step), "best": None}, keep)
+        save_checkpoint(output, step, a_state(step), keep)
 
 
 def names(output: Path) -> list[str]:
@@ -33,8 +54,10 @@ def test_the_latest_is_loaded(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "step-11.pt").write_text("not of this program")
     state = load(tmp_path)
     assert state is not None
-    assert (state["step"], state["best"]) == (10, None)
-    assert torch.equal(state["weights"], torch.full((5000,), 10))
+    expected = {"format": 1, "step": 10, **a_state(10)}
+    assert repr(state) == repr(expected)
+    assert torch.equal(state["model"]["weights"], expected["model"]["weights"])
+    assert torch.equal(state["optimizer"]["state"][0]["exp_avg"], torch.full((5000,), 5.0))
     assert list_checkpoints(tmp_path) == [(step, tmp_path / "checkpoints" / f"step-{step:08d}.pt") for step in (9, 10)]
 
 
@@ -77,18 +100,72 @@ def test_a_damaged_file_is_named_and_the_one_before_is_taken(damage: Callable[[b
         state = load_latest_checkpoint(tmp_path)
     assert "\n" not in str(caught[0].message)
     assert state is not None
-    assert torch.equal(state["weights"], torch.full((5000,), 3))
+    assert torch.equal(state["model"]["weights"], torch.full((5000,), 3.0))
     assert file.read_bytes() == damaged
 
 
-@pytest.mark.parametrize("foreign", [[1, 2], {"step": 3}, {"format": 1}, torch.zeros(2)], ids=str)
+def passed_over(output: Path, reason: str) -> None:
+    """Step 3 is passed over in one line that says why, and step 2 is taken."""
+    file = output / "checkpoints" / "step-00000003.pt"
+    with pytest.warns(CheckpointWarning, match=f"^{file} is damaged and passed over .*{reason}") as caught:
+        state = load_latest_checkpoint(output)
+    assert state is not None
+    assert state["step"] == 2
+    (line,) = str(caught[0].message).splitlines()
+    assert len(line) < 300
+    assert line.count(str(file)) == 1
+
+
+@pytest.mark.parametrize("foreign", [[1, 2], {"step": 3}, {"format": 1}, {"format": "1"}, torch.zeros(2)], ids=str)
 def test_a_foreign_file_is_passed_over(foreign: Any, tmp_path: Path) -> None:
     save(tmp_path, 2)
     torch.save(foreign, tmp_path / "checkpoints" / "step-00000003.pt")
-    with pytest.warns(CheckpointWarning, match=r"step-00000003\.pt is damaged"):
-        state = load_latest_checkpoint(tmp_path)
-    assert state is not None
-    assert state["step"] == 2
+    passed_over(tmp_path, "")
+
+
+MANY = torch.zeros(1).expand(1 << 50)
+
+
+@pytest.mark.parametrize(
+    ("path", "values"),
+    [
+        ("config", [None, 1, "", "[]", "[" * 100_000, "1" * 5000]),
+        ("data", [None, 5]),
+        ("validation", [5]),
+        ("workers", [None, "1", 1.5]),
+        ("model", [None, [], {"weights": 1}, {1: torch.zeros(1)}, {"weights": MANY}, {"a": torch.eye(2).to_sparse()}]),
+        ("average", [1, {"weights": None}]),
+        ("optimizer", [None, {}, {"state": {}}, {"state": {}, "param_groups": {}}]),
+        ("optimizer.state", [None, [], {"a": {}}, {0: None}, {0: {"exp_avg": MANY}}, {0: {"step": 1}}]),
+        ("optimizer.param_groups", [None, [1]]),
+        ("scaler", [None, {"scale": "1"}, {"scale": [1]}]),
+        ("best", [1, {}, {"step": 1}, {"step": "1", "AP": 0.5}]),
+    ],
+)
+def test_a_state_with_something_missing_or_wrong_is_passed_over(path: str, values: list[Any], tmp_path: Path) -> None:
+    save(tmp_path, 2)
+    for value in [*values, "missing"]:
+        state = a_state(3)
+        *parents, name = path.split(".")
+        inner = state[parents[0]] if parents else state
+        if value == "missing":
+            del inner[name]
+        else:
+            inner[name] = value
+        torch.save({"format": 1, "step": 3, **state}, tmp_path / "checkpoints" / "step-00000003.pt")
+        passed_over(tmp_path, "" if path == "config" and isinstance(value, str) else path.split(".")[0])
+
+
+def test_a_checkpoint_runs_nothing_and_holds_nothing_else(tmp_path: Path) -> None:
+    save(tmp_path, 2)
+    torch.save({"format": 1, "step": 3, **a_state(3), "x": Namespace()}, tmp_path / "checkpoints/step-00000003.pt")
+    passed_over(tmp_path, "it asks for argparse.Namespace")
+
+
+def test_a_pipe_in_place_of_a_checkpoint_is_passed_over(tmp_path: Path) -> None:
+    save(tmp_path, 2)
+    os.mkfifo(tmp_path / "checkpoints/step-00000003.pt")
+    passed_over(tmp_path, "no regular file")
 
 
 def test_a_renamed_file_is_passed_over(tmp_path: Path) -> None:
