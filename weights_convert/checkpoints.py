@@ -4,8 +4,9 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,6 +31,8 @@ _WEIGHTS = (WEIGHTS_NAME, WEIGHTS_NAME + ".index.json", "pytorch_model.bin", "py
 
 _DETECTRON2_CONFIG = re.compile(rb"^(_BASE_|MODEL|SOLVER|DATASETS|DATALOADER|INPUT|TEST):", re.MULTILINE)  # in YAML
 _LFS_POINTER = b"version https://git-lfs"
+_STAGING = ".writing-"
+_LEFTOVER = re.compile(rf"{re.escape(_STAGING)}[a-z0-9_]{{8}}")
 _MAX_JSON = 16 << 20  # bytes; the index of a large model is a tenth of it
 _MAX_NESTING = 50
 _MAX_SHARING = 4  # times that the same memory may be claimed by tensors of several keys
@@ -126,7 +129,7 @@ def write_checkpoint(
 ) -> None:
     """Write a checkpoint: all files beside the target first, then each renamed into place.
 
-    A failed or interrupted write changes nothing and leaves nothing behind.
+    A failed or interrupted write changes nothing and leaves nothing behind; what a killed one left is removed first.
 
     Args:
         folder_or_file: A file name ending in ``.safetensors`` for the weights alone; anything else is a folder.
@@ -147,7 +150,8 @@ def write_checkpoint(
     done = False
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=folder, prefix=".writing-") as staging:
+        _remove_leftovers(folder)
+        with TemporaryDirectory(dir=folder, prefix=_STAGING) as staging, _locked(Path(staging)):
             for name, content in texts.items():
                 if content is not None:
                     Path(staging, name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -160,10 +164,16 @@ def write_checkpoint(
             }
             save_file(copies, weights, metadata={"format": "pt"})
             weights.chmod(mode)
-            for ready in sorted(Path(staging).iterdir()):
-                ready.replace(folder / ready.name)
+            ready = sorted(Path(staging).iterdir())
+            for final in (folder / file.name for file in ready):
+                if final.exists() and not final.is_file():
+                    raise CheckpointError(f"{final} is in the way and no regular file; move it, or write elsewhere")
+            for file in ready:
+                file.replace(folder / file.name)
         done = True
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{target} cannot be written: {error.strerror or error}") from error
+    except SafetensorError as error:
         raise CheckpointError(f"{target} cannot be written: {error}") from error
     finally:
         if not done:
@@ -175,6 +185,42 @@ def write_checkpoint(
 def _is_of_detectron2(config: Path) -> bool:
     with config.open("rb") as file:
         return _DETECTRON2_CONFIG.search(file.read(1 << 16)) is not None
+
+
+def is_occupied(target: Path) -> bool:
+    """Whether there is something where a checkpoint is to be written; what a killed writer left is nothing."""
+    if target.is_dir():
+        return any(not _LEFTOVER.fullmatch(path.name) for path in target.iterdir())
+    return os.path.lexists(target)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Try to hold a folder against those who would take it for a leftover; gives whether it is held."""
+    try:
+        import fcntl
+    except ImportError:  # Windows, where leftovers stay
+        yield False
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held = True
+    except OSError:  # someone else holds it, or the file system has no locks
+        held = False
+    try:
+        yield held
+    finally:
+        os.close(descriptor)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what writers have left that were killed; what others are writing is locked."""
+    for path in list(folder.glob(f"{_STAGING}*")):
+        if _LEFTOVER.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+            with _locked(path) as free:
+                if free:
+                    shutil.rmtree(path)
 
 
 def _read_json(path: Path) -> Json:

@@ -1,15 +1,26 @@
 """The command line: parse, call the library, print what was mapped."""
 
 import argparse
+import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from weights_convert.checkpoints import WEIGHTS_NAME, Checkpoint, read_checkpoint, read_config, write_checkpoint
+from weights_convert.checkpoints import (
+    WEIGHTS_NAME,
+    Checkpoint,
+    is_occupied,
+    read_checkpoint,
+    read_config,
+    write_checkpoint,
+)
 from weights_convert.configs import RESNETS, hf_config_from_native, to_native_config
 from weights_convert.convert import Translation, export_state_dict, import_state_dict
 from weights_convert.errors import ConversionError
@@ -30,6 +41,8 @@ examples:
   python -m weights_convert model_final.pkl native/ --config video-mask2former-swin-tiny/config.json
   python -m weights_convert model_final.pkl weights.safetensors
   python -m weights_convert native/ for-transformers/ --to hf
+
+DST must be new or an empty folder, unless --overwrite is given.
 """
 
 
@@ -44,14 +57,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = _parser().parse_args(argv)
     try:
-        _convert(args.src, args.dst, args.to, args.config, args.temporal)
-    except ConversionError as error:
-        print(f"weights_convert: {' '.join(str(error).split())}", file=sys.stderr)
+        with _stoppable():
+            _convert(args.src, args.dst, args.to, args.config, args.temporal, args.overwrite)
+    except (ConversionError, OSError) as error:
+        print(f"weights_convert: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("weights_convert: interrupted, nothing written", file=sys.stderr)
         return 130
     return 0
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Let the signals that ask to end do so as Ctrl-C does; one that is ignored stays so, as under nohup."""
+    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has only the first
+    numbers = [number for name in names if signal.getsignal(number := signal.Signals[name]) == signal.SIG_DFL]
+    if threading.current_thread() is not threading.main_thread():  # where no signal arrives
+        numbers = []
+    for number in numbers:
+        signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -71,14 +101,18 @@ def _parser() -> argparse.ArgumentParser:
         choices=("joint", "per_frame"),
         help="attend over all frames (video model) or frame by frame (image model); default: as the config says",
     )
+    parser.add_argument("--overwrite", action="store_true", help="replace what DST holds")
     return parser
 
 
-def _convert(src: Path, dst: Path, to: str, config_file: Path | None, temporal: str | None) -> None:
+def _convert(src: Path, dst: Path, to: str, config_file: Path | None, temporal: str | None, overwrite: bool) -> None:
     weights_only = dst.suffix == ".safetensors"
-    written = dst if weights_only else dst / WEIGHTS_NAME
-    if written.resolve() in (src.resolve(), (src / WEIGHTS_NAME).resolve()) or dst.resolve() == src.resolve():
+    written = os.path.realpath(dst if weights_only else dst / WEIGHTS_NAME)
+    sources = (os.path.realpath(src), os.path.realpath(src / WEIGHTS_NAME))
+    if written in sources or os.path.realpath(dst) == sources[0]:
         raise ConversionError(f"DST is SRC ({src}); give another DST, SRC is never overwritten")
+    if not overwrite and is_occupied(dst):
+        raise ConversionError(f"DST ({dst}) exists already; give another DST, or --overwrite to replace what is there")
     if weights_only and (config_file or temporal):
         raise ConversionError(
             "a .safetensors DST has no config, so --config and --temporal have no effect: leave them out"
@@ -116,11 +150,14 @@ def _check_fit(native: StateDict, config: dict[str, Any]) -> None:
         raise ConversionError(
             f"the config has {count} labels, but the weights {head.shape[0] - 1} classes: give the matching --config"
         )
-    layers = {f"{part}.layers.": config[part]["num_layers"] for part in ("pixel_decoder", "transformer_decoder")}
-    if config["backbone"]["type"] == "swin":
-        layers |= {f"backbone.stages.{i}.blocks.": depth for i, depth in enumerate(config["backbone"]["depths"])}
-    elif resnet := RESNETS.get(config["backbone"].get("name")):
-        layers |= {f"backbone.model.layer{i}.": depth for i, depth in enumerate(resnet["depths"], start=1)}
+    try:
+        layers = {f"{part}.layers.": config[part]["num_layers"] for part in ("pixel_decoder", "transformer_decoder")}
+        if config["backbone"]["type"] == "swin":
+            layers |= {f"backbone.stages.{i}.blocks.": depth for i, depth in enumerate(config["backbone"]["depths"])}
+        elif resnet := RESNETS.get(config["backbone"].get("name")):
+            layers |= {f"backbone.model.layer{i}.": depth for i, depth in enumerate(resnet["depths"], start=1)}
+    except (AttributeError, KeyError, TypeError) as error:  # a native config is taken as it is
+        raise ConversionError(f"the config is not whole ({error}): give a whole one by --config") from error
     for prefix, wanted in layers.items():
         if (found := count_layers(native, prefix)) != wanted:
             raise ConversionError(

@@ -256,7 +256,7 @@ for _builtins in ("builtins", "__builtin__"):  # Python 3 and 2
     _ALLOWED[_builtins, "bytes"] = lambda: b""  # the empty one, in protocols before 3
     _ALLOWED[_builtins, "bytearray"] = lambda data=b"", *_encoding: data
     _ALLOWED[_builtins, "complex"] = complex
-    for _factory in ("bool", "dict", "float", "int", "list", "str", "tuple"):  # of a defaultdict
+    for _factory in ("bool", "dict", "float", "int", "list", "long", "str", "tuple", "unicode"):  # of a defaultdict
         _ALLOWED[_builtins, _factory] = _never
 
 _STORAGES = {
@@ -405,7 +405,8 @@ class _RestrictedUnpickler(pickle._Unpickler):
         self.target(set).update(_members(values))
 
     def load_frozenset(self) -> None:
-        self.append(frozenset(_members(self.pop_mark())))
+        values = self.pop_mark()  # which changes what is appended to
+        self.append(frozenset(_members(values)))
 
     def load_bytearray8(self) -> None:
         self.append(self.read(*struct.unpack("<Q", self.read(8))))

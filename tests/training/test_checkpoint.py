@@ -156,10 +156,15 @@ def test_a_state_with_something_missing_or_wrong_is_passed_over(path: str, value
         passed_over(tmp_path, "" if path == "config" and isinstance(value, str) else path.split(".")[0])
 
 
-def test_a_checkpoint_runs_nothing_and_holds_nothing_else(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("other", "reason"),
+    [(Namespace(), "it asks for argparse.Namespace"), ({((),): 1}, "it has a tuple as a key"), (1 << 2000, "bits")],
+    ids=str,
+)
+def test_a_checkpoint_runs_nothing_and_holds_nothing_else(other: Any, reason: str, tmp_path: Path) -> None:
     save(tmp_path, 2)
-    torch.save({"format": 1, "step": 3, **a_state(3), "x": Namespace()}, tmp_path / "checkpoints/step-00000003.pt")
-    passed_over(tmp_path, "it asks for argparse.Namespace")
+    torch.save({"format": 1, "step": 3, **a_state(3), "x": other}, tmp_path / "checkpoints/step-00000003.pt")
+    passed_over(tmp_path, reason)
 
 
 def test_a_pipe_in_place_of_a_checkpoint_is_passed_over(tmp_path: Path) -> None:

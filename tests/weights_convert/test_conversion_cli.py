@@ -175,6 +175,61 @@ def test_interrupt(hf_folder, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "native").exists()
 
 
+def test_what_is_there_is_overwritten_only_when_told(hf_folder, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty/.writing-0a1b2c3d").mkdir()  # what a killed run left
+    assert main([str(hf_folder), str(tmp_path / "empty")]) == 0
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes/a.txt").write_text("a")
+    (tmp_path / "file.safetensors").write_text("b")
+    (tmp_path / "dangling.safetensors").symlink_to("nowhere")
+    for name in ("empty", "notes", "file.safetensors", "dangling.safetensors"):
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        capsys.readouterr()
+        line = fails(capsys, hf_folder, tmp_path / name)
+        assert f"DST ({tmp_path / name}) exists already; give another DST, or --overwrite" in line
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+        assert main([str(hf_folder), str(tmp_path / name), "--overwrite"]) == 0
+        assert read_checkpoint(tmp_path / name).format == "native"
+    assert (tmp_path / "notes/a.txt").read_text() == "a"
+
+
+def test_a_config_that_is_not_whole(original, config, tmp_path, capsys):
+    for name, value in (("backbone", 5), ("backbone", {}), ("pixel_decoder", None), ("transformer_decoder", {})):
+        write_checkpoint(tmp_path / "native", to_native(original), config | {name: value})
+        assert "the config is not whole" in fails(capsys, tmp_path / "native", tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+STOPPED = """
+import contextlib, io, os, signal, sys, time
+import weights_convert.checkpoints
+from weights_convert.cli import main
+def stop(*args, **options):
+    os.kill(os.getpid(), number)
+    time.sleep(20)
+weights_convert.checkpoints.save_file = stop
+for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        code = main(sys.argv[1:])
+    print(code, said.getvalue(), end="")
+assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
+weights_convert.checkpoints.save_file = lambda tensors, file, metadata: os.kill(os.getpid(), signal.SIGHUP)
+print(main(sys.argv[1:]))
+"""
+
+
+def test_signals_that_end_a_process_leave_nothing(tmp_path):
+    command = [sys.executable, "-c", STOPPED, WEIGHTS, tmp_path / "new/a.safetensors"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - our own command
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert lines[:3] == ["130 weights_convert: interrupted, nothing written"] * 3
+    assert lines[-1] == "0"
+    assert os.listdir(tmp_path / "new") == ["a.safetensors"]
+
+
 def test_help_and_wrong_usage(capsys):
     for argv, code in ((["--help"], 0), ([], 2), (["a", "b", "--to", "onnx"], 2)):
         with pytest.raises(SystemExit) as stop:

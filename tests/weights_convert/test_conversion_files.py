@@ -1,11 +1,17 @@
 """Checkpoint files of every kind are read safely, and written whole or not at all."""
 
+import argparse
 import collections
 import contextlib
 import json
 import os
+import pathlib
 import pickle
 import shutil
+import struct
+import subprocess
+import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -170,6 +176,45 @@ def test_bad_json_is_named(tmp_path, text):
     (tmp_path / "config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(CheckpointError, match=r"config\.json (is not valid JSON|must hold a JSON object)"):
         read_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["9" * 5000, "-" + "9" * 30, "1e999", "[" * 100_000, '{"a":' * 100_000, "[" * 200 + "]" * 200],
+    ids=["digits", "integer", "float", "lists", "objects", "closed"],
+)
+@pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json", "pytorch_model.bin.index.json"])
+def test_json_out_of_bounds_is_named(tmp_path, name, text):
+    if "index" not in name:
+        shutil.copy(WEIGHTS, tmp_path / "model.safetensors")
+        (tmp_path / "config.json").write_text("{}")
+    (tmp_path / name).write_text(f'{{"a": {text}}}')
+    with pytest.raises(CheckpointError, match=f"{name} (is not valid JSON|nests too deeply)") as error:
+        read_checkpoint(tmp_path)
+    assert len(str(error.value)) < 300
+
+
+def test_json_that_is_too_large_is_not_read(tmp_path):
+    shutil.copy(WEIGHTS, tmp_path / "model.safetensors")
+    with (tmp_path / "config.json").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(CheckpointError, match=r"config\.json is larger than 16 MB"):
+        read_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json", "model.safetensors", "1-of-2.safetensors"])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/zero")])
+def test_what_is_no_regular_file_is_not_waited_for(tmp_path, name, make):
+    if name == "1-of-2.safetensors":
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    elif name != "model.safetensors":
+        shutil.copy(WEIGHTS, tmp_path / "model.safetensors")
+        (tmp_path / "config.json").write_text("{}")
+    (tmp_path / name).unlink(missing_ok=True)
+    make(tmp_path / name)
+    for path in (tmp_path, tmp_path / name)[: 1 + (name == "model.safetensors" and make is not os.mkdir)]:
+        with pytest.raises(CheckpointError, match=rf"{name} is a (folder|pipe, socket or device), not a regular file"):
+            read_checkpoint(path)
 
 
 # ---- files that are no checkpoints ----
@@ -384,6 +429,327 @@ def test_tensors_blown_up_by_a_stride_are_refused(tmp_path, zipped):
         read_checkpoint(tmp_path / "a.pth")
 
 
+# ---- what is beside the weights ----
+
+
+def save_as(kind, content, path):
+    if kind == "pickle":
+        return dump(path, content)
+    torch.save(content, path, _use_new_zipfile_serialization=kind == "zip")
+    return path
+
+
+KINDS = ["pickle", "zip", "legacy"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_plain_values_beside_the_weights_are_no_matter(original, tmp_path, kind):
+    """The same in pickles and in torch files."""
+    optimizer = torch.optim.AdamW((module := torch.nn.Linear(2, 2)).parameters())
+    module(torch.ones(2)).sum().backward()
+    optimizer.step()
+    tensor = torch.nn.Parameter(torch.ones(2))
+    tensor.note = 1
+    content = {
+        "model": collections.OrderedDict(original),
+        "optimizer": optimizer.state_dict(),
+        "args": {"lr": 0.1, "name": "a", "betas": (0.9, None), "raw": b"x", "array": bytearray(b"y"), "big": 1 << 100},
+        "meters": collections.defaultdict(list, {"loss": [1.0], 2: []}),
+        "counts": collections.defaultdict(int, {None: 1}) | collections.Counter("aab"),
+        "milestones": collections.Counter([3, 3, 5]),
+        "best": np.float64(0.5),
+        "epoch": np.int64(3),
+        "flag": np.bool_(True),
+        "random": ("MT19937", np.arange(624, dtype=np.uint32), 1, 0.0),
+        "generator": torch.get_rng_state(),
+        "sets": ({1, "a", None, 2.5}, frozenset({b"x"})),
+        "torch": (torch.Size([2, 3]), torch.device("cpu"), torch.float16, 1j),
+        "tensors": [tensor, torch.ones(3, dtype=torch.uint16), torch.zeros(2, dtype=torch.complex64)],
+    }
+    assert_same(read_checkpoint(save_as(kind, content, tmp_path / "a.pth")).state_dict, original)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("other", "name"),
+    [
+        (argparse.Namespace(lr=1), r"argparse\.Namespace"),
+        (pathlib.PurePosixPath("a"), r"pathlib\.PurePosixPath"),
+        (collections.deque([1]), r"collections\.deque"),
+    ],
+)
+def test_other_things_beside_the_weights_are_refused_by_name(original, tmp_path, kind, other, name):
+    path = save_as(kind, {"model": original, "args": other}, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match=f"a.pth: it asks for {name}, .* have its state dict saved alone"):
+        read_checkpoint(path)
+
+
+UNUSUAL = {
+    "sparse": lambda eye: eye.to_sparse(),
+    "csr": lambda eye: eye.to_sparse_csr(),
+    "meta": lambda eye: eye.to("meta"),
+    "quantized": lambda eye: torch.quantize_per_tensor(eye, 1.0, 0, torch.qint8),
+    "nested": lambda eye: torch.nested.nested_tensor([eye, eye]),
+    "complex64": lambda eye: eye.to(torch.complex64),
+    "uint16": lambda eye: eye.to(torch.uint16),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_tensors_of_unusual_kinds_are_named(original, tmp_path, kind, name):
+    """Those that PyTorch writes into a file of that kind; beside the weights they are no matter."""
+    tensor = UNUSUAL[name](torch.eye(2))
+    said = {"csr": "sparse"}.get(name, name)
+    path = save_as(kind, {"model": original | {"layers.odd": tensor}}, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match=rf"a\.pth: '?layers\.odd'? is a {said} tensor"):
+        read_checkpoint(path)
+    assert read_checkpoint(save_as(kind, {"model": original, "x": [tensor]}, path)).state_dict.keys() == original.keys()
+
+
+# ---- hostile content: each is read in a process of its own, which it would end ----
+
+LEGACY_HEAD = pickle.dumps(0x1950A86A20F9469CFC6C, 2) + pickle.dumps(1001, 2) + pickle.dumps({"little_endian": True}, 2)
+LONG = b"\x8b" + struct.pack("<i", 1 << 16) + b"\x7f" * (1 << 16)  # an integer of half a million bits
+TENSOR = b"ctorch._utils\n_rebuild_tensor_v2\n((U\x07storagectorch\nFloatStorage\nU\x010U\x03cpuK\x04tQK\x00"
+BYTES = b"B" + struct.pack("<I", 1 << 20) + bytes(1 << 20)
+ARRAY = b"cnumpy._core.numeric\n_frombuffer\nq\x00(" + BYTES + b"cnumpy\ndtype\nU\x02u1\x85R"
+DEEP, DOUBLED = b")" + b"\x85" * 300_000, b")" + b"2\x86" * 60  # tuples in tuples, and each twice in the next
+MANY = 100_000
+
+HOSTILE = {
+    "deep tuple": DEEP,
+    "deep list": b"]" * MANY + b"a" * (MANY - 1),
+    "deep dict": b"}K\x01" * MANY + b"N" + b"s" * MANY,
+    "deep key": b"}" + DEEP + b"Ns",
+    "deep keys": b"}(" + DEEP + b"Nu",
+    "deep key of a dict": b"(" + DEEP + b"Nd",
+    "deep key of an OrderedDict": b"ccollections\nOrderedDict\n(" + DEEP + b"N\x86l\x85R",
+    "deep member": b"\x8f(" + DEEP + b"\x90",
+    "deep member of a frozenset": b"(" + DEEP + b"\x91",
+    "deep member of a list for a set": b"c__builtin__\nset\n(" + DEEP + b"l\x85R",
+    "deep frozenset": b"(" * MANY + b"\x91" * MANY,
+    "5000 deep key": b"}" + b")" + b"\x85" * 5000 + b"Ns",
+    "doubled": DOUBLED,
+    "doubled value": b"}U\x01a" + DOUBLED + b"s",
+    "doubled key": b"}" + DOUBLED + b"Ns",
+    "doubled lists": b"]q\x00" + b"]h\x00ah\x00aq\x00" * 60,
+    "doubled dtype": b"cnumpy\ndtype\n" + DOUBLED + b"\x85R",
+    "doubled byte order": b"cnumpy\ndtype\nU\x02f4\x85R(K\x03" + DOUBLED + b"tb",
+    "doubled shape": ARRAY + DOUBLED + b"U\x01CtR",
+    "doubled encoding": b"c_codecs\nencode\nU\x01a" + DOUBLED + b"\x86R",
+    "doubled name": DOUBLED + DOUBLED + b"\x93",
+    "doubled content": DOUBLED + b"Q",
+    "list in itself": b"]q\x00h\x00a",
+    "long integers as a shape": ARRAY + b"(" + LONG * 20 + b"tU\x01CtR",
+    "long integer as a key": b"}" + LONG + b"q\x00Ns" + b"h\x00Ns" * MANY,
+    "long integer as a value": b"}U\x01a" + LONG + b"s",
+    "long integer as a member": b"\x8f(" + LONG + b"\x90",
+    "long integer as text": b"L" + b"9" * 5000 + b"L\n",
+    "long integer as an offset": TENSOR + LONG + b"K\x01\x85K\x01\x85\x89}tR",
+    "many sets": b"\x8f0" * 3_000_000,
+    "many marks": b"(" * 3_000_001,
+    "calls with the same list": b"c__builtin__\nset\nq\x00](" + b"N" * MANY + b"eq\x01" + b"h\x00h\x01\x85R0" * MANY,
+    "calls with the same dict": b"ccollections\nCounter\nq\x00}("
+    + b"".join(b"J" + struct.pack("<i", key) + b"N" for key in range(MANY))
+    + b"uq\x01"
+    + b"h\x00h\x01\x85R0" * MANY,
+    "calls with many arguments": b"ccollections\ndefaultdict\nq\x00("
+    + b"N" * MANY
+    + b"tq\x01"
+    + b"h\x00h\x01R0" * MANY,
+    "calls with the same text": b"c_codecs\nencode\nq\x00V" + b"a" * (1 << 20) + b"\nq\x01" + b"h\x00h\x01\x85R" * MANY,
+    "old classes with the same list": b"c__builtin__\nset\nq\x00](" + b"N" * MANY + b"eq\x01" + b"(h\x00h\x01o0" * MANY,
+    "copies of an array": ARRAY + b"J\x00\x00\x10\x00\x85U\x01Ctq\x01" + b"h\x00h\x01R" * MANY,
+    "states of an array": b"cnumpy\nndarray\n)R(K\x01J\x00\x00\x10\x00\x85cnumpy\ndtype\nU\x02u1\x85R\x89"
+    + BYTES
+    + b"tq\x00"
+    + b"h\x00b" * MANY,
+    "parts of a tensor without end": b"ccollections\nOrderedDict\n"
+    + TENSOR
+    + b"(\x8a\x07\0\0\0\0\0\0\x04K\x01t(K\x00K\x00t\x89}tR\x85R",
+    "a million dimensions": TENSOR + b"(" + b"K\x01" * 1_000_000 + b"t(" + b"K\x00" * 1_000_000 + b"t\x89}tR",
+    "negative strides": TENSOR + b"K\x01\x85J\xff\xff\xff\xff\x85\x89}tR",
+    "state of a tensor": TENSOR + b"K\x01\x85K\x01\x85\x89}tR}b",
+    "item of a tensor": TENSOR + b"K\x01\x85K\x01\x85\x89}tRK\x00K\x07s",
+    "long name": b"c" + b"a" * 1_000_000 + b"\n" + b"b" * 1_000_000 + b"\n",
+    "name with a line and an escape": b"\x8c\x06a\nb\x1b[m\x8c\x01c\x93",
+    "long frame": b"\x95" + b"\xff" * 7 + b"\x7f",
+    "long bytes": b"\x8e" + b"\xff" * 7 + b"\x7f",
+    "zeros by number": b"c__builtin__\nbytearray\nJ\xff\xff\xff\x7f\x85R",
+    "a tensor class called": b"ctorch\nTensor\nJ\xff\xff\xff\x7f\x85R",
+    "integers in a defaultdict's place": b"c__builtin__\nint\nU\x01a\x85R",
+}
+
+READ = """
+import signal, sys
+from weights_convert import CheckpointError, read_checkpoint
+for line in sys.stdin:
+    signal.alarm(60)
+    try:
+        read_checkpoint(line.rstrip("\\n"))
+        print("was read", flush=True)
+    except CheckpointError as error:
+        print(error, flush=True)
+import resource
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def zip_file(path, content, data=b"\0" * 16, **options):
+    with zipfile.ZipFile(path, "w", **options) as archive:
+        archive.writestr("a/data.pkl", content)
+        archive.writestr("a/data/0", data)
+    return path
+
+
+@pytest.fixture(scope="module")
+def said_of_hostile(tmp_path_factory):
+    """What a reader says of every file, and the most memory it had."""
+    folder = tmp_path_factory.mktemp("hostile")
+    files = []
+    for name, body in HOSTILE.items():
+        content = b"\x80\x02" + body + b"."
+        files += [folder / f"{name}.pkl", folder / f"{name}.zip", folder / f"{name}.legacy"]
+        files[-3].write_bytes(content)
+        zip_file(files[-2], content)
+        files[-1].write_bytes(LEGACY_HEAD + content)
+        if len(body) > 2_000_000:  # slow ones once
+            del files[-2:]
+    command = [sys.executable, "-c", READ]
+    given = "".join(f"{file}\n" for file in files)
+    done = subprocess.run(command, input=given, capture_output=True, text=True, check=False)  # noqa: S603 - our own
+    *lines, memory = done.stdout.splitlines()
+    assert done.returncode == 0, f"{files[len(lines)].name}: {done.stderr}"
+    return dict(zip(files, lines, strict=True)), int(memory)
+
+
+@pytest.mark.slow
+def test_hostile_pickles_are_refused_in_one_line(said_of_hostile):
+    said, memory = said_of_hostile
+    for file, line in said.items():
+        assert line.startswith(str(file)), line
+        assert len(line) < 300
+        assert line.isprintable()
+    assert memory < 2 << 20  # KiB
+
+
+@pytest.mark.parametrize("name", [name for name, body in HOSTILE.items() if len(body) < 20_000])
+def test_small_hostile_pickles_are_refused_in_one_line(tmp_path, name):
+    """Those that would hang or fail, but not end the process."""
+    content = b"\x80\x02" + HOSTILE[name] + b"."
+    (tmp_path / "a").write_bytes(content)
+    zip_file(tmp_path / "b", content)
+    (tmp_path / "c").write_bytes(LEGACY_HEAD + content)
+    for file in tmp_path.iterdir():
+        with pytest.raises(CheckpointError) as error:
+            read_checkpoint(file)
+        assert str(error.value).startswith(str(file))
+        assert len(str(error.value)) < 300
+        assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: zip_file(path, b"\x80\x02}.", bytes(50 << 20), compression=zipfile.ZIP_DEFLATED), "compressed"),
+        (lambda path: zip_file(path, b"\x80\x02}.", b"a", compression=zipfile.ZIP_LZMA), "compressed"),
+        (lambda path: zip_file(path, b"\x80\x02" + TENSOR + b"K\x01\x85K\x01\x85\x89}tR.", b""), "does not hold"),
+        (lambda path: zip_file(path, b"\x80\x02" + TENSOR + b"K\x01\x85K\x01\x85\x89}tR.", b"abc"), "does not hold"),
+        (lambda path: zipfile.ZipFile(path, "w").writestr("word/document.xml", "<a/>"), "none of torch.save"),
+    ],
+)
+def test_zip_files_that_are_no_torch_files(tmp_path, make, message):
+    make(tmp_path / "a.bin")
+    with pytest.raises(CheckpointError, match=f"a.bin: .*{message}"):
+        read_checkpoint(tmp_path / "a.bin")
+
+
+def test_entries_that_claim_more_than_the_file_are_refused(original, tmp_path):
+    torch.save(original, tmp_path / "a.bin")
+    data = (tmp_path / "a.bin").read_bytes()
+    with zipfile.ZipFile(tmp_path / "a.bin") as archive:
+        size = max(archive.infolist(), key=lambda entry: entry.file_size).file_size
+    directory = data.index(b"PK\x01\x02")
+    claimed = data[directory:].replace(struct.pack("<II", size, size), struct.pack("<II", 1 << 31, 1 << 31))
+    (tmp_path / "b.bin").write_bytes(data[:directory] + claimed)
+    with pytest.raises(CheckpointError, match=r"b\.bin: its entries claim more bytes than the file holds"):
+        read_checkpoint(tmp_path / "b.bin")
+
+
+def test_a_torch_file_with_changed_bytes_is_damaged(original, tmp_path):
+    torch.save(original, tmp_path / "a.bin")
+    data = bytearray((tmp_path / "a.bin").read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / "a.bin").write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"a\.bin is a damaged torch file \(Bad CRC"):
+        read_checkpoint(tmp_path / "a.bin")
+
+
+def test_torch_files_without_checksums_are_read(original, tmp_path):
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(original, tmp_path / "a.bin")
+    finally:
+        torch.serialization.set_crc32_options(before)
+    assert_same(read_checkpoint(tmp_path / "a.bin").state_dict, original)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_views_of_the_same_memory_are_refused(tmp_path, kind):
+    """A few may be: tied weights."""
+    weights = torch.zeros(1000)
+    path = save_as(kind, {f"layers.{key}": weights for key in range(3)}, tmp_path / "a.pth")
+    assert len(read_checkpoint(path).state_dict) == 3
+    path = save_as(kind, {f"layers.{key}": weights[key:] for key in range(500)}, path)
+    if kind == "pickle":  # which writes each by itself
+        assert len(read_checkpoint(path).state_dict) == 500
+        return
+    with pytest.raises(CheckpointError, match="its tensors claim more values than the file holds"):
+        read_checkpoint(path)
+
+
+def safetensors_file(path, header, data=b"\0" * 64):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+GOOD = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"{" + b"[" * 100_000,
+        b'{"a":' * 100_000,
+        b'{"layers.a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]},"layers.a":5}',
+        {"layers.a": GOOD},  # not all the bytes
+        {"layers.a": GOOD | {"data_offsets": [0, 64]}},
+        {"layers.a": GOOD | {"shape": [16], "data_offsets": [0, 64]}, "layers.b": GOOD},  # over each other
+        {"layers.a": GOOD | {"shape": [1 << 62, 4], "data_offsets": [0, 64]}},
+        {"layers.a": GOOD | {"shape": [1 << 70], "data_offsets": [0, 64]}},
+        {"layers.a": GOOD | {"shape": [-16], "data_offsets": [0, 64]}},
+        {"layers.a": GOOD | {"shape": [16], "data_offsets": [64, 0]}},
+        {"layers.a": GOOD | {"shape": [1 << 40], "data_offsets": [0, 1 << 42]}},
+        {"layers.a": GOOD | {"dtype": "STR", "shape": [16], "data_offsets": [0, 64]}},
+        {"layers.a": {"dtype": "F4", "shape": [128], "data_offsets": [0, 64]}},
+        {"layers.a": {"dtype": "F8_E8M0", "shape": [64], "data_offsets": [0, 64]}},
+        {"layers.a": {"dtype": "C64", "shape": [8], "data_offsets": [0, 64]}},
+        {"layers.a": 5},
+        {"__metadata__": {"a": 5}},
+        {},
+    ],
+)
+def test_hostile_safetensors_are_refused_in_one_line(tmp_path, header):
+    safetensors_file(tmp_path / "a.safetensors", header)
+    with pytest.raises(ConversionError) as error:
+        read_checkpoint(tmp_path / "a.safetensors")
+    assert len(str(error.value)) < 300
+    assert "a.safetensors" in str(error.value)
+
+
 # ---- writing ----
 
 
@@ -420,6 +786,34 @@ def test_folder_needs_a_config(original, tmp_path):
     with pytest.raises(CheckpointError, match="needs a config"):
         write_checkpoint(tmp_path / "a", original)
     assert os.listdir(tmp_path) == []
+
+
+def test_what_killed_writers_left_goes_and_what_others_write_stays(original, config, tmp_path):
+    import fcntl
+
+    for name in (".writing-0a1b2c3d", ".writing-locked_1", ".writing-notes"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_text("half")
+    (tmp_path / ".writing-link0000").symlink_to(tmp_path / ".writing-notes")
+    locked = os.open(tmp_path / ".writing-locked_1", os.O_RDONLY)
+    fcntl.flock(locked, fcntl.LOCK_EX)
+    try:
+        write_checkpoint(tmp_path, original, config)
+        write_checkpoint(tmp_path / "a.safetensors", original)
+    finally:
+        os.close(locked)
+    names = [".writing-link0000", ".writing-locked_1", ".writing-notes"]
+    assert sorted(os.listdir(tmp_path)) == [*names, "a.safetensors", "config.json", "model.safetensors"]
+    assert os.listdir(tmp_path / ".writing-notes") == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("kind", [os.mkdir, os.mkfifo])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "preprocessor_config.json"])
+def test_what_is_in_the_way_leaves_all_as_it_was(original, config, tmp_path, kind, name):
+    kind(tmp_path / name)
+    with pytest.raises(CheckpointError, match=f"{name} is in the way"):
+        write_checkpoint(tmp_path, original, config, {})
+    assert os.listdir(tmp_path) == [name]
 
 
 def test_target_below_a_file_is_an_error(original, config, tmp_path):
