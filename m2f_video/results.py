@@ -297,7 +297,8 @@ class VideoSegmentation:
     def _check(self, track: Track) -> None:
         if not 0 <= track.label_id < len(self.labels) or self.labels[track.label_id] != track.label:
             raise ValueError(
-                f"track {track.id}: label {track.label!r:.60} is not number {track.label_id} of {len(self.labels)} labels"
+                f"track {track.id}: label {track.label!r:.60} is not number {track.label_id} of the "
+                f"{len(self.labels)} labels"
             )
         if len(track.segmentations) != len(self.frames):
             raise ValueError(
