@@ -154,7 +154,7 @@ def test_tracks_that_make_no_sense(changes: dict[str, Any], message: str) -> Non
         ({"frames": (-1, 0, 1, 2)}, "frames must be rising"),
         ({"frames": range(T + 1)}, f"track 1: {T} segmentations for {T + 1} frames"),
         ({"height": H + 1}, r"track 1, frame 0: the mask is \[32, 48\] but the video is \[33, 48\]"),
-        ({"labels": ("person", "dog")}, "label 'train' is not number 2 of 2 labels"),
+        ({"labels": ("person", "dog")}, "label 'train' is not number 2 of the 2 labels"),
         ({"tracks": (make_track(), make_track())}, "track ids must differ"),
         ({"tracks": (make_track(label="cat"),)}, "label 'cat' is not number 1"),
     ],
