@@ -5,14 +5,16 @@ arXiv 2112.01527, section 3). Every field changes what is built or computed; not
 """
 
 import json
-import math
 import os
+import reprlib
+import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
-from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from m2f_video.categories import LABEL_SETS, YOUTUBEVIS_2019
+from m2f_video.files import parse_json, read_json
 
 __all__ = [
     "PRESETS",
@@ -25,11 +27,24 @@ __all__ = [
     "TransformerDecoderConfig",
     "VideoMask2FormerConfig",
     "build_config",
+    "flatten",
+    "read_config_file",
+    "shown",
 ]
+
+Config = TypeVar("Config")
 
 MODEL_TYPE = "m2f-video"
 FORMAT_VERSION = 1
 GROUP_NORM_GROUPS = 32  # fixed in the published architecture, so hidden widths must be divisible by it
+# The most that is built, far above what was ever published: a config from a stranger must not take all memory.
+MOST_WIDTH, MOST_HIDDEN, MOST_LAYERS, MOST_HEADS = 4096, 65536, 128, 512
+MOST_LABELS, MOST_LABEL_LENGTH = 30_000, 1000
+MOST_PIXELS = 16384  # of a side of the model's input
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 60
 
 
 class ConfigError(ValueError):
@@ -41,10 +56,20 @@ def _require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-def _require_positive(config: object, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        _require(value > 0, f"{type(config).__name__}.{name} must be positive, got {value}")
+def _require_range(config: object, **most: int) -> None:
+    """Check that fields are positive and at most so large."""
+    for name, limit in most.items():
+        value, path = getattr(config, name), f"{type(config).__name__}.{name}"
+        _require(value > 0, f"{path} must be positive, got {shown(value)}")
+        _require(value <= limit, f"{path} must be at most {limit}, got {shown(value)}")
+
+
+def shown(value: object) -> str:
+    """A value, whatever its length and depth, as a message can show it."""
+    try:
+        return f"{_SHORT.repr(value):.60}"
+    except ValueError:  # an integer with more digits than Python writes
+        return "a number of thousands of digits"
 
 
 class CheckedConfig:
@@ -80,21 +105,25 @@ class SwinConfig(CheckedConfig):
     """Stochastic depth of the last block; it rises linearly from 0. Acts in training only."""
 
     def _check(self) -> None:
-        _require_positive(self, "embed_dim", "window_size", "mlp_ratio")
+        _require_range(self, embed_dim=MOST_WIDTH, window_size=32, mlp_ratio=64)
         _require(
             len(self.depths) == len(self.num_heads) == 4,
-            f"SwinConfig needs four stages, got depths={self.depths} and num_heads={self.num_heads}",
+            f"SwinConfig needs four stages, got depths={shown(self.depths)} and num_heads={shown(self.num_heads)}",
         )
         _require(
             int(self.embed_dim * self.mlp_ratio) > 0,
             f"SwinConfig.mlp_ratio={self.mlp_ratio} leaves the MLP of the first stage no channels",
         )
-        _require(min(self.depths) > 0, f"SwinConfig.depths must be positive, got {self.depths}")
+        _require(min(self.depths) > 0, f"SwinConfig.depths must be positive, got {shown(self.depths)}")
+        _require(
+            sum(self.depths) <= MOST_LAYERS,
+            f"SwinConfig.depths must be at most {MOST_LAYERS} together, got {shown(self.depths)}",
+        )
         for stage, heads in enumerate(self.num_heads):
             channels = self.embed_dim * 2**stage
             _require(
                 heads > 0 and channels % heads == 0,
-                f"SwinConfig.num_heads[{stage}]={heads} does not divide the {channels} channels of that stage",
+                f"SwinConfig.num_heads[{stage}]={shown(heads)} does not divide the {channels} channels of that stage",
             )
         _require(
             0 <= self.drop_path_rate < 1,
@@ -111,6 +140,7 @@ class TimmBackboneConfig(CheckedConfig):
 
     def _check(self) -> None:  # whether timm knows the name is checked when the model is built
         _require(bool(self.name), "TimmBackboneConfig.name is empty; give a timm model name such as 'resnet50'")
+        _require(len(self.name) <= 200, f"TimmBackboneConfig.name is too long for a timm model: {shown(self.name)}")
 
 
 BackboneConfig = SwinConfig | TimmBackboneConfig
@@ -140,7 +170,8 @@ class PixelDecoderConfig(CheckedConfig):
     """Dropout after the attention and inside the feed-forward network. Acts in training only."""
 
     def _check(self) -> None:
-        _require_positive(self, "hidden_dim", "mask_dim", "num_layers", "ffn_dim", "num_heads", "num_points")
+        _require_range(self, hidden_dim=MOST_WIDTH, mask_dim=MOST_WIDTH, num_layers=MOST_LAYERS, ffn_dim=MOST_HIDDEN)
+        _require_range(self, num_heads=MOST_HEADS, num_points=64)
         for divisor, why in ((GROUP_NORM_GROUPS, "the groups of its norms"), (self.num_heads, "num_heads")):
             _require(
                 self.hidden_dim % divisor == 0,
@@ -165,7 +196,8 @@ class TransformerDecoderConfig(CheckedConfig):
     """Hidden width of each layer's feed-forward network."""
 
     def _check(self) -> None:
-        _require_positive(self, "hidden_dim", "num_queries", "num_layers", "num_heads", "ffn_dim")
+        _require_range(self, hidden_dim=MOST_WIDTH, num_queries=2000, num_layers=MOST_LAYERS)
+        _require_range(self, num_heads=MOST_HEADS, ffn_dim=MOST_HIDDEN)
         for divisor, why in (
             (4, "sine positions have y and x halves of sine and cosine"),
             (self.num_heads, "num_heads"),
@@ -197,20 +229,27 @@ class PreprocessingConfig(CheckedConfig):
     """Per RGB channel, for pixels in [0, 1]."""
 
     def _check(self) -> None:
-        _require_positive(self, "shortest_edge", "longest_edge", "size_divisor")
+        _require_range(self, shortest_edge=MOST_PIXELS, longest_edge=MOST_PIXELS, size_divisor=1024)
         _require(
             self.longest_edge >= self.shortest_edge,
             f"PreprocessingConfig.longest_edge={self.longest_edge} is below shortest_edge={self.shortest_edge}",
         )
         _require(
-            self.fixed_size is None or min(self.fixed_size) > 0,
-            f"PreprocessingConfig.fixed_size must be positive, got {self.fixed_size}",
+            self.fixed_size is None or (min(self.fixed_size) > 0 and max(self.fixed_size) <= MOST_PIXELS),
+            f"PreprocessingConfig.fixed_size must be positive and at most {MOST_PIXELS}, got {shown(self.fixed_size)}",
         )
         _require(
             self.fit in ("pad", "resize"),
             f"PreprocessingConfig.fit must be 'pad' or 'resize', got {self.fit!r}",
         )
-        _require(min(self.image_std) > 0, f"PreprocessingConfig.image_std must be positive, got {self.image_std}")
+        _require(
+            max(map(abs, self.image_mean)) <= 1000,
+            f"PreprocessingConfig.image_mean is for pixels in [0, 1], got {shown(self.image_mean)}",
+        )
+        _require(
+            1e-6 <= min(self.image_std) <= max(self.image_std) <= 1000,
+            f"PreprocessingConfig.image_std must be positive, for pixels in [0, 1], got {shown(self.image_std)}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,6 +281,14 @@ class VideoMask2FormerConfig(CheckedConfig):
 
     def _check(self) -> None:
         _require(len(self.labels) > 0, "labels is empty; a model needs at least one class name")
+        _require(
+            len(self.labels) <= MOST_LABELS, f"labels must be at most {MOST_LABELS} names, there are {len(self.labels)}"
+        )
+        for index, label in enumerate(self.labels):
+            _require(
+                len(label) <= MOST_LABEL_LENGTH and _is_text(label),
+                f"labels[{index}] must be text of at most {MOST_LABEL_LENGTH} characters, got {shown(label)}",
+            )
 
     @property
     def num_labels(self) -> int:
@@ -286,11 +333,11 @@ class VideoMask2FormerConfig(CheckedConfig):
         _require(isinstance(data, dict), f"a config must be a JSON object, got {type(data).__name__}")
         data = dict(data)
         model_type = data.pop("model_type", MODEL_TYPE)
-        _require(model_type == MODEL_TYPE, f"model_type is {model_type!r}, expected {MODEL_TYPE!r}")
+        _require(model_type == MODEL_TYPE, f"model_type is {shown(model_type)}, expected {MODEL_TYPE!r}")
         version = data.pop("format_version", FORMAT_VERSION)
         _require(
             version == FORMAT_VERSION,
-            f"format_version {version!r} is not {FORMAT_VERSION}; a newer m2f-video wrote it: upgrade",
+            f"format_version {shown(version)} is not {FORMAT_VERSION}; a newer m2f-video wrote it: upgrade",
         )
         if isinstance(data.get("backbone"), dict):
             data["backbone"] = _backbone_from_dict(data["backbone"])
@@ -308,8 +355,8 @@ class VideoMask2FormerConfig(CheckedConfig):
             ConfigError: not JSON, or not a valid config.
         """
         try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
+            data = parse_json(text)
+        except ValueError as error:
             raise ConfigError(f"the config is not valid JSON: {error}") from error
         return cls.from_dict(data)
 
@@ -319,17 +366,49 @@ class VideoMask2FormerConfig(CheckedConfig):
 
         Raises:
             FileNotFoundError: no such file.
-            ConfigError: not JSON, or not a valid config; the message names the file.
+            ConfigError: a pipe or device, not JSON, or not a valid config; the message names the file.
         """
-        try:
-            return cls.from_json(Path(path).read_text(encoding="utf-8"))
-        except (ConfigError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: {error}") from error
+        return read_config_file(path, cls.from_dict)
+
+    def differences(self, other: "VideoMask2FormerConfig") -> dict[str, tuple[Any, Any]]:
+        """This config's value and the other's of each field that differs, by dotted name; None where there is none."""
+        mine, theirs = flatten(self.to_dict()), flatten(other.to_dict())
+        names = [name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name)]
+        return {name: (mine.get(name), theirs.get(name)) for name in names}
+
+
+def read_config_file(path: str | os.PathLike[str], from_dict: Callable[[Any], Config]) -> Config:
+    """Read a JSON file as `from_dict` does; the errors are those of `VideoMask2FormerConfig.from_file`."""
+    try:
+        data = read_json(path)
+    except ValueError as error:  # which names the file
+        raise ConfigError(str(error)) from error
+    try:
+        return from_dict(data)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one, by dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in data.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def _is_text(label: str) -> bool:
+    """Whether it can be written: JSON may hold halves of characters."""
+    try:
+        label.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _timm_from_name(name: str) -> TimmBackboneConfig:
     prefix, _, model_name = name.partition(":")
-    _require(prefix == "timm", f"backbone {name!r} is not known; give a SwinConfig or 'timm:MODEL_NAME'")
+    _require(prefix == "timm", f"backbone {shown(name)} is not known; give a SwinConfig or 'timm:MODEL_NAME'")
     return TimmBackboneConfig(name=model_name)
 
 
@@ -337,7 +416,7 @@ def _backbone_from_dict(data: dict[str, Any]) -> BackboneConfig:
     kind = data.get("type", "swin")
     _require(
         isinstance(kind, str) and kind in _BACKBONE_TYPES,
-        f"backbone.type {kind!r} is not known; it must be one of {list(_BACKBONE_TYPES)}",
+        f"backbone.type {shown(kind)} is not known; it must be one of {list(_BACKBONE_TYPES)}",
     )
     return build_config(_BACKBONE_TYPES[kind], {k: v for k, v in data.items() if k != "type"}, path="backbone.")
 
@@ -345,11 +424,8 @@ def _backbone_from_dict(data: dict[str, Any]) -> BackboneConfig:
 def build_config(cls: type, data: dict[str, Any], path: str) -> Any:
     """Build dataclass `cls` from plain data, checking names and types; `path` prefixes names in messages."""
     known = {f.name for f in fields(cls)}
-    unknown = sorted(set(data) - known)
-    _require(
-        not unknown,
-        f"unknown config field {path}{unknown[0] if unknown else ''}; known: {', '.join(sorted(known))}",
-    )
+    for name in sorted(map(str, data.keys() - known))[:1]:
+        raise ConfigError(f"unknown config field {path}{shown(name)[1:-1]}; known: {', '.join(sorted(known))}")
     hints = get_type_hints(cls)
     arguments = {name: _convert(hints[name], value, path + name) for name, value in data.items()}
     try:
@@ -380,10 +456,10 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     elif origin is Literal:
         matches = value in get_args(hint)
     elif hint is float:
-        matches = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        matches = type(value) in (int, float) and -sys.float_info.max <= value <= sys.float_info.max
     else:
-        matches = type(value) is hint  # exact, so that true is not an int
-    _require(matches, f"{path} must be {_type_name(hint)}, got {value!r}")
+        matches = type(value) is hint and (hint is not int or -(2**63) <= value < 2**63)  # exact: true is not an int
+    _require(matches, f"{path} must be {_type_name(hint)}, got {shown(value)}")
     return float(value) if hint is float else value
 
 

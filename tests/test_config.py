@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from m2f_video.config import (
     TimmBackboneConfig,
     TransformerDecoderConfig,
     VideoMask2FormerConfig,
+    flatten,
 )
 from m2f_video.modeling.video_mask2former import VideoMask2Former
 from m2f_video.parity import random_frames, random_model
@@ -332,11 +334,59 @@ def test_replacing_validates_again() -> None:
         (SwinConfig, "qkv_bias", 1, "SwinConfig.qkv_bias must be bool, got 1"),
         (SwinConfig, "mlp_ratio", math.inf, "SwinConfig.mlp_ratio must be a finite float"),
         (PreprocessingConfig, "fixed_size", (480,), "fixed_size must be"),
+        (PreprocessingConfig, "fixed_size", (480, 20_000), "fixed_size must be positive and at most 16384"),
+        (PreprocessingConfig, "image_std", (0.2, 1e-300, 0.2), "image_std must be positive"),
+        (PreprocessingConfig, "image_mean", (0.2, 1e308, 0.2), "image_mean"),
+        *[
+            (cls, name, 10**7, f"{name} must be at most")
+            for cls, names in {
+                SwinConfig: ("embed_dim", "window_size", "mlp_ratio"),
+                PixelDecoderConfig: ("hidden_dim", "mask_dim", "num_layers", "ffn_dim", "num_heads", "num_points"),
+                TransformerDecoderConfig: ("hidden_dim", "num_queries", "num_layers", "num_heads", "ffn_dim"),
+                PreprocessingConfig: ("shortest_edge", "longest_edge", "size_divisor"),
+            }.items()
+            for name in names
+        ],
+        (SwinConfig, "depths", (2, 2, 10**6, 2), "depths must be at most 128 together"),
+        (SwinConfig, "mlp_ratio", 1e308, "mlp_ratio must be at most 64"),
+        (SwinConfig, "mlp_ratio", 10**400, "mlp_ratio must be a finite float"),
+        (TimmBackboneConfig, "name", "x" * 10**6, "name is too long"),
+        (VideoMask2FormerConfig, "labels", ("x",) * 10**5, "labels must be at most 30000"),
+        (VideoMask2FormerConfig, "labels", ("x" * 10**6,), r"labels\[0\] must be text of at most 1000"),
     ],
 )
 def test_bad_values_are_named(cls: type, name: str, value: object, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         cls(**({"name": "resnet50"} if cls is TimmBackboneConfig else {}) | {name: value})
+
+
+NESTED: list[Any] = []
+for _ in range(5000):
+    NESTED = [NESTED]
+HOSTILE = [math.nan, -math.inf, 10**30, 10**5000, -1, 0, True, None, "x" * 10**5, [0] * 10**5, {"x": {}}, NESTED]
+
+
+@pytest.mark.parametrize("name", flatten(BASE.to_dict()) | {"backbone": 0, "preprocessing": 0, "backbone.name": 0})
+def test_every_field_takes_hostile_values_with_one_short_line(name: str) -> None:
+    messages = messages_of(VideoMask2FormerConfig.from_dict, BASE.to_dict(), name, HOSTILE)
+    assert len(messages) > len(HOSTILE) / 2
+    for message in messages:
+        assert len(message) < 300
+        assert name.split(".")[-1] in message
+        assert "\n" not in message
+
+
+def messages_of(from_dict: Callable[[Any], Any], data: Any, name: str, values: list[Any]) -> list[str]:
+    """Of the errors that values of a field, named by its path, lead to."""
+    part, _, field = name.partition(".")
+    messages = []
+    for value in values:
+        changed = data | ({part: data[part] | {field: value}} if field else {part: value})
+        try:
+            from_dict(changed)
+        except ConfigError as error:
+            messages.append(str(error))
+    return messages
 
 
 @pytest.mark.parametrize(
@@ -381,13 +431,36 @@ def test_bad_data_is_named(data: Any, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(b"{", "not valid JSON"), (b"", "not valid JSON"), (b"\xff\xfe", "utf-8"), (b"3", "int")]
+    ("content", "message"),
+    [
+        (b"{", "not a JSON file"),
+        (b"", "not a JSON file"),
+        (b"\x80{}", "utf-8"),
+        (b"3", "int"),
+        (b"[" * 100_000, "nests too deeply"),
+        (b'{"labels": ' + b"[" * 100_000, "nests too deeply"),
+        (b'{"format_version": ' + b"9" * 5000 + b"}", "64 bits"),
+        (b'{"backbone": {"mlp_ratio": 1e999}}', "out of the range"),
+        (b'{"backbone": {"mlp_ratio": NaN}}', "a finite float, got nan"),
+        (b'{"labels": ["\\ud800"]}', r"labels\[0\] must be text"),
+        (b'{"' + b"x" * 100_000 + b'": 0}', "unknown config field x"),
+    ],
 )
 def test_a_bad_file_is_named(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "config.json"
     path.write_bytes(content)
     with pytest.raises(ConfigError, match=rf"config\.json: .*{message}"):
         VideoMask2FormerConfig.from_file(path)
+    with pytest.raises(ConfigError) as raised:
+        VideoMask2FormerConfig.from_json(content.decode(errors="replace"))
+    assert len(str(raised.value)) < 300
+
+
+def test_a_pipe_is_no_config(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "config.json")
+    for path, kind in ((tmp_path / "config.json", "a named pipe"), (Path("/dev/zero"), "a device")):
+        with pytest.raises(ConfigError, match=f"{path} is {kind}"):
+            VideoMask2FormerConfig.from_file(path)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ class AugmentConfig:
         if any(edge < 1 or edge > self.longest_edge for edge in self.shortest_edges):
             raise ValueError(
                 f"AugmentConfig.shortest_edges must be from 1 to longest_edge={self.longest_edge}, "
-                f"got {self.shortest_edges}"
+                f"got {self.shortest_edges!s:.60}"
             )
 
 

@@ -3,7 +3,6 @@
 import json
 import os
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal, Self
 
 from m2f_video.config import (
@@ -18,9 +17,12 @@ from m2f_video.config import (
     TransformerDecoderConfig,
     VideoMask2FormerConfig,
     build_config,
+    flatten,
+    read_config_file,
 )
 from m2f_video.data.augment import AugmentConfig
 from m2f_video.data.clip import ClipSampling
+from m2f_video.files import parse_json
 from m2f_video.training.losses import LossConfig
 from m2f_video.training.optim import OptimConfig
 from m2f_video.training.targets import LabelSource
@@ -145,9 +147,10 @@ class TrainConfig(CheckedConfig):
             ConfigError: not JSON, or not a valid config.
         """
         try:
-            return cls.from_dict(json.loads(text))
-        except json.JSONDecodeError as error:
+            data = parse_json(text)
+        except ValueError as error:
             raise ConfigError(f"the config is not valid JSON: {error}") from error
+        return cls.from_dict(data)
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> Self:
@@ -155,25 +158,15 @@ class TrainConfig(CheckedConfig):
 
         Raises:
             FileNotFoundError: no such file.
-            ConfigError: not JSON, or not a valid config; the message names the file.
+            ConfigError: a pipe or device, not JSON, or not a valid config; the message names the file.
         """
-        try:
-            return cls.from_json(Path(path).read_text(encoding="utf-8"))
-        except (ConfigError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: {error}") from error
+        return read_config_file(path, cls.from_dict)
 
     def differences(self, other: "TrainConfig") -> list[str]:
         """Dotted names of the fields that differ, but those of `CHANGEABLE`."""
-        mine, theirs = _flatten(self.to_dict()), _flatten(other.to_dict())
+        mine, theirs = flatten(self.to_dict()), flatten(other.to_dict())
         names = [name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name)]
         return [name for name in names if name.split(".")[0] not in CHANGEABLE]
-
-
-def _flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in data.items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
 
 
 def _demo() -> dict[str, Any]:

@@ -57,7 +57,7 @@ class OptimConfig(CheckedConfig):
         }
         for name, good in checks.items():
             if not good:
-                raise ConfigError(f"OptimConfig.{name} is out of its range: {getattr(self, name)}")
+                raise ConfigError(f"OptimConfig.{name} is out of its range: {getattr(self, name)!s:.60}")
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, object]]:

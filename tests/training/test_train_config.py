@@ -2,16 +2,18 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from m2f_video import VideoMask2FormerConfig
-from m2f_video.config import PRESETS, ConfigError, TimmBackboneConfig
+from m2f_video.config import PRESETS, ConfigError, TimmBackboneConfig, flatten
 from m2f_video.data import AugmentConfig
 from m2f_video.training import TRAIN_PRESETS, OptimConfig, TrainConfig
 from m2f_video.training.config import CHANGEABLE
+from tests.test_config import HOSTILE, messages_of
 from tests.training.tiny_run import CONFIG
 
 
@@ -96,10 +98,26 @@ def test_files_that_are_not_json(tmp_path: Path) -> None:
     file = tmp_path / "train.json"
     with pytest.raises(FileNotFoundError, match=r"train\.json"):
         TrainConfig.from_file(file)
-    for content in (b"{", b"", b"\xff\xfe"):
+    for content in (b"{", b"", b"\xff\xfe", b"[" * 100_000, b'{"steps": 1' + b"0" * 5000 + b"}", b'{"seed": 1e999}'):
         file.write_bytes(content)
         with pytest.raises(ConfigError, match=f"^{file}: "):
             TrainConfig.from_file(file)
+        with pytest.raises(ConfigError, match="not valid JSON"):
+            TrainConfig.from_json(content.decode(errors="replace"))
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(ConfigError, match=f"^{file} is a named pipe"):
+        TrainConfig.from_file(file)
+
+
+@pytest.mark.parametrize("name", [name for name in flatten(TrainConfig().to_dict()) if not name.startswith("model.")])
+def test_every_field_takes_hostile_values_with_one_short_line(name: str) -> None:
+    messages = messages_of(TrainConfig.from_dict, TrainConfig().to_dict(), name, [*HOSTILE, [-1] * 2])
+    assert len(messages) > len(HOSTILE) / 2
+    for message in messages:
+        assert len(message) < 300
+        assert name.split(".")[-1] in message
+        assert "\n" not in message
 
 
 @pytest.mark.parametrize(
