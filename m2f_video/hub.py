@@ -2,16 +2,18 @@
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from m2f_video.config import MODEL_TYPE, ConfigError, VideoMask2FormerConfig
+from m2f_video.config import MODEL_TYPE, ConfigError, VideoMask2FormerConfig, shown
+from m2f_video.files import check_regular
 from weights_convert import (
     CheckpointError,
     ConversionError,
@@ -22,6 +24,7 @@ from weights_convert import (
 )
 
 ConfigSource = VideoMask2FormerConfig | str | os.PathLike[str]
+Model = TypeVar("Model", bound=nn.Module)
 
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -30,10 +33,12 @@ CONFIG_NAME = "config.json"
 DEMO_NAME = "demo"
 """Names the small trained model that is part of the package, wherever a checkpoint is asked for."""
 DEMO_FOLDER = Path(__file__).parent / "demo_model"
-_CONFIG_FILES = [CONFIG_NAME, "preprocessor_config.json"]
+PREPROCESSOR_NAME = "preprocessor_config.json"
+_CONFIG_FILES = [CONFIG_NAME, PREPROCESSOR_NAME]
 _SAFETENSORS = ["model*.safetensors", "model.safetensors.index.json"]
 _PICKLES = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_ACTS_IN_TRAINING = frozenset({"backbone.drop_path_rate", "pixel_decoder.dropout"})
 
 
 def parse_dtype(dtype: torch.dtype | str) -> torch.dtype:
@@ -44,8 +49,17 @@ def parse_dtype(dtype: torch.dtype | str) -> torch.dtype:
     """
     found = DTYPES.get(str(dtype).removeprefix("torch."))
     if found is None:
-        raise ValueError(f"unknown dtype {str(dtype)!r}; choose one of {', '.join(DTYPES)}")
+        raise ValueError(f"unknown dtype {shown(str(dtype))}; choose one of {', '.join(DTYPES)}")
     return found
+
+
+def warn_of_slow_dtype(dtype: torch.dtype, device: torch.device) -> None:
+    """Say where a dtype is slower than the one it is to replace: no CPU's kernels here multiply in float16."""
+    if dtype == torch.float16 and device.type == "cpu":
+        warnings.warn(
+            "on a CPU float16 takes several times as long as float32, and bfloat16 no longer; take one of these",
+            stacklevel=3,
+        )
 
 
 def parse_device(device: torch.device | str) -> torch.device:
@@ -57,14 +71,16 @@ def parse_device(device: torch.device | str) -> torch.device:
     try:
         parsed = torch.device(device)
     except RuntimeError as error:
-        raise ValueError(f"unknown device {str(device)!r}; use for example 'cpu', 'cuda', 'cuda:1' or 'mps'") from error
+        raise ValueError(
+            f"unknown device {shown(str(device))}; use for example 'cpu', 'cuda', 'cuda:1' or 'mps'"
+        ) from error
     if parsed.type == "meta":
         raise ValueError("device 'meta' holds no numbers; use for example 'cpu' or 'cuda'")
     try:
         torch.empty(0, device=parsed)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"device {str(device)!r} is not available here: {reason}") from error
+        raise ValueError(f"device {shown(str(device))} is not available here: {reason:.150}") from error
     return parsed
 
 
@@ -81,12 +97,12 @@ def load_config(
 ) -> VideoMask2FormerConfig:
     """The config of a checkpoint, without its weights; arguments and errors as `VideoMask2Former.from_pretrained`."""
     if config is not None:
-        return _with_temporal(resolve_config(config), temporal)
+        return resolve_config(config, temporal)
     path = _local_path(source)
-    if not path.exists():
+    if not _exists(path):
         hub_options = _hub_options(revision, token, cache_dir, local_files_only, force_download)
         path = _download(str(source), _CONFIG_FILES, hub_options)
-    return _read_config_file((path.parent if path.is_file() else path) / CONFIG_NAME, temporal)
+    return _read_config_file(_config_beside(path), temporal)
 
 
 def load_checkpoint(
@@ -100,11 +116,39 @@ def load_checkpoint(
     local_files_only: bool = False,
     force_download: bool = False,
 ) -> tuple[VideoMask2FormerConfig, dict[str, Tensor]]:
-    """Config and native weights of a checkpoint; arguments and errors as `VideoMask2Former.from_pretrained`."""
+    """Config and native weights of a checkpoint; arguments and errors as `VideoMask2Former.from_pretrained`.
+
+    Warns where `config` or `temporal` let the weights compute something else than the checkpoint's own config.
+    """
     path = weights_path(source, _hub_options(revision, token, cache_dir, local_files_only, force_download))
     model_config = load_config(path, config=config, temporal=temporal)
     checkpoint = read_checkpoint(path)
+    if (config is not None or temporal is not None) and _config_beside(path).exists():
+        _warn_of_another_config(path, str(source), model_config)
     return model_config, to_native(checkpoint.state_dict, checkpoint.format)
+
+
+def _warn_of_another_config(path: Path, source: str, used: VideoMask2FormerConfig) -> None:
+    try:
+        own = _read_config_file(_config_beside(path), temporal=None)
+    except (ConfigError, ConversionError) as error:
+        warnings.warn(f"whether {source:.80} computes what it was made for is not known: {error!s:.150}", stacklevel=4)
+        return
+    if changed := other_function(own, used):
+        warnings.warn(
+            f"{source:.80} is used with another config than its own, as asked: {in_words(changed)}", stacklevel=4
+        )
+
+
+def other_function(own: VideoMask2FormerConfig, used: VideoMask2FormerConfig) -> dict[str, tuple[Any, Any]]:
+    """Fields by which weights compute something else, whatever their shapes: a checkpoint's own value and the used."""
+    return {name: both for name, both in own.differences(used).items() if name not in _ACTS_IN_TRAINING}
+
+
+def in_words(changed: Mapping[str, tuple[Any, Any]]) -> str:
+    """The first of the fields that differ, with both values."""
+    first = [f"{name} is {shown(used)} (its own: {shown(own)})" for name, (own, used) in changed.items()][:2]
+    return f"{'; '.join(first)}{f'; and {len(changed) - 2} more' if len(changed) > 2 else ''}"[:180]
 
 
 def _local_path(source: str | os.PathLike[str]) -> Path:
@@ -115,11 +159,46 @@ def _local_path(source: str | os.PathLike[str]) -> Path:
 def weights_path(source: str | os.PathLike[str], hub_options: dict[str, Any]) -> Path:
     """The file or folder that holds a checkpoint's weights, downloaded where it is on the hub."""
     path = _local_path(source)
-    if not path.exists():
+    if not _exists(path):
         path = _download(str(source), _CONFIG_FILES + _SAFETENSORS, hub_options)
         if not any(path.glob("model*.safetensors")):  # older repositories hold a pickle only
             path = _download(str(source), _CONFIG_FILES + _PICKLES, hub_options)
     return path
+
+
+def _exists(path: Path) -> bool:
+    """Whether there is a file or folder; what cannot be the name of one, for its length or a NUL, is none."""
+    try:
+        return path.exists()
+    except PermissionError:
+        raise
+    except (OSError, ValueError):
+        return False
+
+
+def _config_beside(path: Path) -> Path:
+    """Where the config of a checkpoint, folder or file, is."""
+    return (path if path.is_dir() else path.parent) / CONFIG_NAME
+
+
+def build_with_weights(build: Callable[[], Model], state_dict: Mapping[str, Tensor], source: str) -> Model:
+    """Build a model and load weights that must match it key by key and shape by shape.
+
+    It is built without numbers first, so that a config which asks for other weights than these takes no memory.
+
+    Args:
+        build: makes the model.
+        state_dict: its weights; they are copied.
+        source: where they are from.
+
+    Raises:
+        weights_convert.ConversionError: as `load_state_dict_strictly`.
+    """
+    with torch.device("meta"):
+        _check_fit(build().state_dict(), state_dict, source)
+    model = build()
+    model.load_state_dict(state_dict)
+    return model
 
 
 def load_state_dict_strictly(model: nn.Module, state_dict: Mapping[str, Tensor], source: str) -> None:
@@ -129,18 +208,22 @@ def load_state_dict_strictly(model: nn.Module, state_dict: Mapping[str, Tensor],
         weights_convert.ConversionError: a key is missing, left over, of another shape or not floating point; the
             message names it.
     """
-    if problems := misfits(model.state_dict(), state_dict):
-        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+    _check_fit(model.state_dict(), state_dict, source)
+    model.load_state_dict(state_dict)
+
+
+def _check_fit(expected: Mapping[str, Tensor], state_dict: Mapping[str, Tensor], source: str) -> None:
+    if problems := misfits(expected, state_dict):
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         if all(key.startswith("backbone.") for key in state_dict):
             raise ConversionError(
-                f"{source} holds the weights of a backbone only: begin a training with them by train --init-backbone, "
-                "or load them into a built model with m2f_video.load_backbone(model, source)"
+                f"{source:.80} holds the weights of a backbone only: begin a training with them by train "
+                "--init-backbone, or load them into a built model with m2f_video.load_backbone(model, source)"
             )
         raise ConversionError(
-            f"the weights of {source} do not fit its config: {'; '.join(problems[:3])}{more}. "
+            f"the weights of {source:.80} do not fit its config: {problems[0]:.130}{more}. "
             "Give the config they were trained with."
         )
-    model.load_state_dict(state_dict)
 
 
 def misfits(expected: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]) -> list[str]:
@@ -187,21 +270,25 @@ def staged_folder(folder: Path) -> Iterator[Path]:
         raise
 
 
-def resolve_config(config: ConfigSource) -> VideoMask2FormerConfig:
+def resolve_config(config: ConfigSource, temporal: str | None = None) -> VideoMask2FormerConfig:
     """A config itself, or the one that a config file or the name of a preset stands for.
+
+    Args:
+        config: any of them.
+        temporal: in place of the config's own; None keeps that.
 
     Raises:
         FileNotFoundError: a path where there is no file.
         ConfigError: a file that holds no valid config, or a name that is no preset.
     """
     if isinstance(config, VideoMask2FormerConfig):
-        return config
+        return _with_temporal(config, temporal)
     path = Path(config)
-    if path.exists():
-        return _read_config_file(path / CONFIG_NAME if path.is_dir() else path, temporal=None)
+    if _exists(path):
+        return _read_config_file(path / CONFIG_NAME if path.is_dir() else path, temporal)
     if path.suffix == ".json" or len(path.parts) > 1:
-        raise FileNotFoundError(f"there is no config file {path}")
-    return VideoMask2FormerConfig.preset(str(config))
+        raise FileNotFoundError(f"there is no config file {path!s:.200}")
+    return _with_temporal(VideoMask2FormerConfig.preset(str(config)), temporal)
 
 
 def _read_config_file(path: Path, temporal: str | None) -> VideoMask2FormerConfig:
@@ -211,6 +298,8 @@ def _read_config_file(path: Path, temporal: str | None) -> VideoMask2FormerConfi
             f"{path} does not exist, and the weights need a config: give a preset such as 'swin_tiny_youtubevis_2019', "
             "or a config file"
         )
+    for file in (path, path.parent / PREPROCESSOR_NAME):
+        check_regular(file)
     data, preprocessor = read_config(path)
     try:
         if data.get("model_type") == MODEL_TYPE:
@@ -249,7 +338,7 @@ def _download(name: str, patterns: list[str], hub_options: dict[str, Any]) -> Pa
         LocalEntryNotFoundError,
     )
 
-    not_a_name = f"{name} does not exist, and is not a hub name (owner/name) either"
+    not_a_name = f"{name:.100} does not exist, and is not a hub name (owner/name) either"
     if not _HUB_NAME.fullmatch(name):
         raise FileNotFoundError(not_a_name)
     try:
@@ -258,8 +347,10 @@ def _download(name: str, patterns: list[str], hub_options: dict[str, Any]) -> Pa
         raise FileNotFoundError(not_a_name) from error
     except LocalEntryNotFoundError as error:
         raise FileNotFoundError(
-            f"{name} is neither a local path nor in the hub cache, and the hub was not reached"
+            f"{name:.100} is neither a local path nor in the hub cache, and the hub was not reached"
         ) from error
     except HTTPError as error:  # the hub's answer, or a connection that broke off
         reason = " ".join(str(error).split())
-        raise FileNotFoundError(f"{name} is not a local path, and the hub does not give it: {reason}") from error
+        raise FileNotFoundError(
+            f"{name:.80} is not a local path, and the hub does not give it: {reason:.150}"
+        ) from error

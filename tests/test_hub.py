@@ -2,7 +2,12 @@
 
 import json
 import pickle
+import re
+import resource
+import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,15 +107,60 @@ def test_temporal_can_be_overridden(
 ) -> None:
     path = folder if kind == "native" else hf_folder
     assert VideoMask2Former.from_pretrained(path).config.temporal == "joint"
-    loaded = VideoMask2Former.from_pretrained(path, temporal=temporal)
+    other = temporal != "joint"
+    with pytest.warns(UserWarning, match="temporal is") if other else nullcontext():
+        loaded = VideoMask2Former.from_pretrained(path, temporal=temporal)
     assert loaded.config == tiny_model.config.replace(temporal=temporal)
-    given = VideoMask2Former.from_pretrained(path, temporal=temporal, config=tiny_model.config)
+    with pytest.warns(UserWarning, match="temporal is") if other else nullcontext():
+        given = VideoMask2Former.from_pretrained(path, temporal=temporal, config=tiny_model.config)
     assert given.config.temporal == temporal
+
+
+OTHER_FUNCTIONS = {
+    "transformer_decoder.num_heads": lambda c: replace(
+        c, transformer_decoder=replace(c.transformer_decoder, num_heads=4)
+    ),
+    "labels": lambda c: replace(c, labels=c.labels[::-1]),
+    "preprocessing.shortest_edge": lambda c: replace(c, preprocessing=replace(c.preprocessing, shortest_edge=400)),
+    "preprocessing.image_std": lambda c: replace(c, preprocessing=replace(c.preprocessing, image_std=(1.0, 1.0, 1.0))),
+    "pixel_decoder.num_": lambda c: replace(c, pixel_decoder=replace(c.pixel_decoder, num_heads=4, num_points=8)),
+}
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "hf"])
+@pytest.mark.parametrize("name", OTHER_FUNCTIONS)
+def test_another_function_of_the_same_weights_is_said(
+    tiny_model: VideoMask2Former, folder: Path, hf_folder: Path, kind: str, name: str
+) -> None:
+    source = {"folder": folder, "file": folder / "model.safetensors", "hf": hf_folder}[kind]
+    with pytest.warns(UserWarning, match=rf"used with another config than its own, as asked: {re.escape(name)}"):
+        VideoMask2Former.from_pretrained(source, config=OTHER_FUNCTIONS[name](tiny_model.config))
+
+
+def test_what_acts_in_training_alone_is_no_other_function(tiny_model: VideoMask2Former, folder: Path) -> None:
+    backbone = replace(tiny_model.config.backbone, drop_path_rate=0.4)
+    pixel_decoder = replace(tiny_model.config.pixel_decoder, dropout=0.2)
+    config = tiny_model.config.replace(backbone=backbone, pixel_decoder=pixel_decoder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert VideoMask2Former.from_pretrained(folder, config=config).config == config
+
+
+def test_a_config_of_a_giant_takes_no_memory(folder: Path) -> None:
+    data = json.loads((folder / "config.json").read_text())
+    data["backbone"] |= {"embed_dim": 2048, "depths": [2, 2, 100, 2], "num_heads": [8, 8, 8, 8]}  # 400 GB
+    data["transformer_decoder"] |= {"num_layers": 100, "ffn_dim": 65536}
+    (folder / "config.json").write_text(json.dumps(data))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ConversionError, match=r"do not fit its config: .* Give the config they were trained with"):
+        VideoMask2Former.from_pretrained(folder)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # KiB
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, "float64", "torch.float64", torch.bfloat16, "float16", None])
 def test_dtype(folder: Path, dtype: Any) -> None:
-    model = VideoMask2Former.from_pretrained(folder, dtype=dtype)
+    with pytest.warns(UserWarning, match="float16 takes several times") if dtype == "float16" else nullcontext():
+        model = VideoMask2Former.from_pretrained(folder, dtype=dtype)
     assert {parameter.dtype for parameter in model.parameters()} == {parse_dtype(dtype or "float32")}
 
 
@@ -212,7 +262,7 @@ def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Non
             lambda w: w.update({"transformer_decoder.norm.bias": torch.zeros(65)}),
             r"transformer_decoder.norm.bias is \(65,\), the config makes it \(64,\)",
         ),
-        (lambda w: [w.pop(name) for name in list(w) if "layers.2" in name], "and 15 more"),
+        (lambda w: [w.pop(name) for name in list(w) if "layers.2" in name], "and 17 more"),
         (lambda w: w["transformer_decoder.norm.bias"].__setitem__(3, torch.nan), "norm.bias has 1 NaN or infinite"),
         (
             lambda w: w.update({"transformer_decoder.norm.bias": torch.zeros(64, dtype=torch.int64)}),

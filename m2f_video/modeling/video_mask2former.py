@@ -17,7 +17,14 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from m2f_video.config import SwinConfig, VideoMask2FormerConfig
-from m2f_video.hub import load_checkpoint, load_state_dict_strictly, parse_device, parse_dtype, staged_folder
+from m2f_video.hub import (
+    build_with_weights,
+    load_checkpoint,
+    parse_device,
+    parse_dtype,
+    staged_folder,
+    warn_of_slow_dtype,
+)
 from m2f_video.modeling.pixel_decoder import MSDeformAttnPixelDecoder
 from m2f_video.modeling.swin import SwinTransformer
 from m2f_video.modeling.timm_backbone import TimmBackbone
@@ -361,6 +368,7 @@ class VideoMask2Former(
         reason = cpu_kernels.why_no_kernels() if compile in ("auto", "kernels") else None
         if compile == "kernels" and reason:
             raise ValueError(f"compile='kernels' cannot be done: {reason}; or take 'none'")
+        warn_of_slow_dtype(target_dtype, self.device)
         if compile == "kernels":
             cpu_kernels.load()
         if compile == "auto":
@@ -430,8 +438,8 @@ class VideoMask2Former(
             local_files_only=local_files_only,
             force_download=force_download,
         )
-        model = cls(model_config)
-        load_state_dict_strictly(model, state_dict, source=str(pretrained_model_name_or_path))
+        model = build_with_weights(lambda: cls(model_config), state_dict, source=str(pretrained_model_name_or_path))
+        warn_of_slow_dtype(target_dtype, target_device)
         return model.to(device=target_device, dtype=target_dtype).eval()
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> str | None:

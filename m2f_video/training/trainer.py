@@ -33,7 +33,7 @@ from m2f_video.distributed import Worker, mean_over_workers, share_buffers
 from m2f_video.evaluation.annotations import GroundTruth
 from m2f_video.evaluation.predict import evaluate_model, prepare_ground_truth
 from m2f_video.files import atomic_path, made_directory
-from m2f_video.hub import load_checkpoint, load_state_dict_strictly
+from m2f_video.hub import in_words, load_checkpoint, load_state_dict_strictly, other_function
 from m2f_video.modeling.pixel_decoder import DeformableEncoderLayer
 from m2f_video.modeling.swin import SwinBlock
 from m2f_video.modeling.transformer_decoder import DecoderLayer
@@ -411,10 +411,13 @@ def recompute_activations(model: nn.Module) -> None:
 def load_initial_weights(model: VideoMask2Former, source: str) -> bool:
     """Load a checkpoint's weights into a model; a classifier of other labels keeps the weights it has.
 
+    Warns where the checkpoint was made for another temporal mode or other frames, as one of an image model is.
+
     Returns:
         Whether the classifier was loaded too.
 
     Raises:
+        ConfigError: its weights would compute something else in this model, as with other numbers of heads.
         weights_convert.ConversionError: other weights are missing, left over, or of other shapes.
         FileNotFoundError: no such checkpoint.
     """
@@ -422,6 +425,15 @@ def load_initial_weights(model: VideoMask2Former, source: str) -> bool:
     head = {name: own for name, own in model.state_dict().items() if name.startswith("transformer_decoder.class_head.")}
     fits = all(name not in weights or weights[name].shape == own.shape for name, own in head.items())
     knows_classes = config.labels == model.config.labels and fits  # a bare file says how many by its shapes alone
+    changed = other_function(config, model.config)
+    asked = {name: both for name, both in changed.items() if name == "temporal" or name.startswith("preprocessing.")}
+    if other := {name: both for name, both in changed.items() if name not in asked and name != "labels"}:
+        raise ConfigError(
+            f"{source:.80} would compute something else here than what it was trained for: {in_words(other)}; train "
+            "with its own config, or without its weights"
+        )
+    if asked:
+        warnings.warn(f"{source:.80} was trained for other frames: {in_words(asked)}", stacklevel=4)
     load_state_dict_strictly(model, weights if knows_classes else weights | head, source)
     return knows_classes
 

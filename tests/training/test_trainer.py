@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from m2f_video import VideoMask2Former
+from m2f_video.config import ConfigError
 from m2f_video.data import AugmentConfig, ClipSampling, SyntheticVideos
 from m2f_video.evaluation import evaluate_model, predict
 from m2f_video.evaluation.video_ap import STATS
@@ -391,7 +392,7 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("init")
     torch.manual_seed(5)
     VideoMask2Former(MODEL.replace(labels=("cat", "dog", "cow"))).save_pretrained(folder / "other")
-    VideoMask2Former(MODEL.replace(temporal="per_frame")).save_pretrained(folder / "same")
+    VideoMask2Former(MODEL).save_pretrained(folder / "same")
     for name in ("other", "same"):
         (folder / f"{name}.safetensors").write_bytes((folder / name / "model.safetensors").read_bytes())
     return folder
@@ -416,7 +417,7 @@ def test_weights_to_begin_with(source: str, left_out: set[str], other: Path, tmp
 def test_weights_that_do_not_fit(tmp_path: Path, other: Path) -> None:
     larger = MODEL.replace(transformer_decoder=replace(MODEL.transformer_decoder, num_queries=6))
     with pytest.raises(ConversionError, match="query_features"):
-        Trainer(CONFIG.replace(model=larger), VIDEOS, tmp_path / "made", init=str(other / "same"))
+        Trainer(CONFIG.replace(model=larger), VIDEOS, tmp_path / "made", init=str(other / "same.safetensors"))
     with pytest.raises(FileNotFoundError, match="nothing"):
         Trainer(CONFIG, VIDEOS, tmp_path / "made", init=str(tmp_path / "nothing"))
     weights = load_file(other / "same.safetensors")
@@ -425,6 +426,32 @@ def test_weights_that_do_not_fit(tmp_path: Path, other: Path) -> None:
     with pytest.raises(ConversionError, match=r"missing transformer_decoder\.norm\.weight"):
         Trainer(CONFIG, VIDEOS, tmp_path / "made", init=str(tmp_path / "part.safetensors"))
     assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("transformer_decoder.num_heads", {"transformer_decoder": replace(MODEL.transformer_decoder, num_heads=2)}),
+        ("pixel_decoder.num_", {"pixel_decoder": replace(MODEL.pixel_decoder, num_heads=2, num_points=4)}),
+        ("transformer_decoder.num_queries", {"transformer_decoder": replace(MODEL.transformer_decoder, num_queries=6)}),
+    ],
+)
+def test_weights_that_would_compute_something_else(
+    name: str, changes: dict[str, Any], tmp_path: Path, other: Path
+) -> None:
+    config = CONFIG.replace(model=MODEL.replace(**changes))
+    with pytest.raises(ConfigError, match=rf"would compute something else .*: {name}.* \(its own: "):
+        Trainer(config, VIDEOS, tmp_path / "made", init=str(other / "same"))
+    assert not (tmp_path / "made").exists()
+
+
+def test_weights_of_an_image_model_begin_a_video_model_with_a_word(tmp_path: Path) -> None:
+    preprocessing = replace(MODEL.preprocessing, shortest_edge=48)
+    VideoMask2Former(MODEL.replace(temporal="per_frame", preprocessing=preprocessing)).save_pretrained(
+        tmp_path / "coco"
+    )
+    with pytest.warns(UserWarning, match=r"trained for other frames: temporal is 'joint'.*preprocessing.shortest_edge"):
+        Trainer(CONFIG, VIDEOS, tmp_path / "made", init=str(tmp_path / "coco")).close()
 
 
 def test_a_run_killed_before_its_first_checkpoint_keeps_what_it_began_with(other: Path, tmp_path: Path) -> None:
