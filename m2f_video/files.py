@@ -150,17 +150,30 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     final = Path(path)
     if final.exists() and not (final.is_dir() and not any(final.iterdir())):
         raise FileExistsError(f"{final}: it exists already; remove it or name another folder")
-    temporary = _temporary(final.absolute())
-    with made_directory(temporary.parent):
-        remove_leftovers(final.absolute())
-        temporary.mkdir()
-        try:
-            with _renaming(temporary, final), _held(temporary):
-                yield temporary
-                os.replace(temporary, final)
-        except BaseException:
+    with made_directory(final.absolute().parent), temporary_folder(final) as temporary:
+        yield temporary
+        os.replace(temporary, final)
+
+
+@contextlib.contextmanager
+def temporary_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give an empty folder beside `path`, named after it; what is still there when the block ends is removed.
+
+    What writers of `path` have left there that were killed is removed first.
+
+    Raises:
+        OSError: the folder cannot be made.
+    """
+    final = Path(path).absolute()
+    remove_leftovers(final)
+    temporary = _temporary(final)
+    temporary.mkdir()
+    try:
+        with _renaming(temporary, path), _held(temporary):
+            yield temporary
+    finally:
+        if temporary.exists():
             shutil.rmtree(temporary)
-            raise
 
 
 @contextlib.contextmanager

@@ -4,16 +4,15 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from m2f_video.config import MODEL_TYPE, ConfigError, VideoMask2FormerConfig, shown
-from m2f_video.files import check_regular
+from m2f_video.files import check_regular, check_replaceable, made_directory, temporary_folder
 from weights_convert import (
     CheckpointError,
     ConversionError,
@@ -252,22 +251,20 @@ def staged_folder(folder: Path) -> Iterator[Path]:
     Raises:
         weights_convert.CheckpointError: the files cannot be written.
     """
-    created = [parent for parent in (folder, *folder.parents) if not parent.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with TemporaryDirectory(dir=folder, prefix=".writing-") as temporary:
-            staging = Path(temporary) / folder.name
-            yield staging
-            for file in sorted(staging.iterdir()):
-                if file.name != "README.md" or not (folder / file.name).exists():
-                    file.replace(folder / file.name)
-    except BaseException as error:
-        for parent in created:
-            with suppress(OSError):
-                parent.rmdir()
-        if isinstance(error, OSError | CheckpointError):  # which name the temporary folder
+    folder = folder.absolute()
+    with made_directory(folder):
+        try:
+            with temporary_folder(folder / folder.name) as temporary:
+                staging = temporary / folder.name
+                yield staging
+                files = sorted(staging.iterdir())
+                for file in files:
+                    check_replaceable(folder / file.name)
+                for file in files:
+                    if file.name != "README.md" or not (folder / file.name).exists():
+                        file.replace(folder / file.name)
+        except (OSError, CheckpointError) as error:  # which name the temporary folder
             raise CheckpointError(f"{folder} cannot be written: {error.__cause__ or error}") from error
-        raise
 
 
 def resolve_config(config: ConfigSource, temporal: str | None = None) -> VideoMask2FormerConfig:

@@ -422,3 +422,19 @@ def test_staging_replaces_files_at_the_end_only(tmp_path: Path) -> None:
         assert (tmp_path / "a").read_text() == "old"
         assert staging.name == tmp_path.name
     assert snapshot(tmp_path) == {"a": b"new"}
+
+
+def test_staging_is_all_or_nothing_and_clears_what_a_killed_writer_left(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    (folder / ".model.0a1b2c3d" / "model").mkdir(parents=True)
+    (folder / "b").mkdir()
+
+    def write() -> None:
+        with staged_folder(folder) as staging:
+            staging.mkdir()
+            (staging / "a").write_text("new")
+            (staging / "b").write_text("new")
+
+    with pytest.raises(CheckpointError, match="b is a folder"):
+        write()
+    assert [path.name for path in folder.iterdir()] == ["b"]

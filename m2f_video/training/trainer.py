@@ -8,7 +8,6 @@ never stopped, bit for bit where the device computes deterministically (CPUs do,
 import copy
 import errno
 import os
-import shutil
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterator
@@ -32,7 +31,7 @@ from m2f_video.data.clip import AnnotatedVideos, ClipDataset
 from m2f_video.distributed import Worker, mean_over_workers, share_buffers
 from m2f_video.evaluation.annotations import GroundTruth
 from m2f_video.evaluation.predict import evaluate_model, prepare_ground_truth
-from m2f_video.files import atomic_path, made_directory
+from m2f_video.files import atomic_path, made_directory, remove_leftovers
 from m2f_video.hub import in_words, load_checkpoint, load_state_dict_strictly, other_function
 from m2f_video.modeling.pixel_decoder import DeformableEncoderLayer
 from m2f_video.modeling.swin import SwinBlock
@@ -158,7 +157,8 @@ class Trainer:
         self._batches = self._load_batches(videos)
         held.callback(self._batches.close)  # and the processes behind it
         if self.worker.is_main:
-            _remove_leftovers(output)
+            for name in (FINAL_FOLDER, BEST_FOLDER):  # which may not be written again
+                remove_leftovers(output / name / name)
         self.log = TrainingLog(output, self.worker, config.steps, self.steps_done, config.log_every, tensorboard)
         held.callback(self.log.close)
         if resume:
@@ -480,13 +480,6 @@ def _held(output: Path) -> Iterator[None]:
             with suppress(OSError):  # Windows lets nobody remove what is open
                 (output / LOCK_FILE).unlink()  # while it is locked: who has it open will look for a new one
             lock.release()
-
-
-def _remove_leftovers(output: Path) -> None:
-    """Remove what a killed run was writing, but for what its next writer removes."""
-    for folder in (FINAL_FOLDER, BEST_FOLDER):
-        for staging in (output / folder).glob(".writing-*"):
-            shutil.rmtree(staging)
 
 
 def _checkpoint_file(output: Path, state: dict[str, Any]) -> Path:
