@@ -1,6 +1,6 @@
 """What goes wrong when checkpoints meet: every error names the thing and the remedy."""
 
-_LENGTH = 280  # characters, so that a program's name before it and a path still make a line that can be read
+_LENGTH = 280  # characters: with a program's name before it still a line that can be read
 
 
 class ConversionError(ValueError):
@@ -8,8 +8,8 @@ class ConversionError(ValueError):
 
     def __init__(self, message: str) -> None:
         shown = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in " ".join(message.split()))
-        if len(shown) > _LENGTH:  # names and values are in the middle, the remedy is at the end
-            shown = f"{shown[: _LENGTH // 2]} ... {shown[-(_LENGTH // 2 - 5) :]}"
+        if len(shown) > _LENGTH:  # what is wrong is at the beginning, and the remedy at the end
+            shown = f"{shown[: _LENGTH - 80]} ... {shown[-75:]}"
         super().__init__(shown)
 
 
