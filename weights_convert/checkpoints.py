@@ -35,6 +35,7 @@ _STAGING = ".writing-"
 _LEFTOVER = re.compile(rf"{re.escape(_STAGING)}[a-z0-9_]{{8}}")
 _MAX_JSON = 16 << 20  # bytes; the index of a large model is a tenth of it
 _MAX_NESTING = 50
+_MAX_FILE = 1 << 35  # bytes; ten times the largest model with its optimizer
 _MAX_SHARING = 4  # times that the same memory may be claimed by tensors of several keys
 _DTYPES = {
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2),
@@ -287,6 +288,8 @@ def _read_file(path: Path) -> StateDict:
     _check_regular(path)
     with path.open("rb") as file:
         head = file.read(32)
+    if path.stat().st_size > _MAX_FILE:  # a file with holes may claim any size
+        raise CheckpointError(f"{path} is larger than {_MAX_FILE >> 30} GB, as no checkpoint is; fetch it again")
     if not head:
         raise CheckpointError(f"{path} is empty; fetch it again")
     if head.startswith(_LFS_POINTER):
@@ -339,7 +342,7 @@ def _check_values(path: Path, state_dict: StateDict) -> None:
     for key, tensor in state_dict.items():
         if tensor.dtype not in _DTYPES:
             kind = str(tensor.dtype).removeprefix("torch.")
-            raise CheckpointError(f"{path}: {key:.120} is a {kind} tensor; weights are real numbers: save them as such")
+            raise CheckpointError(f"{path}: {key:.120} is a {kind} tensor, as no weights are; save it as float32")
         memory = tensor.untyped_storage()
         held[memory.data_ptr()] = memory.nbytes()
         if tensor.nbytes > memory.nbytes():  # a stride of 0 makes any size of a few bytes

@@ -769,6 +769,18 @@ def test_many_views_of_the_same_memory_are_refused(tmp_path, kind):
         read_checkpoint(path)
 
 
+def test_files_full_of_holes_are_not_read(tmp_path):
+    safetensors_file(
+        tmp_path / "a.safetensors", {"layers.a": {"dtype": "F32", "shape": [1 << 38], "data_offsets": [0, 1 << 40]}}
+    )
+    for name, head in (("a.safetensors", b""), ("b.pkl", b"\x80\x04\x8e" + struct.pack("<Q", 1 << 39))):
+        with (tmp_path / name).open("ab") as file:
+            file.write(head)
+            file.truncate(1 << 41)
+        with pytest.raises(CheckpointError, match=f"{name} is larger than 32 GB"):
+            read_checkpoint(tmp_path / name)
+
+
 def safetensors_file(path, header, data=b"\0" * 64):
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + data)
