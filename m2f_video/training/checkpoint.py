@@ -145,8 +145,10 @@ def _checked(state: object, step: int) -> dict[str, Any]:
         raise ValueError("its scaler is not as the scaler keeps it")
     if best is not None and not all(isinstance(best.get(name), int | float) for name in ("step", "AP")):
         raise ValueError("its best evaluation has no step or no AP")
-    if not isinstance(parse_json(state["config"]), dict):
-        raise ValueError("its config is none")
+    try:
+        parse_json(state["config"])
+    except ValueError as error:
+        raise ValueError(f"its config is not JSON: {error!s:.60}") from error
     return state
 
 

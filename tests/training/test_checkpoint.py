@@ -129,7 +129,7 @@ MANY = torch.zeros(1).expand(1 << 50)
 @pytest.mark.parametrize(
     ("path", "values"),
     [
-        ("config", [None, 1, "", "[]", "[" * 100_000, "1" * 5000]),
+        ("config", [None, 1, "", "[" * 100_000, "1" * 5000]),
         ("data", [None, 5]),
         ("validation", [5]),
         ("workers", [None, "1", 1.5]),
@@ -153,7 +153,7 @@ def test_a_state_with_something_missing_or_wrong_is_passed_over(path: str, value
         else:
             inner[name] = value
         torch.save({"format": 1, "step": 3, **state}, tmp_path / "checkpoints" / "step-00000003.pt")
-        passed_over(tmp_path, "" if path == "config" and isinstance(value, str) else path.split(".")[0])
+        passed_over(tmp_path, path.split(".")[0])
 
 
 @pytest.mark.parametrize(
