@@ -519,9 +519,6 @@ def _checked_state(
     if state is None:
         return None
     file = _checkpoint_file(output, state)
-    missing = [name for name in ("config", "data", "validation", "workers") if name not in state]
-    if missing or not isinstance(state["config"], str):
-        raise ValueError(f"{file} is no checkpoint of a training run: it has no {(*missing, 'config')[0]}")
     try:
         before = TrainConfig.from_json(state["config"])
     except ConfigError as error:

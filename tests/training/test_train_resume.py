@@ -5,8 +5,10 @@ import fcntl
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -204,29 +206,29 @@ def test_a_log_that_is_a_pipe_is_refused(tmp_path: Path) -> None:
 # What is in the latest checkpoint, and what is said of it
 
 FOREIGN: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
-    "no config": (lambda state: state.pop("config"), "no checkpoint of a training run: it has no config"),
-    "config": (lambda state: state.update(config=5), "no checkpoint of a training run: it has no config"),
-    "config's text": (lambda state: state.update(config="{"), "JSON"),
+    "no config": (lambda state: state.pop("config"), r"\(it has no config"),
+    "config": (lambda state: state.update(config=5), r"\(its config is a int"),
+    "config's text": (lambda state: state.update(config="{"), r"\(its config is not JSON"),
     "config's fields": (lambda state: state.update(config='{"steps": "x"}'), "steps"),
-    "no data": (lambda state: state.pop("data"), "no data"),
-    "no workers": (lambda state: state.pop("workers"), "no workers"),
-    "data": (lambda state: state.update(data=[1]), "training videos are not those"),
-    "no model": (lambda state: state.pop("model"), "model is not"),
-    "model": (lambda state: state.update(model=[1]), "model is not"),
+    "no data": (lambda state: state.pop("data"), r"\(it has no data"),
+    "no workers": (lambda state: state.pop("workers"), r"\(it has no workers"),
+    "data": (lambda state: state.update(data=[1]), r"\(its data is a list"),
+    "no model": (lambda state: state.pop("model"), r"\(it has no model"),
+    "model": (lambda state: state.update(model=[1]), r"\(its model is a list"),
     "a weight less": (lambda state: state["model"].popitem(), "model is not"),
     "a weight more": (lambda state: state["model"].update(more=torch.zeros(1)), "model is not"),
-    "a weight's name": (lambda state: state["model"].update({5: torch.zeros(1)}), "model is not"),
-    "a weight's type": (lambda state: first(state["model"], lambda weight: weight.tolist()), "model is not"),
+    "a weight's name": (lambda state: state["model"].update({5: torch.zeros(1)}), "has no weights at"),
+    "a weight's type": (lambda state: first(state["model"], lambda weight: weight.tolist()), "has no weights at"),
     "a weight's shape": (lambda state: first(state["model"], lambda weight: weight[None]), "model is not"),
     "a weight's dtype": (lambda state: first(state["model"], lambda weight: weight.long()), "model is not"),
-    "a weight's layout": (lambda state: first(state["model"], torch.Tensor.to_sparse), "model is not"),
-    "a weight's device": (lambda state: first(state["model"], lambda weight: weight.to("meta")), "model is not"),
+    "a weight's layout": (lambda state: first(state["model"], torch.Tensor.to_sparse), "has no weights at"),
+    "a weight's device": (lambda state: first(state["model"], lambda weight: weight.to("meta")), "has no weights at"),
     "average": (lambda state: state.update(average=None), "average is not"),
-    "scaler": (lambda state: state.update(scaler={"scale": "1"}), "scaler is not"),
-    "best": (lambda state: state.update(best={"step": "one"}), "best is not"),
-    "no optimizer": (lambda state: state.pop("optimizer"), "optimizer is not"),
-    "optimizer": (lambda state: state.update(optimizer=None), "optimizer is not"),
-    "moments": (lambda state: state["optimizer"].update(state=[1]), "optimizer is not"),
+    "scaler": (lambda state: state.update(scaler={"scale": "1"}), r"\(its scaler is not"),
+    "best": (lambda state: state.update(best={"step": "one"}), r"\(its best evaluation"),
+    "no optimizer": (lambda state: state.pop("optimizer"), r"\(it has no optimizer"),
+    "optimizer": (lambda state: state.update(optimizer=None), r"\(its optimizer is a"),
+    "moments": (lambda state: state["optimizer"].update(state=[1]), r"\(its optimizer is not"),
     "moments of nothing": (lambda state: state["optimizer"]["state"].update({999: {}}), "optimizer is not"),
     "a moment less": (lambda state: state["optimizer"]["state"][0].pop("exp_avg"), "optimizer is not"),
     "a moment's shape": (
@@ -255,9 +257,14 @@ def test_a_checkpoint_of_another_form_is_named(kind: str, stopped: Path, tmp_pat
     spoil(state)
     (tmp_path / "checkpoints").mkdir()
     torch.save(state, tmp_path / "checkpoints" / file.name)
-    with pytest.raises(ValueError, match=message) as raised:
-        Trainer(CONFIG, VIDEOS, tmp_path, resume=True)
-    assert len(str(raised.value)) < 300 + len(str(tmp_path))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", CheckpointWarning)
+        with pytest.raises(ValueError) as raised:
+            Trainer(CONFIG, VIDEOS, tmp_path, resume=True)
+    said = [*(str(warning.message) for warning in caught), str(raised.value)]
+    assert re.search(message, said[0])
+    assert len(said) == 1 or "none of the 1 checkpoints" in said[1]
+    assert all(len(line) < 300 + len(str(tmp_path)) for line in said)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
 
 
