@@ -238,7 +238,7 @@ def test_no_validation(made: list[tuple[Any, ...]], capsys: pytest.CaptureFixtur
     assert run(*options) == 0
     assert made[0][-1]["validation"] is None
     assert run(*options, "--validation-videos", 3) == 2
-    assert "--validation-videos and --validation-frames need --validation" in error_of(capsys)
+    assert "--validation-videos needs --validation" in error_of(capsys)
 
 
 def test_a_recipe_has_to_be_chosen(
@@ -305,7 +305,7 @@ def test_flags_that_do_not_parse(options: tuple[str, ...], message: str, capsys:
 def test_a_config_of_something_else_is_named(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "config.json"
     for content, message in (
-        ("{", "not valid JSON"),
+        ("{", "not a JSON file"),
         (json.dumps({"augment": {"flip": 3}}), "AugmentConfig.flip"),
         (CONFIG.model.to_json(), "this is the config of a model"),
     ):
