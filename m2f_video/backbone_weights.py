@@ -75,7 +75,7 @@ def load_backbone(model: "VideoMask2Former", source: str | os.PathLike[str]) -> 
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise ConversionError(
             f"the weights of {name:.100} do not fit the model's backbone: {problems[0]}{more}; "
-            "give those of a backbone of the same kind and sizes"
+            "give weights of its kind and sizes"
         )
     model.load_state_dict(weights, strict=False)  # each key was looked at
     return LoadedBackbone(name, _by_group(weights), _by_group(kept), left_out)

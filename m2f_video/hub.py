@@ -347,7 +347,7 @@ def _download(name: str, patterns: list[str], hub_options: dict[str, Any]) -> Pa
             f"{name:.100} is neither a local path nor in the hub cache, and the hub was not reached"
         ) from error
     except HTTPError as error:  # the hub's answer, or a connection that broke off
-        reason = " ".join(str(error).split())
+        reason = " ".join(word for word in str(error).split() if "://" not in word)  # addresses push out what to do
         raise FileNotFoundError(
-            f"{name:.80} is not a local path, and the hub does not give it: {reason:.150}"
+            f"{name:.60} is not a local path, and the hub does not give it: {reason:.180}"
         ) from error

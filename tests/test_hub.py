@@ -36,6 +36,24 @@ def test_a_saved_model_comes_back_bit_for_bit(tiny_model: VideoMask2Former, fold
     assert load_config(folder) == tiny_model.config
 
 
+def test_a_loaded_model_has_all_that_a_built_one_has(tiny_model: VideoMask2Former, folder: Path) -> None:
+    """Buffers that no file holds too, and every tensor elsewhere."""
+
+    def tensors(model: VideoMask2Former) -> dict[str, torch.Tensor]:
+        found = dict(model.named_parameters()) | dict(model.named_buffers())
+        for path, module in model.named_modules():
+            found |= {f"{path}.{name}": item for name, item in vars(module).items() if isinstance(item, torch.Tensor)}
+        return found
+
+    built = VideoMask2Former(tiny_model.config)
+    built.load_state_dict(tiny_model.state_dict())
+    ours, expected = tensors(VideoMask2Former.from_pretrained(folder)), tensors(built)
+    assert ours.keys() == expected.keys() > built.state_dict().keys()
+    for name, tensor in expected.items():
+        assert torch.equal(ours[name], tensor), name
+        assert (ours[name].dtype, ours[name].requires_grad) == (tensor.dtype, tensor.requires_grad), name
+
+
 def test_the_path_may_be_a_string(tiny_model: VideoMask2Former, folder: Path) -> None:
     assert identical(VideoMask2Former.from_pretrained(str(folder)), tiny_model)
 
