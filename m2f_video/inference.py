@@ -6,6 +6,7 @@ T frames, Q queries, H W height and width.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
+from threading import Lock
 
 import numpy as np
 import torch
@@ -19,6 +20,10 @@ from m2f_video.results import Rle, Track, VideoSegmentation, encode_mask
 from m2f_video.video_io import VideoReader, VideoSource, open_video
 
 MOST_ROOM = 256  # frames to make room for at once: what a file says of its length can be far off
+
+_MODES_LOCK = Lock()
+_EVALUATED: dict[nn.Module, tuple[int, bool]] = {}
+"""Of each module that is in evaluation mode for now: how many calls need it so, and its own mode."""
 
 Progress = Callable[[str, int, int | None], None]
 """Called with a stage ("frames" or "masks"), how many frames it has done, and of how many (None: not known yet)."""
@@ -43,7 +48,8 @@ def segment_video(
     alive at a time per frame of a chunk; what stays in memory until the end is each frame's features.
 
     Args:
-        model: with `temporal="joint"`, on any device, in any dtype.
+        model: with `temporal="joint"`, on any device, in any dtype. In training mode it is evaluated all the same, also
+            from several threads, and back in its modes when the last of them is done.
         source: what `open_video` takes (file, folder of frames, array), or an open reader.
         processor: other preprocessing than the model's own.
         frames: which frames of the source, counted from 0; None takes all. Not for an open reader.
@@ -116,14 +122,26 @@ def segment_video(
 
 @contextmanager
 def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Without dropout and stochastic depth; every module is back in its own mode afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
+    """Without dropout and stochastic depth; every module is back in its own mode afterwards.
+
+    Modules are shared by threads, and by models: the first call that needs one switches it, the last switches it back.
+    """
+    modules = list(model.modules())
+    with _MODES_LOCK:
+        for module in modules:
+            calls, own_mode = _EVALUATED.get(module, (0, module.training))
+            _EVALUATED[module] = (calls + 1, own_mode)
+            module.training = False
     try:
         yield
     finally:
-        for module, mode in modes.items():
-            module.training = mode
+        with _MODES_LOCK:
+            for module in modules:
+                calls, own_mode = _EVALUATED.pop(module)
+                if calls > 1:
+                    _EVALUATED[module] = (calls - 1, own_mode)
+                else:
+                    module.training = own_mode
 
 
 def _encode(

@@ -1,12 +1,15 @@
 """segment_video: equal to the plain route through processor, model and post-processing, whatever the chunks."""
 
+import copy
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from threading import Barrier, Event
 
 import numpy as np
 import pytest
 import torch
 
-from m2f_video import VideoMask2Former, VideoProcessor, open_video, segment_video
+from m2f_video import VideoMask2Former, VideoProcessor, VideoSegmentation, open_video, segment_video
 from m2f_video.video_io import VideoError
 from tests.conftest import synthetic_frames
 
@@ -70,7 +73,7 @@ def test_progress_counts_every_frame(tiny_model, video):
 
 
 def test_saved_files_come_back(tiny_model, video, tmp_path):
-    from m2f_video import VideoSegmentation, read_video
+    from m2f_video import read_video
 
     result = segment_video(tiny_model, video)
     result.save(tmp_path / "out")
@@ -85,16 +88,82 @@ def test_bfloat16_runs(tiny_config, video):
     assert len(segment_video(model, video).tracks) == 10
 
 
-def test_a_model_in_training_mode_is_evaluated_and_put_back(tiny_config, video):
+@pytest.fixture
+def training_model(tiny_config) -> VideoMask2Former:
+    """In training mode, where results are random; but for one part, which is not."""
     backbone = replace(tiny_config.backbone, drop_path_rate=0.5)
     torch.manual_seed(0)
     model = VideoMask2Former(tiny_config.replace(backbone=backbone)).train()
     model.pixel_decoder.eval()
+    return model
+
+
+def modes(model) -> list[bool]:
+    return [module.training for module in model.modules()]
+
+
+def assert_equal_results(result, expected) -> None:
+    assert [track.score for track in result.tracks] == [track.score for track in expected.tracks]
+    np.testing.assert_array_equal(decoded_masks(result), decoded_masks(expected))
+
+
+def test_a_model_in_training_mode_is_evaluated_and_put_back(training_model, video):
+    model = training_model
     first, second = (segment_video(model, video) for _ in range(2))
     assert [track.score for track in first.tracks] == [track.score for track in second.tracks]
     assert model.training
     assert model.backbone.training
     assert not model.pixel_decoder.training
+
+
+def workers(count: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))  # a setting of each thread
+
+
+def test_threads_share_a_model_in_training_mode(training_model, video):
+    video = video[:2]
+    expected, before = segment_video(training_model, video), modes(training_model)
+    start = Barrier(4)
+
+    def run(_: int) -> VideoSegmentation:
+        start.wait(timeout=60)
+        return segment_video(training_model, video)
+
+    with workers(4) as pool:
+        for result in pool.map(run, range(4)):
+            assert_equal_results(result, expected)
+    assert modes(training_model) == before
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("shared", ["model", "backbone"])
+def test_a_call_that_ends_leaves_the_others_in_evaluation_mode(training_model, video, shared, fails):
+    """The first call ends, or fails, while the second, which began within it, has frames to come."""
+    video = video[:2]
+    first = second = training_model
+    if shared == "backbone":
+        second = copy.deepcopy(first)
+        second.backbone = first.backbone
+    expected, before = segment_video(second, video), [modes(first), modes(second)]
+    second_began, first_ended = Event(), Event()
+
+    def wait_for_the_second(*_: object) -> None:
+        assert second_began.wait(timeout=60)
+        if fails:
+            raise ArithmeticError("stopped")
+
+    def wait_for_the_first(*_: object) -> None:
+        second_began.set()
+        assert first_ended.wait(timeout=60)
+
+    with workers(2) as pool:
+        ends = pool.submit(segment_video, first, video, progress=wait_for_the_second)
+        goes_on = pool.submit(segment_video, second, video, progress=wait_for_the_first)
+        error = ends.exception(timeout=60)
+        first_ended.set()
+        assert_equal_results(goes_on.result(timeout=60), expected)
+    assert isinstance(error, ArithmeticError) if fails else error is None
+    assert [modes(first), modes(second)] == before
 
 
 def test_a_per_frame_model_is_refused(tiny_config, video):
