@@ -21,6 +21,7 @@ from m2f_video.postprocess_image import (
     post_process_semantic_segmentation,
 )
 from m2f_video.segments import (
+    MASK_STRIDE,
     SegmentationOutputs,
     Size,
     Sizes,
@@ -30,6 +31,7 @@ from m2f_video.segments import (
     check_outputs,
     check_sizes,
     check_thresholds,
+    check_within,
     class_probabilities,
     confident_queries,
     panoptic_map,
@@ -49,7 +51,6 @@ __all__ = [
     "select_top_k",
 ]
 
-MASK_STRIDE = 4  # pixels of the model's input per mask logit
 _CHUNK_PIXELS = 2**24  # resized logits alive at a time, where one frame has no more: 64 MiB in float32
 _QUERY_BLOCK = 16  # queries resized at a time where all of them take part
 
@@ -293,11 +294,7 @@ def _videos(
 
 
 def _geometry(padded: Size, resized: Size, target: Size) -> _Geometry:
-    if resized[0] > padded[0] or resized[1] > padded[1]:
-        raise ValueError(
-            f"resized size {resized} does not fit the padded size {padded} of the model's input; "
-            "pass as resized_sizes the (height, width) the frames had before padding"
-        )
+    check_within(resized, padded)
     return _Geometry(padded, resized, target)
 
 

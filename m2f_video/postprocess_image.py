@@ -1,7 +1,8 @@
 """Image post-processing with the results of transformers' `Mask2FormerImageProcessor` (5.23) on the same logits.
 
 For checkpoints of the image model, and for users who come from there: same arguments, same defaults, same maps. Its
-quirks are kept, each where it is. The arithmetic is float32 whatever the logits' type.
+quirks are kept, each where it is, but for one: padding, of `fit="pad"` and of the smaller images of a batch, is cropped
+where `resized_sizes` tells of it. The arithmetic is float32 whatever the logits' type.
 
 Shape letters: B batch, Q queries, K classes, N selected queries, h w size of the mask logits, H W size of the result.
 """
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from m2f_video.segments import (
+    MASK_STRIDE,
     SegmentationOutputs,
     Size,
     Sizes,
@@ -25,6 +27,7 @@ from m2f_video.segments import (
     check_outputs,
     check_sizes,
     check_thresholds,
+    check_within,
     class_probabilities,
     confident_queries,
     panoptic_map,
@@ -54,6 +57,7 @@ def post_process_semantic_segmentation(
     outputs: SegmentationOutputs,
     target_sizes: Sizes | None = None,
     return_segmentation_scores: bool = False,
+    resized_sizes: Sizes | None = None,
 ) -> list[Tensor] | list[SemanticSegmentation]:
     """The class of every pixel of each image, as transformers computes it.
 
@@ -61,15 +65,17 @@ def post_process_semantic_segmentation(
         outputs: the model's outputs for B images.
         target_sizes: (H, W) of each result; None leaves 384 x 384.
         return_segmentation_scores: also return the scores the classes were chosen from.
+        resized_sizes: (height, width) of each image in the model's input, before padding, which is cropped; None for
+            images that fill it. transformers takes every image for one that does.
 
     Returns:
         Per image (H, W) int64 class indices, or a `SemanticSegmentation` with the scores.
 
     Raises:
-        ValueError: outputs or target_sizes of the wrong shape, or NaN.
+        ValueError: outputs or sizes of the wrong shape, or NaN.
     """
     results = []
-    for class_logits, mask_logits, target in _images(outputs, target_sizes):
+    for class_logits, mask_logits, target in _images(outputs, target_sizes, resized_sizes):
         class_probs = class_probabilities(class_logits)[:, :-1]
         scores = torch.einsum("qk,qhw->khw", class_probs, mask_logits.sigmoid())
         if target is not None:
@@ -86,6 +92,7 @@ def post_process_instance_segmentation(
     target_sizes: Sizes | None = None,
     return_coco_annotation: bool = False,
     return_binary_maps: bool = False,
+    resized_sizes: Sizes | None = None,
 ) -> list[dict[str, Any]]:
     """Object instances of each image, as transformers computes them: score times the mean probability of the mask.
 
@@ -97,6 +104,8 @@ def post_process_instance_segmentation(
         target_sizes: (H, W) of each result; None leaves 384 x 384.
         return_coco_annotation: run lengths instead of a map: one list for each value in it, -1 first where it occurs.
         return_binary_maps: one mask per instance instead of a map; only these can show overlaps.
+        resized_sizes: (height, width) of each image in the model's input, before padding, which is cropped; None for
+            images that fill it. transformers takes every image for one that does.
 
     Returns:
         Per image a dict: `segmentation`, (H, W) float32 segment ids from 0 and -1 where there is none (or run lengths
@@ -104,13 +113,13 @@ def post_process_instance_segmentation(
         `segments_info`, a list of dicts with `id`, `label_id`, `was_fused` and `score`.
 
     Raises:
-        ValueError: outputs or target_sizes of the wrong shape, NaN, or both return options.
+        ValueError: outputs or sizes of the wrong shape, NaN, or both return options.
     """
     check_thresholds(threshold=threshold)
     if return_coco_annotation and return_binary_maps:
         raise ValueError("return_coco_annotation and return_binary_maps exclude each other; set one of them")
     results = []
-    for class_logits, mask_logits, target in _images(outputs, target_sizes):
+    for class_logits, mask_logits, target in _images(outputs, target_sizes, resized_sizes):
         Q, K = class_logits.shape[0], class_logits.shape[1] - 1
         # unsorted as in transformers: the order decides the ids and which instance a shared pixel gets
         scores, indices = class_probabilities(class_logits)[:, :-1].flatten().topk(Q, sorted=False)
@@ -144,6 +153,7 @@ def post_process_panoptic_segmentation(
     overlap_mask_area_threshold: float = 0.8,
     label_ids_to_fuse: AbstractSet[int] | None = None,
     target_sizes: Sizes | None = None,
+    resized_sizes: Sizes | None = None,
 ) -> list[dict[str, Any]]:
     """Segments of each image that do not overlap, as transformers computes them.
 
@@ -157,13 +167,15 @@ def post_process_panoptic_segmentation(
         overlap_mask_area_threshold: the part of its mask that a query must own.
         label_ids_to_fuse: classes ("stuff") whose queries become one segment each.
         target_sizes: (H, W) of each result; None leaves 384 x 384.
+        resized_sizes: (height, width) of each image in the model's input, before padding, which is cropped; None for
+            images that fill it. transformers takes every image for one that does.
 
     Returns:
         Per image a dict: `segmentation`, (H, W) int32 segment ids from 1, 0 where there is none (float32, all -1, where
         no query takes part); `segments_info`, a list of dicts with `id`, `label_id`, `was_fused` and `score`.
 
     Raises:
-        ValueError: outputs or target_sizes of the wrong shape, or NaN.
+        ValueError: outputs or sizes of the wrong shape, or NaN.
     """
     check_thresholds(
         threshold=threshold,
@@ -171,7 +183,7 @@ def post_process_panoptic_segmentation(
         overlap_mask_area_threshold=overlap_mask_area_threshold,
     )
     results: list[dict[str, Any]] = []
-    for class_logits, mask_logits, target in _images(outputs, target_sizes):
+    for class_logits, mask_logits, target in _images(outputs, target_sizes, resized_sizes):
         scores, label_ids, queries = confident_queries(class_logits, threshold)
         if not len(queries):
             empty = mask_logits.new_full(target or _MASK_SIZE, -1)
@@ -194,8 +206,10 @@ def post_process_panoptic_segmentation(
     return results
 
 
-def _images(outputs: SegmentationOutputs, target_sizes: Sizes | None) -> Iterator[tuple[Tensor, Tensor, Size | None]]:
-    """Of each image: class logits (Q, K+1), mask logits (Q, 384, 384) and the target size."""
+def _images(
+    outputs: SegmentationOutputs, target_sizes: Sizes | None, resized_sizes: Sizes | None
+) -> Iterator[tuple[Tensor, Tensor, Size | None]]:
+    """Of each image: class logits (Q, K+1), mask logits (Q, 384, 384) without padding and the target size."""
     class_logits, mask_logits = check_outputs(outputs)
     if mask_logits.ndim == 5:
         if mask_logits.shape[2] != 1:
@@ -204,11 +218,24 @@ def _images(outputs: SegmentationOutputs, target_sizes: Sizes | None) -> Iterato
                 "use the post_process_video_* functions"
             )
         mask_logits = mask_logits[:, :, 0]
-    B = len(class_logits)
+    B, (h, w) = len(class_logits), mask_logits.shape[2:]
+    padded = (MASK_STRIDE * h, MASK_STRIDE * w)
+    resized = [padded] * B if resized_sizes is None else check_sizes("resized_sizes", resized_sizes, B)
     targets = [None] * B if target_sizes is None else check_sizes("target_sizes", target_sizes, B)
     for index, target in enumerate(targets):
+        check_within(resized[index], padded)
         check_finite(mask_logits[index])
-        yield class_logits[index], bilinear(mask_logits[index], _MASK_SIZE), target
+        yield class_logits[index], _without_padding(mask_logits[index], padded, resized[index]), target
+
+
+def _without_padding(mask_logits: Tensor, padded: Size, resized: Size) -> Tensor:
+    """(Q, h, w) as (Q, 384, 384) of the part that the image fills: all of it in one resize, as transformers does."""
+    if resized == padded:
+        return bilinear(mask_logits, _MASK_SIZE)
+    height, width = resized
+    # one query at a time: they are large here
+    masks = [bilinear(bilinear(mask[None], padded)[:, :height, :width], _MASK_SIZE) for mask in mask_logits]
+    return torch.cat(masks)
 
 
 def _run_lengths(mask: Tensor) -> list[int]:

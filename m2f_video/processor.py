@@ -1,7 +1,9 @@
 """Video frames into model input, and the model's outputs back to the size of the video.
 
 The arithmetic is that of the original Video Mask2Former (arXiv 2112.10764): 8-bit bilinear resize, normalisation, then
-zero padding on the right and below. The padding is not masked anywhere in the model, so its amount matters.
+zero padding on the right and below. The padding is not masked anywhere in the model, so its amount matters. Checkpoints
+of the image model (`fit="resize"`) are resized as transformers' processor does it with PIL; with torchvision it gives
+pixels that differ by up to one of 255 levels.
 
 Shape letters: B videos, T frames, H W size of the video, H' W' size of the model's input, Q queries, K classes.
 """
@@ -215,10 +217,82 @@ class VideoProcessor:
             self.labels,
         )
 
-    # image results follow transformers, which ignores both padding and resize: nothing here to add
-    post_process_instance_segmentation = staticmethod(postprocess.post_process_instance_segmentation)
-    post_process_semantic_segmentation = staticmethod(postprocess.post_process_semantic_segmentation)
-    post_process_panoptic_segmentation = staticmethod(postprocess.post_process_panoptic_segmentation)
+    def post_process_instance_segmentation(
+        self,
+        outputs: SegmentationOutputs,
+        threshold: float = 0.5,
+        mask_threshold: float = 0.5,
+        overlap_mask_area_threshold: float = 0.8,
+        target_sizes: Sizes | None = None,
+        return_coco_annotation: bool = False,
+        return_binary_maps: bool = False,
+        resized_sizes: Sizes | None = None,
+    ) -> list[dict[str, Any]]:
+        """Object instances of each image; see `postprocess.post_process_instance_segmentation`.
+
+        Args:
+            outputs: the model's outputs for B images, or for B frames decoded one by one.
+            threshold: instances that score less are left out.
+            mask_threshold: without effect, as in transformers.
+            overlap_mask_area_threshold: likewise without effect.
+            target_sizes: original (H, W) of each image; None leaves 384 x 384, padding included.
+            return_coco_annotation: run lengths instead of a map.
+            return_binary_maps: one mask per instance instead of a map.
+            resized_sizes: (height, width) of each image in the model's input; None computes them from target_sizes.
+
+        Raises:
+            ValueError: also if the sizes computed from target_sizes are not those of the model's input.
+        """
+        return postprocess.post_process_instance_segmentation(
+            outputs,
+            threshold,
+            mask_threshold,
+            overlap_mask_area_threshold,
+            target_sizes,
+            return_coco_annotation,
+            return_binary_maps,
+            self._resized_sizes(outputs, target_sizes, resized_sizes),
+        )
+
+    def post_process_semantic_segmentation(
+        self,
+        outputs: SegmentationOutputs,
+        target_sizes: Sizes | None = None,
+        return_segmentation_scores: bool = False,
+        resized_sizes: Sizes | None = None,
+    ) -> list[Tensor] | list[postprocess.SemanticSegmentation]:
+        """The class of every pixel of each image; see `postprocess.post_process_semantic_segmentation`.
+
+        The sizes are as in `post_process_instance_segmentation`.
+        """
+        resized_sizes = self._resized_sizes(outputs, target_sizes, resized_sizes)
+        return postprocess.post_process_semantic_segmentation(
+            outputs, target_sizes, return_segmentation_scores, resized_sizes
+        )
+
+    def post_process_panoptic_segmentation(
+        self,
+        outputs: SegmentationOutputs,
+        threshold: float = 0.5,
+        mask_threshold: float = 0.5,
+        overlap_mask_area_threshold: float = 0.8,
+        label_ids_to_fuse: AbstractSet[int] | None = None,
+        target_sizes: Sizes | None = None,
+        resized_sizes: Sizes | None = None,
+    ) -> list[dict[str, Any]]:
+        """Segments of each image that do not overlap; see `postprocess.post_process_panoptic_segmentation`.
+
+        The sizes are as in `post_process_instance_segmentation`.
+        """
+        return postprocess.post_process_panoptic_segmentation(
+            outputs,
+            threshold,
+            mask_threshold,
+            overlap_mask_area_threshold,
+            label_ids_to_fuse,
+            target_sizes,
+            self._resized_sizes(outputs, target_sizes, resized_sizes),
+        )
 
     def _resized_sizes(
         self, outputs: SegmentationOutputs, target_sizes: Sizes | None, resized_sizes: Sizes | None
@@ -232,9 +306,9 @@ class VideoProcessor:
         actual = (MASK_STRIDE * mask_logits.shape[-2], MASK_STRIDE * mask_logits.shape[-1])
         if actual != expected:
             raise ValueError(
-                f"videos of target_sizes {target_sizes!r} make a model input of {expected}, but these outputs are of "
-                f"an input of {actual}; if target_sizes are not the original video sizes (or this is part of a batch), "
-                "pass resized_sizes, the (height, width) of each video in the input before padding"
+                f"target_sizes {target_sizes!r:.60} make a model input of {expected}, but these outputs are of one of "
+                f"{actual}; if they are not the original sizes (or this is part of a batch), pass resized_sizes, the "
+                "(height, width) of each item in the input before padding"
             )
         return sizes
 

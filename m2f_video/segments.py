@@ -15,6 +15,8 @@ from torch import Tensor
 Size = tuple[int, int]  # (height, width) in pixels
 Sizes = Sequence[Size] | Tensor | np.ndarray
 
+MASK_STRIDE = 4  # pixels of the model's input per mask logit
+
 
 class SegmentationOutputs(Protocol):
     """What post-processing reads from a model's outputs."""
@@ -68,6 +70,15 @@ def check_sizes(name: str, sizes: Sizes, count: int) -> list[Size]:
             f"such as [(720, 1280)] for one; got {sizes!r}"
         )
     return [(int(height), int(width)) for height, width in array]
+
+
+def check_within(resized: Size, padded: Size) -> None:
+    """Raise ValueError where a resized size is larger than the model's input that should hold it."""
+    if resized[0] > padded[0] or resized[1] > padded[1]:
+        raise ValueError(
+            f"resized size {resized} does not fit the padded size {padded} of the model's input; "
+            "pass as resized_sizes the (height, width) the frames had before padding"
+        )
 
 
 def check_thresholds(**thresholds: float) -> None:

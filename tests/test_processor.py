@@ -272,6 +272,68 @@ def test_targets_that_do_not_make_this_input_name_resized_sizes(target: tuple[in
             getattr(processor(), f"post_process_video_{kind}_segmentation")(outputs, target_sizes=[target])
 
 
+IMAGE_KINDS = ("instance", "semantic", "panoptic")
+
+
+def right_half(height: int, width: int) -> torch.Tensor:
+    return torch.arange(width).ge(width // 2).expand(height, width)
+
+
+def ideal_outputs(pixel_values: torch.Tensor) -> SimpleNamespace:
+    """What a perfect model makes of (B, 3, H', W') that is -1 and 1: a query per half; but both claim the padding."""
+    halves = torch.stack((pixel_values[:, 0], -pixel_values[:, 0]), dim=1)
+    return SimpleNamespace(
+        class_queries_logits=torch.eye(2, len(LABELS) + 1).expand(len(halves), -1, -1) * 20,
+        masks_queries_logits=torch.nn.functional.avg_pool2d(halves.masked_fill(halves == 0, 1), 4) * 20,
+    )
+
+
+@pytest.mark.parametrize("kind", IMAGE_KINDS)
+@pytest.mark.parametrize("fit", ["pad", "resize"])
+@pytest.mark.parametrize(
+    ("changes", "sizes"),
+    [
+        ({}, [(128, 192)]),
+        ({}, [(100, 141)]),
+        ({}, [(141, 100)]),
+        ({}, [(400, 90)]),
+        ({"size_divisor": 128}, [(120, 200)]),
+        ({"fixed_size": (100, 100)}, [(128, 192), (200, 90)]),
+        ({}, [(128, 192), (100, 141), (300, 100)]),
+    ],
+)
+def test_image_results_lie_where_the_image_has_them(kind: str, fit: str, changes: dict, sizes: list) -> None:
+    fields = {"shortest_edge": 128, "longest_edge": 400, "image_mean": (0.5,) * 3, "image_std": (0.5,) * 3}
+    ours = processor(**fields, **changes, fit=fit)
+    frames = [right_half(*size)[None, :, :, None].expand(-1, -1, -1, 3).to(torch.uint8) * 255 for size in sizes]
+    outputs = ideal_outputs(ours(frames)["pixel_values"][:, 0])
+    for result, size in zip(
+        getattr(ours, f"post_process_{kind}_segmentation")(outputs, target_sizes=sizes), sizes, strict=True
+    ):
+        half = result == 0
+        if kind != "semantic":
+            assert len(result["segments_info"]) == 2
+            (segment_id,) = (row["id"] for row in result["segments_info"] if row["label_id"] == 0)
+            half = result["segmentation"] == segment_id
+        assert half.shape == size
+        wrong = half != right_half(*size)
+        wrong[:, size[1] // 2 - 2 : size[1] // 2 + 2] = False  # the resizes blur the line
+        # the masks' last pixels are in part of the padding
+        assert not wrong[: int(0.95 * size[0]), : int(0.95 * size[1])].any()
+
+
+@pytest.mark.parametrize("kind", IMAGE_KINDS)
+def test_image_targets_that_do_not_make_this_input_name_resized_sizes(kind: str) -> None:
+    method = getattr(processor(), f"post_process_{kind}_segmentation")
+    with pytest.raises(ValueError, match="resized_sizes"):
+        method(outputs_for(64, 96, frames=1), target_sizes=[(300, 900)])
+    with pytest.raises(ValueError, match="does not fit the padded size"):
+        method(outputs_for(64, 96, frames=1), target_sizes=[(300, 900)], resized_sizes=[(65, 96)])
+    with pytest.raises(ValueError, match="resized_sizes"):
+        method(outputs_for(64, 96, frames=1), resized_sizes=[(48, 66), (48, 66)])
+    method(outputs_for(64, 96, frames=1), target_sizes=[(300, 900)], resized_sizes=[(48, 66)])
+
+
 def test_image_methods_are_the_free_functions() -> None:
     outputs = outputs_for(64, 96, frames=1)
     for kind in ("instance", "panoptic"):

@@ -126,12 +126,15 @@ def native_config_from_hf(config: Json, preprocessor: Json | None = None, tempor
 
     Args:
         config: The content of config.json. Fields that old files lack take transformers' defaults.
-        preprocessor: The content of preprocessor_config.json; None takes the defaults of the published video models.
+        preprocessor: The content of preprocessor_config.json; None takes the defaults of the published video models,
+            or of transformers for an image model.
         temporal: ``"joint"`` or ``"per_frame"``; None reads it from the architecture's name: ``VideoMask2Former...``
             is joint, anything else per frame.
 
     Returns:
-        The native config.
+        The native config. Its preprocessing belongs to the checkpoint, whatever ``temporal`` asks for: a video model's
+        frames are padded to the divisor, as the original does, and an image model's are resized to it, as transformers
+        does; but a ``fit`` in the preprocessor, which only a converted native config has, comes first.
 
     Raises:
         ConversionError: If a required field is missing or a value is one the native model cannot represent.
@@ -159,7 +162,9 @@ def native_config_from_hf(config: Json, preprocessor: Json | None = None, tempor
     video = any(name.startswith("VideoMask2Former") for name in architectures)
     native["temporal"] = _temporal(temporal or _TEMPORAL_OF[video])
     native["labels"] = _labels(config)
-    native["preprocessing"] = copy.deepcopy(_PREPROCESSING) | ({} if preprocessor is None else _read(preprocessor))
+    native["preprocessing"] = copy.deepcopy(_PREPROCESSING)
+    if preprocessor is not None or not video:
+        native["preprocessing"] |= _read(preprocessor or {}, fit="pad" if video else "resize")
     return native
 
 
@@ -271,13 +276,13 @@ def _check_depth(config: Any) -> None:
         raise ConversionError("config: it nests too deeply; give the config.json of a model")
 
 
-def _read(processor: Json) -> Json:
-    """The native preprocessing of an HF image processor."""
-    _check_fixed("preprocessor", processor, _PROCESSOR_FIXED)
+def _read(processor: Json, fit: str) -> Json:
+    """The native preprocessing of an HF image processor; ``fit`` is for one that does not say it."""
+    _check_fixed("preprocessor", processor, _PROCESSOR_FIXED | {"pad_size": None})
     factor = processor.get("rescale_factor", 1 / 255)
     if not isinstance(factor, float) or not math.isclose(factor, 1 / 255, rel_tol=1e-6):
         raise ConversionError(f"preprocessor: rescale_factor = {factor!r:.60} cannot be represented; only 1/255 can")
-    native: Json = {"fit": processor.get("fit", _PREPROCESSING["fit"])}
+    native: Json = {"fit": processor.get("fit", fit)}
     for name in ("size_divisor", "image_mean", "image_std"):
         like = _PREPROCESSING[name]
         native[name] = _checked(f"preprocessor: {name}", processor.get(name, like), like)

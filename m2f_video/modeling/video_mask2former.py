@@ -409,7 +409,8 @@ class VideoMask2Former(
                 and detectron2 weights convert in memory.
             config: needed for a weight file without a `config.json` beside it; a config, the name of a preset, or a
                 config file. It replaces the checkpoint's own.
-            temporal: `joint` or `per_frame`; None reads it from the checkpoint.
+            temporal: `joint` or `per_frame`; None reads it from the checkpoint. How frames are resized and padded is
+                the checkpoint's own in either case.
             dtype: floating-point type of the weights, None for float32; `"bfloat16"` or `torch.bfloat16`.
             device: where to put the weights, None for the CPU.
             revision: branch, tag or commit on the hub.

@@ -99,6 +99,19 @@ def test_temporal_comes_from_the_architecture(architectures, temporal, expected)
     assert native_config_from_hf(config, temporal=temporal)["temporal"] == expected
 
 
+@pytest.mark.parametrize("temporal", [None, "joint", "per_frame"])
+@pytest.mark.parametrize("name", ["Mask2FormerForUniversalSegmentation", "VideoMask2FormerForVideoSegmentation"])
+def test_preprocessing_belongs_to_the_checkpoint_whatever_the_temporal_mode(name, temporal):
+    config, video = published() | {"architectures": [name]}, name.startswith("Video")
+    fit = "pad" if video else "resize"
+    for own in (processor(), {}, {"size": {"height": 384, "width": 640}}):
+        assert native_config_from_hf(config, own, temporal)["preprocessing"]["fit"] == fit
+        for said in ("pad", "resize"):
+            assert native_config_from_hf(config, own | {"fit": said}, temporal)["preprocessing"]["fit"] == said
+    without = native_config_from_hf(config, None, temporal)["preprocessing"]
+    assert (without["fit"], without["shortest_edge"]) == (fit, 480 if video else 800)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -409,6 +422,7 @@ def test_processor_that_says_nothing_takes_the_defaults_of_transformers():
         ("size", {"shortest_edge": 0, "longest_edge": 1333}),
         ("size", "large"),
         ("size_divisor", 0),
+        ("pad_size", {"height": 800, "width": 800}),
         ("image_mean", [0.5]),
         ("image_std", [0.5, 0.5, "0.5"]),
     ],
