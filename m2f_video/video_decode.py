@@ -3,48 +3,86 @@
 `video_io` is the public face of this; here is all that knows FFmpeg's ways of reading.
 """
 
+import contextlib
 from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
 
+from m2f_video.files import check_regular
+
+MAX_PIXELS = 2**27
+"""Of one frame: 16384 x 8192, four times an 8K frame and 384 MiB in RGB. Larger ones are refused, stated or real."""
+
 # FFmpeg "plays" text as pictures, and follows playlists to other files; neither is a video file.
 _REFUSED_FORMATS = {"tty", "bin", "xbin", "adf", "idf", "concat", "hls", "dash", "sdp"}
+# A file may name others (playlists, references): none is opened, neither here nor in the network.
+_OPTIONS = {"protocol_whitelist": "none", "max_pixels": str(MAX_PIXELS)}
+# FFmpeg's converter ends the process when it is given one of these.
+_CRASHING_FORMATS = {"yaf32le", "yaf32be"}
 
 
 class VideoError(ValueError):
     """A video that cannot be read or written as asked; the message names it and the remedy."""
 
 
-def open_container(path: str) -> Any:
-    """Open a video file as a PyAV container.
+@contextlib.contextmanager
+def open_container(path: str) -> Iterator[Any]:
+    """Open a video file as a PyAV container, whatever its name looks like to FFmpeg; closed when the block ends.
 
     Raises:
-        VideoError: FFmpeg does not recognise the file, or it is a text or a playlist.
+        VideoError: FFmpeg does not recognise the file, or it is a text, a playlist, a pipe or a device.
     """
     import av
 
+    check_file(path)
+    with contextlib.ExitStack() as stack:
+        try:
+            # FFmpeg would take a name with a colon for an address, and one with a percent sign for a pattern.
+            file = stack.enter_context(open(path, "rb"))
+            container = av.open(file, options=_OPTIONS, metadata_errors="replace")
+        except PermissionError as error:
+            raise VideoError(f"{path}: no permission to read the file") from error
+        except (av.error.FFmpegError, OSError) as error:
+            raise VideoError(
+                f"{path}: not a video FFmpeg can read, or its beginning or index is missing: {error.strerror}"
+            ) from error
+        stack.enter_context(container)
+        if container.format.name in _REFUSED_FORMATS:
+            raise VideoError(f"{path}: not a video file, but {container.format.long_name} ({container.format.name})")
+        yield container
+
+
+def check_file(path: str) -> None:
+    """Refuse what may block for ever.
+
+    Raises:
+        VideoError: the path is a pipe, a socket or a device.
+    """
     try:
-        # A file may name others (playlists, references): never follow one out to the network.
-        container = av.open(path, options={"protocol_whitelist": "file"})
-    except PermissionError as error:
-        raise VideoError(f"{path}: no permission to read the file") from error
-    except av.error.FFmpegError as error:
+        check_regular(path)
+    except ValueError as error:
+        raise VideoError(str(error)) from error
+
+
+def check_pixels(name: str, height: int, width: int) -> None:
+    """Refuse frames that would take all memory.
+
+    Raises:
+        VideoError: a frame has more than `MAX_PIXELS` pixels.
+    """
+    if height * width > MAX_PIXELS:
         raise VideoError(
-            f"{path}: not a video FFmpeg can read, or its beginning or index is missing: {error.strerror}"
-        ) from error
-    if container.format.name in _REFUSED_FORMATS:
-        container.close()
-        raise VideoError(f"{path}: not a video file, but {container.format.long_name} ({container.format.name})")
-    return container
+            f"{name} is {width}x{height}; frames of more than {MAX_PIXELS:,} pixels are not read, scale it down first"
+        )
 
 
 def video_stream(container: Any, path: str) -> Any:
     """The main video stream of a container, set up to decode.
 
     Raises:
-        VideoError: there is none (a cover picture is none), or no decoder for it.
+        VideoError: there is none (a cover picture is none), no decoder for it, or its frames are too large.
     """
     import av
 
@@ -53,6 +91,7 @@ def video_stream(container: Any, path: str) -> Any:
         raise VideoError(f"{path}: the file has no video stream (it reads as {container.format.long_name})")
     if stream.codec_context is None:
         raise VideoError(f"{path}: there is no decoder for its video stream; re-encode it, for example to h264")
+    check_pixels(f"{path}: its picture", stream.codec_context.height, stream.codec_context.width)
     stream.thread_type = "SLICE"  # frame threads are faster, but hide errors and drop frames beside them
     return stream
 
@@ -129,16 +168,21 @@ class DamageLog:
         return missing if missing > max(3 / Fraction(rate), self._longest_frame) else None
 
 
-def decode(container: Any, stream: Any, damage: DamageLog) -> Iterator[Any]:
-    """Decode a stream to its end, past errors, which are noted in `damage`; yields PyAV frames."""
+def decode(container: Any, stream: Any, damage: DamageLog) -> Iterator[tuple[Any, np.ndarray | None]]:
+    """Decode a stream to its end, past errors, which are noted in `damage`.
+
+    Yields:
+        PyAV frames, each with its display matrix (3, 3). That of the first holds for those that have none: an animated
+        PNG states it once.
+    """
     import av
 
-    seen_keyframe = False
+    seen_keyframe, first_matrix = False, None
     packets = container.demux()  # all streams: the file ends where the last of them ends
     while True:
         try:
             packet = next(packets, None)
-        except av.error.FFmpegError as error:
+        except (av.error.FFmpegError, OSError) as error:
             damage.demux_error = error.strerror
             return
         if packet is None:
@@ -154,21 +198,52 @@ def decode(container: Any, stream: Any, damage: DamageLog) -> Iterator[Any]:
             damage.num_broken += seen_keyframe
             continue
         for frame in frames:
+            matrix = _display_matrix(frame)
+            if damage.num_frames == 0:
+                first_matrix = matrix
             damage.saw_frame(frame)
-            yield frame
+            yield frame, first_matrix if matrix is None else matrix
 
 
-def upright_rgb(frame: Any) -> np.ndarray:
-    """A PyAV frame as uint8 RGB (H, W, 3), turned and mirrored as its display matrix says (nearest quarter turn)."""
-    image = frame.to_ndarray(format="rgb24")
-    matrix = frame.side_data.get("DISPLAYMATRIX")
+def upright_rgb(frame: Any, matrix: np.ndarray | None) -> np.ndarray:
+    """A PyAV frame as uint8 RGB (H, W, 3), turned and mirrored as the display matrix says (nearest quarter turn).
+
+    Raises:
+        VideoError: FFmpeg cannot convert pixels of this format.
+    """
+    import av
+
+    try:
+        if frame.format.name in _CRASHING_FORMATS:
+            raise ValueError("no conversion")
+        image = frame.to_ndarray(format="rgb24")
+    except (av.error.FFmpegError, ValueError) as error:
+        raise VideoError(f"pixels of format {frame.format.name} cannot be converted to RGB") from error
     if matrix is None:
         return image
     # A point (x, y) of the stored frame is shown at (a x + c y, b x + d y).
-    (a, b), (c, d) = np.frombuffer(matrix, np.int32).reshape(3, 3)[:2, :2].tolist()
+    (a, b), (c, d) = matrix[:2, :2].tolist()
     if abs(b) + abs(c) > abs(a) + abs(d):
         image, a, d = image.swapaxes(0, 1), c, b
     return np.ascontiguousarray(image[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
+
+
+def _display_matrix(frame: Any) -> np.ndarray | None:
+    """The display matrix (3, 3) of a frame, None where it has none.
+
+    `frame.side_data` would do, but it keeps what it returns, which refers to the frame: a cycle, by which decoded
+    frames stay in memory until the garbage collector comes. And it knows not all of FFmpeg's types of side data. What
+    FFmpeg lists before a type that is not known is there in spite of the error; the matrix comes before EXIF, the
+    camera's own data, from which it is made.
+    """
+    from av.sidedata import sidedata
+
+    container: Any = sidedata.SideDataContainer
+    side_data = container.__new__(container)
+    with contextlib.suppress(ValueError):
+        container.__init__(side_data, frame)
+    matrix = side_data.get("DISPLAYMATRIX")
+    return None if matrix is None else np.frombuffer(matrix, np.int32).reshape(3, 3)
 
 
 def _start(container: Any) -> Fraction:

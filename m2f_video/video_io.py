@@ -7,17 +7,30 @@ import os
 import re
 import warnings
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from m2f_video.picture_decode import (
+    OTHER_SUFFIXES,
+    PICTURE_SUFFIXES,
+    image_size,
+    is_sequence,
+    read_image,
+    read_sequence,
+    sequence_shape,
+)
 from m2f_video.video_decode import (
+    MAX_PIXELS,
     DamageLog,
     VideoError,
+    check_pixels,
     decode,
     open_container,
     stated_num_frames,
@@ -36,8 +49,10 @@ __all__ = [
     "VideoSource",
     "VideoWriter",
     "as_frame_rate",
+    "image_size",
     "open_video",
     "parse_frames",
+    "read_image",
     "read_video",
 ]
 
@@ -50,15 +65,13 @@ DEFAULT_FPS = Fraction(25)
 ARRAY_SOURCE = "<array>"
 """`VideoReader.source` of a video that came as an array."""
 
-_IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
-
 
 class VideoNotFoundError(VideoError, FileNotFoundError):
     """The path of a video does not exist."""
 
 
 class TruncatedVideoWarning(UserWarning):
-    """A video file is cut off or damaged; the frames that could be decoded were used."""
+    """A video file is cut off or damaged, or its frames change their size; those until there were used."""
 
 
 class VideoReader(ABC):
@@ -111,68 +124,116 @@ class _ArrayReader(VideoReader):
 
 class _FolderReader(VideoReader):
     def __init__(self, folder: str, fps: Fraction, frames: slice) -> None:
-        self._files = sorted(
-            (p for p in Path(folder).iterdir() if p.suffix.lower() in _IMAGE_SUFFIXES and p.name[0] != "."),
-            key=lambda p: _natural_order(p.name),
-        )
-        if not self._files:
-            raise VideoError(f"{folder}: the folder holds no frames ({', '.join(_IMAGE_SUFFIXES)})")
+        files = _frame_files(Path(folder))
+        frames = _within(frames, len(files), folder)
+        self._files = files[frames]
         size = image_size(self._files[0])
         for file in self._files[1:]:
             if (other := image_size(file)) != size:
                 raise VideoError(_size_message(str(file), other, self._files[0].name, size))
-        super().__init__(folder, size, fps, len(self._files), _within(frames, len(self._files), folder))
+        super().__init__(folder, size, fps, len(files), frames)
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        for file in self._files[self._frames]:
+        for file in self._files:
             yield read_image(file)
 
 
-class _FileReader(VideoReader):
+class _PartialReader(VideoReader):
+    """A file: what is wrong with it is found on the way, when its first frames may have been worked on for long."""
+
+    def __init__(
+        self, path: str, size: tuple[int, int], fps: Fraction, count: int | None, frames: slice, strict: bool
+    ) -> None:
+        super().__init__(path, size, fps, count, frames)
+        self._strict = strict
+
+    def _fits(self, image: np.ndarray, position: int) -> bool:
+        """Whether a frame has the size of those before it; where not, they are the video."""
+        if image.shape[:2] == (self.height, self.width):
+            return True
+        index = self.frame_index(position)
+        self._report(
+            f"frame {index} is {image.shape[1]}x{image.shape[0]} but those before it are {self.width}x{self.height}; "
+            f"the video ends there, what follows is a video of its own: --frames {index}:",
+            stacklevel=4,
+        )
+        return False
+
+    def _report(self, reason: str | None, stacklevel: int = 3) -> None:
+        if reason is None:
+            return
+        if self._strict:
+            raise VideoError(f"{self.source}: {reason}")
+        warnings.warn(f"{self.source}: {reason}", TruncatedVideoWarning, stacklevel=stacklevel)
+
+
+class _SequenceReader(_PartialReader):
+    def __init__(self, path: str, fps: Fraction | None, frames: slice, strict: bool) -> None:
+        count, size, rate = sequence_shape(path, frames)
+        super().__init__(path, size, fps or rate or DEFAULT_FPS, count, _within(frames, count, path), strict)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        indices = self.frame_indices(self.num_frames_hint or 0)
+        pictures = read_sequence(self.source, indices)
+        for position in range(len(indices)):
+            try:
+                image = next(pictures)
+            except VideoError as error:
+                if position == 0:
+                    raise
+                reason = str(error).removeprefix(f"{self.source}: ")
+                self._report(f"the file is cut off or damaged, {position} frames were decoded: {reason}")
+                return
+            if not self._fits(image, position):
+                return
+            yield image
+
+
+class _FileReader(_PartialReader):
     def __init__(self, path: str, fps: Fraction | None, frames: slice, strict: bool) -> None:
         if _negative(frames.start) or _negative(frames.stop):
             raise VideoError(
                 f"{path}: negative frame numbers need a length that is known before decoding, which a video file "
                 "does not have; give frame numbers counted from the start"
             )
-        self._strict = strict
         with open_container(path) as container:
             stream = video_stream(container, path)
-            first = next(decode(container, stream, DamageLog(container, stream)), None)
-            if first is None:
+            # The size may change before the first frame selected.
+            decoded = islice(decode(container, stream, DamageLog(container, stream)), (frames.start or 0) + 1)
+            first = deque(decoded, maxlen=1)
+            if not first:
                 raise VideoError(
                     f"{path}: no frame could be decoded ({stream.codec_context.name}): the file is empty, cut off "
-                    "or damaged"
+                    f"or damaged, or its frames have more than {MAX_PIXELS:,} pixels"
                 )
-            size = upright_rgb(first).shape[:2]
+            try:
+                size = upright_rgb(*first[0]).shape[:2]
+            except VideoError as error:
+                raise VideoError(f"{path}: {error}") from error
             rate = fps or Fraction(stream.average_rate or stream.guessed_rate or DEFAULT_FPS)
             count = stated_num_frames(container, stream)
-        super().__init__(path, size, rate, count, frames)
+        super().__init__(path, size, rate, count, frames, strict)
 
     def __iter__(self) -> Iterator[np.ndarray]:
         start, stop, step = self._frames.start or 0, self._frames.stop, self._frames.step or 1
         with open_container(self.source) as container:
             stream = video_stream(container, self.source)
             damage = DamageLog(container, stream)
-            for index, frame in enumerate(decode(container, stream, damage)):
+            for index, (frame, matrix) in enumerate(decode(container, stream, damage)):
                 if index >= start and (index - start) % step == 0:
-                    image = upright_rgb(frame)
-                    if (size := image.shape[:2]) != (self.height, self.width):
-                        other = (self.height, self.width)
-                        raise VideoError(_size_message(f"{self.source}: frame {index}", size, "the first", other))
+                    try:
+                        image = upright_rgb(frame, matrix)
+                    except VideoError as error:
+                        self._report(f"the video ends before frame {index}, whose {error}")
+                        return
+                    if not self._fits(image, (index - start) // step):
+                        return
                     yield image
                 if index + 1 == stop:
                     return
-            self._report(damage)
+            self._report(damage.describe())
             if damage.num_frames <= start:
                 raise _nothing_selected(self.source, self._frames, damage.num_frames)
-
-    def _report(self, damage: DamageLog) -> None:
-        if (reason := damage.describe()) is None:
-            return
-        if self._strict:
-            raise VideoError(f"{self.source}: {reason}")
-        warnings.warn(f"{self.source}: {reason}", TruncatedVideoWarning, stacklevel=3)
 
 
 def open_video(
@@ -186,17 +247,20 @@ def open_video(
       (rotation and mirroring in the metadata are applied), 8 bits deep, in the colours that the file's matrix
       (BT.601, BT.709, BT.2020) and range tags ask for; BT.601 and limited range where there are none. Alpha is
       dropped, a non-square pixel aspect ignored, and frames of a variable rate are taken as they are stored;
-    - a folder of frames (jpg, jpeg, png, bmp, webp), in natural order of their names; alpha is dropped;
+    - an animated WebP or a TIFF of several pages;
+    - a folder of frames (jpg, png, webp, bmp, tif, ppm, gif, avif, jp2, ...), one picture to a file, in natural order
+      of their names; alpha is dropped;
     - a uint8 array or tensor (T, H, W, 3), or a sequence of uint8 frames (H, W, 3).
 
-    A file that turns out cut off or damaged yields all frames that decode, then a `TruncatedVideoWarning`.
+    A file that turns out cut off or damaged yields all frames that decode, then a `TruncatedVideoWarning`; so does one
+    whose frames change their size, which ends there.
 
     Args:
         source: the video.
         frames: which frames, counted from 0. A stop past the end means the end. Negative numbers count from the
-            end and are possible for folders and arrays only. The step must be positive.
+            end and are possible for all but video files. The step must be positive.
         fps: frames per second, instead of what the source states; 25 where it states none.
-        strict: raise a `VideoError` instead of the warning when a file is damaged.
+        strict: raise a `VideoError` instead of the warning.
 
     Raises:
         VideoError: what is given is no video, holds no frames, or the slice selects none of them. That the slice
@@ -212,6 +276,8 @@ def open_video(
         raise VideoNotFoundError(f"{path}: there is no such video file or folder of frames")
     if os.path.isdir(path):
         return _FolderReader(path, rate or DEFAULT_FPS, selected)
+    if is_sequence(path):
+        return _SequenceReader(path, rate, selected, strict)
     return _FileReader(path, rate, selected, strict)
 
 
@@ -242,33 +308,29 @@ def parse_frames(text: str) -> slice:
     return _check_slice(slice(*(int(part) if part.strip() else None for part in text.split(":"))))
 
 
-def image_size(file: Path) -> tuple[int, int]:
-    """(H, W) of an image file, from its header only."""
-    from PIL import ExifTags, Image
-
-    try:
-        with Image.open(file) as image:
-            lying = image.getexif().get(ExifTags.Base.Orientation) in {5, 6, 7, 8}
-            return (image.width, image.height) if lying else (image.height, image.width)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise VideoError(f"{file}: cannot read the frame: {error}") from error
-
-
-def read_image(file: Path) -> np.ndarray:
-    """An image file as uint8 RGB (H, W, 3), upright.
-
-    Raises:
-        VideoError: it cannot be read, or has more than 8 bits a channel.
-    """
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(file) as image:
-            if image.mode.startswith(("I", "F")):
-                raise VideoError(f"{file}: the frame has pixel type {image.mode}; convert it to 8 bits a channel")
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise VideoError(f"{file}: cannot read the frame: {error}") from error
+def _frame_files(folder: Path) -> list[Path]:
+    """The frames in a folder, in natural order."""
+    files: list[Path] = []
+    other: list[Path] = []
+    stems: dict[str, Path] = {}
+    for path in sorted(folder.iterdir(), key=lambda path: (_natural_order(path.name), path.name)):
+        suffix = path.suffix.lower()
+        if path.name[0] == "." or suffix not in (*PICTURE_SUFFIXES, *OTHER_SUFFIXES):
+            continue
+        (files if suffix in PICTURE_SUFFIXES else other).append(path)
+        if (twin := stems.setdefault(path.stem, path)) is not path:
+            raise VideoError(
+                f"{folder}: {twin.name} and {path.name} cannot be told to be one frame (a mask beside its image?) or "
+                "two; leave one picture a frame in the folder"
+            )
+    if other:
+        raise VideoError(
+            f"{folder}: {other[0].name} is a picture of a kind that is not read ({len(other)} such files); convert "
+            "it to png or jpg, or take it out of the folder"
+        )
+    if not files:
+        raise VideoError(f"{folder}: the folder holds no frames ({', '.join(sorted(PICTURE_SUFFIXES))})")
+    return files
 
 
 def _natural_order(name: str) -> list[str | int]:
@@ -306,6 +368,7 @@ def _check_frame(frame: Any, index: int) -> np.ndarray:
         )
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
         raise VideoError(f"frame {index} has shape {image.shape} and type {image.dtype}, frames are uint8 (H, W, 3)")
+    check_pixels(f"frame {index}", *image.shape[:2])
     return image
 
 

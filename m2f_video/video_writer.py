@@ -14,6 +14,7 @@ from m2f_video.video_decode import VideoError
 
 _BT709 = 1  # in FFmpeg's lists of colour spaces, of primaries and of transfer curves alike
 _LIMITED_RANGE = 1
+_PIXEL_FORMAT = "yuv420p"
 
 
 def as_frame_rate(fps: float | Fraction) -> Fraction:
@@ -31,11 +32,12 @@ def as_frame_rate(fps: float | Fraction) -> Fraction:
 
 
 class VideoWriter:
-    """Writes frames to a video file, exactly as many, as large and as fast as given.
+    """Writes frames to a video file, exactly as many and as fast as given.
 
     A context manager: the file appears under its name when the block ends well, and nothing of it stays when the
-    block ends with an exception. Even sizes are stored as yuv420p, which every browser plays, odd ones as yuv444p,
-    which keeps them to the pixel; colours are BT.709, limited range, and tagged so.
+    block ends with an exception. Frames are stored as yuv420p, the one format that every browser and QuickTime play;
+    it has even sizes only, so that an odd width or height grows by one: the last column or row is there twice.
+    Colours are BT.709, limited range, and tagged so.
 
     Args:
         path: of the file; its suffix chooses the container.
@@ -65,7 +67,6 @@ class VideoWriter:
         self.fps = as_frame_rate(fps)
         self.width, self.height, self.codec, self.crf = width, height, codec, crf
         self.num_frames = 0
-        self._pixel_format = "yuv420p" if width % 2 == height % 2 == 0 else "yuv444p"
         self._cleanup: contextlib.ExitStack | None = None
 
     def __enter__(self) -> "VideoWriter":
@@ -104,8 +105,10 @@ class VideoWriter:
                 f"{self.path}: frame {self.num_frames} has shape {frame.shape} and type {frame.dtype}; this video "
                 f"takes uint8 RGB ({self.height}, {self.width}, 3)"
             )
+        if self.height % 2 or self.width % 2:
+            frame = np.pad(frame, ((0, self.height % 2), (0, self.width % 2), (0, 0)), mode="edge")
         image = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-        image = image.reformat(format=self._pixel_format, dst_colorspace="ITU709", dst_color_range="MPEG")
+        image = image.reformat(format=_PIXEL_FORMAT, dst_colorspace="ITU709", dst_color_range="MPEG")
         image.pts, image.time_base = self.num_frames, 1 / self.fps
         self._encode(image)
         self.num_frames += 1
@@ -130,7 +133,8 @@ class VideoWriter:
         # The index goes to the front of the file, so that browsers start before they have all of it.
         options = {"movflags": "+faststart"} if self.path.suffix.lower() in {".mp4", ".mov", ".m4v"} else {}
         try:
-            return av.open(str(temporary), "w", options=options)
+            # By its protocol: FFmpeg takes a name with a colon for an address.
+            return av.open(f"file:{temporary}", "w", options=options)
         except ValueError as error:
             raise VideoError(f"{self.path}: FFmpeg knows no container {self.path.suffix!r}; use .mp4") from error
 
@@ -147,7 +151,8 @@ class VideoWriter:
             stream = self._container.add_stream(self.codec, rate=self.fps, options=options)
         except ValueError as error:
             raise VideoError(f"{self.path}: cannot encode with {self.codec!r}: {error}") from error
-        stream.width, stream.height, stream.pix_fmt = self.width, self.height, self._pixel_format
+        stream.width, stream.height = self.width + self.width % 2, self.height + self.height % 2
+        stream.pix_fmt = _PIXEL_FORMAT
         context = stream.codec_context
         context.time_base = 1 / self.fps
         context.colorspace = context.color_primaries = context.color_trc = _BT709

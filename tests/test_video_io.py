@@ -1,6 +1,14 @@
+import contextlib
 import errno
+import gc
 import io
+import os
+import re
+import socket
+import struct
 import warnings
+import zlib
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
@@ -10,7 +18,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 from m2f_video.video_io import (
     TruncatedVideoWarning,
@@ -239,15 +247,196 @@ def test_variable_frame_rate_takes_frames_as_stored(tmp_path: Path, name: str) -
     assert open_video(path, fps=12.5).fps == Fraction(25, 2)
 
 
-def test_frames_of_two_sizes_in_one_file_are_an_error(tmp_path: Path) -> None:
-    small, large = (
-        make_video(tmp_path / "s.ts", num_frames=4),
-        make_video(tmp_path / "l.ts", num_frames=4, size=(96, 128)),
+def two_sizes(path: Path) -> Path:
+    """Four frames of 64x48, then four of 128x96."""
+    if path.suffix == ".ts":
+        parts = [make_video(path.with_name(f"{size[0]}.ts"), num_frames=4, size=size) for size in ((H, W), (96, 128))]
+        path.write_bytes(b"".join(part.read_bytes() for part in parts))
+    else:
+        pages = [Image.fromarray(picture(index % 4, *((H, W) if index < 4 else (96, 128)))) for index in range(8)]
+        pages[0].save(path, save_all=True, append_images=pages[1:])
+    return path
+
+
+@pytest.mark.parametrize("name", ["both.ts", "both.tif"])
+def test_a_video_ends_where_its_size_changes(tmp_path: Path, name: str) -> None:
+    path = two_sizes(tmp_path / name)
+    frames: list[np.ndarray] = []
+    with pytest.warns(
+        TruncatedVideoWarning, match=f"{name}: frame 4 is 128x96 but .* are 64x48.*--frames 4:$"
+    ) as caught:
+        frames.extend(open_video(path))
+    assert [frame_number(frame) for frame in frames] == [0, 1, 2, 3]
+    assert [warning.filename for warning in caught] == [__file__]
+    with pytest.raises(VideoError, match="frame 4 is 128x96"):
+        list(open_video(path, strict=True))
+    with pytest.warns(TruncatedVideoWarning, match="frame 5 is 128x96"):
+        assert [frame_number(frame) for frame in open_video(path, slice(1, None, 2))] == [1, 3]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(read_video(path, slice(0, 4))) == 4
+        rest = open_video(path, slice(4, None), strict=True)
+        assert (rest.height, rest.width) == (96, 128)
+        assert [frame_number(frame) for frame in rest] == [0, 1, 2, 3]
+
+
+# --- names, metadata and kinds of files
+
+
+@pytest.mark.parametrize("name", ["12:30", "http:x", "concat:a|b", "50%", "a%03d", "-", "file:a", "a b?#&"])
+def test_a_local_path_is_a_local_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    for folder in (Path(), Path(name), tmp_path / name):
+        for suffix in (".mp4", ".mkv", ".avi"):
+            path = folder / f"{name}{suffix}"
+            with VideoWriter(path, 25, W, H) as writer:
+                for index in range(3):
+                    writer.write(picture(index))
+            assert [frame_number(frame) for frame in open_video(str(path))] == [0, 1, 2]
+            path.unlink()
+        for suffix in (".png", ".jpg", ".webp", ".tif"):
+            path = folder / f"{name}{suffix}"
+            Image.fromarray(picture(5)).save(path)
+            assert [frame_number(frame) for frame in open_video(str(path))] == [5]
+            if folder != Path():
+                assert [frame_number(frame) for frame in open_video(folder)] == [5]
+            path.unlink()
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.avi"])
+def test_metadata_in_another_encoding_do_no_harm(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    with av.open(str(path), "w") as container:
+        container.metadata["title"] = "a title in ASCII"
+        stream = container.add_stream("mpeg4", rate=25)
+        stream.height, stream.width, stream.pix_fmt = H, W, "yuv420p"
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(picture(4), format="rgb24")))
+        container.mux(stream.encode())
+    content = path.read_bytes()
+    assert b"a title in ASCII" in content
+    path.write_bytes(content.replace(b"a title in ASCII", "für Größe, Nähe!".encode("latin-1")))
+    assert [frame_number(frame) for frame in open_video(path, strict=True)] == [4]
+
+
+@pytest.fixture(params=["pipe", "socket", "device"])
+def special(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The name of something in the current folder whose reading blocks for ever."""
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    with contextlib.ExitStack() as stack:
+        if request.param == "pipe":
+            os.mkfifo("1.png")
+        elif request.param == "socket":
+            stack.enter_context(socket.socket(socket.AF_UNIX)).bind("1.png")
+        else:
+            Path("1.png").symlink_to("/dev/zero")
+        yield {"pipe": "a named pipe", "socket": "a socket", "device": "a device"}[request.param]
+
+
+def test_what_blocks_is_refused_as_a_video_and_as_a_frame(special: str) -> None:
+    Image.fromarray(picture()).save("0.png")
+    for source in ("1.png", "."):
+        with pytest.raises(VideoError, match=rf"1\.png is {special}, not a regular file; .{{1,80}}$"):
+            open_video(source)
+
+
+def png_of(height: int, width: int) -> bytes:
+    """The beginning of a PNG, which states its size."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    data = zlib.compress(bytes(1000))
+    chunks = [header, b"IDAT" + data]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks
     )
-    path = tmp_path / "both.ts"
-    path.write_bytes(small.read_bytes() + large.read_bytes())
-    with pytest.raises(VideoError, match=r"both\.ts: frame \d+ is 128x96 but the first is 64x48"):
-        list(open_video(path))
+
+
+@pytest.mark.parametrize("size", [(16_000, 16_000), (20_000, 8_000), (2**31 - 1, 2**31 - 1)])
+def test_frames_that_would_take_all_memory_are_refused(tmp_path: Path, size: tuple[int, int]) -> None:
+    (tmp_path / "0.png").write_bytes(png_of(*size))
+    for source in (tmp_path, tmp_path / "0.png"):
+        with pytest.raises(VideoError, match=r"0\.png: ") as caught:
+            list(open_video(source))
+        assert "more than 134,217,728 pixels" in str(caught.value)
+        assert len(str(caught.value).replace(str(tmp_path), "")) < 200
+
+
+def test_arrays_of_such_frames_are_refused_too() -> None:
+    with pytest.raises(VideoError, match="frame 0 is 8192x16385; frames of more than 134,217,728 pixels are not read"):
+        open_video(np.broadcast_to(np.zeros(3, np.uint8), (1, 16385, 8192, 3)))
+
+
+def test_an_8k_frame_is_read(tmp_path: Path) -> None:
+    Image.new("L", (7680, 4320), 60).save(tmp_path / "0.png")
+    for source in (tmp_path, tmp_path / "0.png"):
+        (frame,) = open_video(source)
+        assert frame.shape == (4320, 7680, 3)
+
+
+def test_a_hundred_thousand_frames_are_no_more_than_their_number() -> None:
+    video = np.broadcast_to(np.zeros((), np.uint8), (100_000, 1, 1, 3))
+    reader = open_video(video, slice(-70_000, None, 2))
+    assert sum(1 for _ in reader) == reader.num_frames_hint == 35_000
+    assert reader.frame_indices(35_000)[-1] == 99_998
+
+
+# --- side data
+
+
+def exif(orientation: int) -> Image.Exif:
+    data = Image.Exif()
+    data[0x0112], data[0x010F] = orientation, "a camera"
+    return data
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("name", ["a.avi", "a.mov", "a.mkv", "a.jpg", "a.png", "a.webp", "a.tif", "a.avif", "apng.png"])
+def test_a_cameras_data_in_frames(tmp_path: Path, name: str, orientation: int) -> None:
+    path, image = tmp_path / name, Image.fromarray(picture(3))
+    if path.suffix in {".avi", ".mov", ".mkv"}:
+        buffer = io.BytesIO()
+        image.save(buffer, "jpeg", exif=exif(orientation), quality=95)
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream("mjpeg", rate=25)
+            stream.height, stream.width, stream.pix_fmt = H, W, "yuvj420p"
+            for index in range(3):
+                packet = av.Packet(buffer.getvalue())
+                packet.stream, packet.pts, packet.dts, packet.time_base = stream, index, index, Fraction(1, 25)
+                packet.is_keyframe = True
+                container.mux(packet)
+    elif name == "apng.png":
+        image.save(path, save_all=True, append_images=[image.transpose(0)], exif=exif(orientation))
+    else:
+        image.save(path, exif=exif(orientation))
+    shown = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(still(image, orientation)))))
+    reader = open_video(path, strict=True)
+    frames = list(reader)
+    assert len(frames) == (3 if path.suffix in {".avi", ".mov", ".mkv"} else 1 + (name == "apng.png"))
+    assert frames[0].shape == (reader.height, reader.width, 3) == shown.shape
+    assert np.abs(corners(frames[0]) - corners(shown)).max() <= 8
+
+
+def still(image: Image.Image, orientation: int) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "png", exif=exif(orientation))
+    return buffer.getvalue()
+
+
+def test_frames_and_clips_go_without_the_garbage_collector(tmp_path: Path) -> None:
+    turned = make_video(tmp_path / "a.mp4", num_frames=40, matrix=(0, -ONE, 0, ONE, 0, 0, 0, 0, LAST_COLUMN))
+    gc.collect()
+    gc.disable()
+    try:
+        assert sum(1 for _ in open_video(turned)) == 40
+        assert sum(type(thing) is av.VideoFrame for thing in gc.get_objects()) <= 1
+        before = len(os.listdir("/proc/self/task"))
+        for _ in range(100):
+            next(iter(open_video(turned)))
+        assert len(os.listdir("/proc/self/task")) <= before + 8
+        assert sum(type(thing) is av.VideoFrame for thing in gc.get_objects()) <= 1
+    finally:
+        gc.enable()
 
 
 # --- selecting frames
@@ -509,7 +698,25 @@ def test_an_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 # --- folders of frames and arrays
 
 
-@pytest.mark.parametrize("suffix", [".png", ".jpg", ".JPEG", ".bmp", ".webp"])
+@pytest.mark.parametrize(
+    "suffix",
+    [
+        ".png",
+        ".jpg",
+        ".JPEG",
+        ".jpe",
+        ".bmp",
+        ".webp",
+        ".tif",
+        ".TIFF",
+        ".ppm",
+        ".pnm",
+        ".jfif",
+        ".gif",
+        ".avif",
+        ".jp2",
+    ],
+)
 def test_folders_of_frames(tmp_path: Path, suffix: str) -> None:
     folder = make_folder(tmp_path / "frames", suffix)
     (folder / "notes.txt").write_text("not a frame")
@@ -518,6 +725,69 @@ def test_folders_of_frames(tmp_path: Path, suffix: str) -> None:
     assert (reader.source, reader.width, reader.height, reader.fps) == (str(folder), W, H, 25)
     assert [frame_number(frame) for frame in reader] == list(range(T))
     assert open_video(folder, fps=6).fps == 6
+
+
+def test_pictures_that_are_not_read_are_not_left_out_silently(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "frames")
+    (folder / "frame12.heic").write_bytes(b"a photo")
+    with pytest.raises(VideoError, match=r"frame12\.heic is a picture of a kind that is not read .* png or jpg"):
+        open_video(folder)
+
+
+@pytest.mark.parametrize("names", [("0.jpg", "0.png"), ("0.PNG", "0.png"), ("a.1.tif", "a.1.gif"), ("0.cr2", "0.jpg")])
+def test_two_pictures_of_one_name_are_refused_by_name(tmp_path: Path, names: tuple[str, str]) -> None:
+    folder = make_folder(tmp_path / "frames")
+    for name in names:
+        (folder / name).write_bytes((folder / "frame3.png").read_bytes())
+    with pytest.raises(VideoError, match=re.escape("{} and {}".format(*sorted(names)))):
+        open_video(folder)
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".png", ".webp", ".tif", ".avif"])
+def test_several_pictures_in_one_frame_are_refused(tmp_path: Path, suffix: str) -> None:
+    pages = [Image.fromarray(picture(index)) for index in range(3)]
+    pages[0].save(tmp_path / f"0{suffix}", save_all=True, append_images=pages[1:])
+    with pytest.raises(VideoError, match=rf"0\{suffix}: it holds several pictures"):
+        open_video(tmp_path)
+
+
+def sequence(path: Path, num_frames: int = T) -> Path:
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 3, (num_frames, H, W, 3), np.uint8)  # so that no two are alike
+    pages = [Image.fromarray(np.minimum(picture(index), 250) + noise[index]) for index in range(num_frames)]
+    timing = {"duration": 80, "lossless": True} if path.suffix == ".webp" else {}
+    pages[0].save(path, save_all=True, append_images=pages[1:], **timing)
+    return path
+
+
+@pytest.mark.parametrize(("name", "fps"), [("a.webp", Fraction(25, 2)), ("a.tif", Fraction(25))])
+def test_sequences_of_pictures_in_one_file(tmp_path: Path, name: str, fps: Fraction) -> None:
+    reader = open_video(sequence(tmp_path / name), strict=True)
+    assert (reader.width, reader.height, reader.fps, reader.num_frames_hint) == (W, H, fps, T)
+    assert [frame_number(frame) for frame in reader] == [frame_number(frame) for frame in reader] == list(range(T))
+    assert open_video(tmp_path / name, fps=6).fps == 6
+    for frames in (slice(2, 9, 3), slice(-4, -1), slice(3, 100)):
+        part = open_video(tmp_path / name, frames)
+        numbers = [frame_number(frame) for frame in part]
+        assert numbers == list(part.frame_indices(len(numbers))) == list(range(T))[frames]
+    with pytest.raises(VideoError, match=f"frames 50:60 select nothing, the video has only {T} frames"):
+        open_video(tmp_path / name, slice(50, 60))
+
+
+def test_a_damaged_sequence_yields_what_decodes_and_then_warns(tmp_path: Path) -> None:
+    path = sequence(tmp_path / "a.webp", 6)
+    content = bytearray(path.read_bytes())
+    last = content.rindex(b"VP8L")
+    content[last + 13 : last + 100] = b"\xff" * 87
+    path.write_bytes(content)
+    frames: list[np.ndarray] = []
+    with pytest.warns(TruncatedVideoWarning, match=r"a\.webp: the file is cut off or damaged, \d frames") as caught:
+        frames.extend(open_video(path))
+    assert [frame_number(frame) for frame in frames] == list(range(len(frames)))
+    assert len(frames) == 5
+    assert caught[0].filename == __file__
+    with pytest.raises(VideoError, match=r"a\.webp: the file is cut off or damaged"):
+        list(open_video(path, strict=True))
 
 
 def test_frames_with_alpha_palette_grey_and_orientation(tmp_path: Path) -> None:
@@ -639,7 +909,7 @@ def test_what_is_written_is_read_back(
         for index in range(num_frames):
             writer.write(picture(index, height, width))
     reader = open_video(path, strict=True)
-    assert (reader.fps, reader.width, reader.height) == (fps, width, height)
+    assert (reader.fps, reader.width, reader.height) == (fps, width + width % 2, height + height % 2)
     frames = list(reader)
     assert len(frames) == reader.num_frames_hint == num_frames
     for index, frame in enumerate(frames):
@@ -657,14 +927,22 @@ def test_flat_colours_survive_within_a_few_levels(tmp_path: Path) -> None:
             assert np.abs(frame.astype(int) - color).max() <= 4
 
 
-def test_even_sizes_play_in_browsers(tmp_path: Path) -> None:
-    with VideoWriter(tmp_path / "a.mp4", 25, W, H) as writer:
-        writer.write(picture())
-    with av.open(str(tmp_path / "a.mp4")) as container:
+@pytest.mark.parametrize("size", [(H, W), (H + 1, W), (H, W + 1), (47, 63), (1, 1), (17, 3)])
+@pytest.mark.parametrize("suffix", [".mp4", ".mov", ".m4v"])
+def test_every_size_plays_in_browsers(tmp_path: Path, size: tuple[int, int], suffix: str) -> None:
+    height, width = size
+    path = tmp_path / f"a{suffix}"
+    with VideoWriter(path, 25, width, height) as writer:
+        writer.write(picture(3, height, width))
+    with av.open(str(path)) as container:
         context = container.streams.video[0].codec_context
         assert (context.name, context.pix_fmt, context.colorspace, context.color_range) == ("h264", "yuv420p", 1, 1)
-    data = (tmp_path / "a.mp4").read_bytes()
+        assert (context.height, context.width) == (height + height % 2, width + width % 2)
+    data = path.read_bytes()
     assert data.index(b"moov") < data.index(b"mdat")
+    shown = np.pad(picture(3, height, width), ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+    if min(size) > 16:  # on fewer pixels colours, which are stored at half the resolution, run into one another
+        assert np.abs(corners(read_video(path)[0]) - corners(shown)).max() <= 8
 
 
 class StoppedError(BaseException):
@@ -714,7 +992,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     real = av.open
 
     def open_on_full_disk(path: str, mode: str = "r", **options: object) -> object:
-        return real(FullDisk(path, "w"), mode, format="mp4", **options)
+        return real(FullDisk(path.removeprefix("file:"), "w"), mode, format="mp4", **options)
 
     monkeypatch.setattr(av, "open", open_on_full_disk)
     rng = np.random.default_rng(0)
