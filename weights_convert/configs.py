@@ -286,7 +286,7 @@ def _read(processor: Json, fit: str) -> Json:
     for name in ("size_divisor", "image_mean", "image_std"):
         like = _PREPROCESSING[name]
         native[name] = _checked(f"preprocessor: {name}", processor.get(name, like), like)
-    size = processor.get("size", {"shortest_edge": 800, "longest_edge": 1333})
+    size = processor.get("size", {"shortest_edge": 800, "longest_edge": processor.get("max_size", 1333)})
     if isinstance(size, int):  # the oldest files
         size = {"shortest_edge": size}
     if isinstance(size, dict) and {"height", "width"} <= size.keys():

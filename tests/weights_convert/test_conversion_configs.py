@@ -395,6 +395,7 @@ def test_messages_stay_short(path):
         ({"size": {"height": 384, "width": 640}}, {"fixed_size": [384, 640], "shortest_edge": 480}),
         ({"size": {"shortest_edge": 360}, "_max_size": 640}, {"shortest_edge": 360, "longest_edge": 640}),
         ({"size": 360, "max_size": 600}, {"shortest_edge": 360, "longest_edge": 600}),
+        ({"max_size": 1000}, {"shortest_edge": 800, "longest_edge": 1000}),
     ],
 )
 def test_processor_sizes(changes, expected):
