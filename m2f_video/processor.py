@@ -301,9 +301,12 @@ class VideoProcessor:
         if resized_sizes is not None or target_sizes is None:
             return resized_sizes
         mask_logits = check_outputs(outputs)[1]
-        sizes = [self.resized_size(*size) for size in check_sizes("target_sizes", target_sizes, len(mask_logits))]
-        expected = self._batch_size(sizes)
+        targets = check_sizes("target_sizes", target_sizes, len(mask_logits))
         actual = (MASK_STRIDE * mask_logits.shape[-2], MASK_STRIDE * mask_logits.shape[-1])
+        if self.config.fit == "resize" and len(targets) == 1:  # alone it fills the input, whatever it was resized from
+            return [actual]
+        sizes = [self.resized_size(*size) for size in targets]
+        expected = self._batch_size(sizes)
         if actual != expected:
             raise ValueError(
                 f"target_sizes {target_sizes!r:.60} make a model input of {expected}, but these outputs are of one of "

@@ -334,6 +334,13 @@ def test_image_targets_that_do_not_make_this_input_name_resized_sizes(kind: str)
     method(outputs_for(64, 96, frames=1), target_sizes=[(300, 900)], resized_sizes=[(48, 66)])
 
 
+def test_an_image_that_was_resized_alone_may_become_any_size() -> None:
+    ours = processor(fit="resize")
+    outputs = outputs_for(64, 96, frames=1)
+    result = ours.post_process_semantic_segmentation(outputs, target_sizes=[(300, 900)])[0]
+    assert torch.equal(result, postprocess.post_process_semantic_segmentation(outputs, target_sizes=[(300, 900)])[0])
+
+
 def test_image_methods_are_the_free_functions() -> None:
     outputs = outputs_for(64, 96, frames=1)
     for kind in ("instance", "panoptic"):
