@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import os
 import struct
 import zlib
 from collections.abc import Iterable, Iterator
@@ -78,16 +79,10 @@ def sequence_shape(path: str, frames: slice) -> tuple[int, tuple[int, int], Frac
         VideoError: the file or that picture cannot be read.
     """
     with _opened(path, _SEQUENCES) as image:
-        count, milliseconds = image.n_frames, 0
+        count = image.n_frames
         image.seek(next(iter(range(count)[frames]), 0))
-        size = _size(image)
-        if image.format == "WEBP":
-            with contextlib.suppress(*_DAMAGED):  # those before the damage tell it too
-                for index in range(count):
-                    image.seek(index)
-                    image.load()
-                    milliseconds += image.info["duration"]
-        return count, size, Fraction(1000 * count, milliseconds) if milliseconds else None
+        milliseconds = _milliseconds(path) if image.format == "WEBP" else 0
+        return count, _size(image), Fraction(1000 * count, milliseconds) if milliseconds else None
 
 
 def read_sequence(path: str, indices: Iterable[int]) -> Iterator[np.ndarray]:
@@ -129,9 +124,22 @@ def _opened(path: str | Path, sequences: tuple[str, ...] = ()) -> Iterator[Any]:
         raise VideoError(f"{path}: cannot read the frame: {text!s:.150}") from error
 
 
+def _milliseconds(path: str) -> int:
+    """How long an animated WebP is: the durations in its ANMF chunks (RFC 9649, section 2.7.1.1), without decoding."""
+    milliseconds = 0
+    with open(path, "rb") as file:
+        file.seek(12)
+        while len(head := file.read(24)) == 24:
+            kind, size = struct.unpack("<4sI", head[:8])
+            if kind == b"ANMF":
+                milliseconds += int.from_bytes(head[20:23], "little")
+            file.seek(size + size % 2 - 16, os.SEEK_CUR)
+    return milliseconds
+
+
 def _size(image: Any) -> tuple[int, int]:
     """(H, W) upright, before the pixels are read."""
-    check_pixels(f"{image.filename}: its picture", image.height, image.width)
+    _check_pixels(image, image.filename)
     # Pillow turns TIFF by itself.
     lying = image.format != "TIFF" and _orientation(image) in {5, 6, 7, 8}
     return (image.width, image.height) if lying else (image.height, image.width)
@@ -140,7 +148,7 @@ def _size(image: Any) -> tuple[int, int]:
 def _pixels(image: Any, name: str) -> np.ndarray:
     from PIL.Image import Transpose
 
-    check_pixels(f"{name}: its picture", image.height, image.width)
+    _check_pixels(image, name)
     if image.mode.startswith(("I", "F")):
         raise VideoError(f"{name}: the frame has pixel type {image.mode}; convert it to 8 bits a channel")
     image.load()
@@ -154,8 +162,15 @@ def _pixels(image: Any, name: str) -> np.ndarray:
         8: Transpose.ROTATE_90,
     }
     turn = turns.get(_orientation(image))
-    image = image.convert("RGB")
+    if image.mode != "RGB":
+        image = image.convert("RGB")
     return np.asarray(image if turn is None else image.transpose(turn))
+
+
+def _check_pixels(image: Any, name: str) -> None:
+    # Of a WebP its decoder and Pillow keep five copies.
+    most = MAX_PIXELS // 2 if image.format == "WEBP" else MAX_PIXELS
+    check_pixels(f"{name}: its picture", image.height, image.width, most)
 
 
 def _orientation(image: Any) -> int:

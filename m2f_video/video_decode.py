@@ -19,6 +19,8 @@ MAX_PIXELS = 2**27
 _REFUSED_FORMATS = {"tty", "bin", "xbin", "adf", "idf", "concat", "hls", "dash", "sdp"}
 # A file may name others (playlists, references): none is opened, neither here nor in the network.
 _OPTIONS = {"protocol_whitelist": "none", "max_pixels": str(MAX_PIXELS)}
+# The container's options do not reach the decoder, whose frames can be larger than the container says.
+_DECODER_OPTIONS = {"max_pixels": str(MAX_PIXELS)}
 # FFmpeg's converter ends the process when it is given one of these.
 _CRASHING_FORMATS = {"yaf32le", "yaf32be"}
 
@@ -66,15 +68,15 @@ def check_file(path: str) -> None:
         raise VideoError(str(error)) from error
 
 
-def check_pixels(name: str, height: int, width: int) -> None:
+def check_pixels(name: str, height: int, width: int, most: int = MAX_PIXELS) -> None:
     """Refuse frames that would take all memory.
 
     Raises:
-        VideoError: a frame has more than `MAX_PIXELS` pixels.
+        VideoError: a frame has more pixels than `most`.
     """
-    if height * width > MAX_PIXELS:
+    if height * width > most:
         raise VideoError(
-            f"{name} is {width}x{height}; frames of more than {MAX_PIXELS:,} pixels are not read, scale it down first"
+            f"{name} is {width}x{height}; frames of more than {most:,} pixels are not read, scale it down first"
         )
 
 
@@ -92,6 +94,7 @@ def video_stream(container: Any, path: str) -> Any:
     if stream.codec_context is None:
         raise VideoError(f"{path}: there is no decoder for its video stream; re-encode it, for example to h264")
     check_pixels(f"{path}: its picture", stream.codec_context.height, stream.codec_context.width)
+    stream.codec_context.options = _DECODER_OPTIONS
     stream.thread_type = "SLICE"  # frame threads are faster, but hide errors and drop frames beside them
     return stream
 

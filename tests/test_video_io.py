@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
+from m2f_video import video_decode
 from m2f_video.video_io import (
     TruncatedVideoWarning,
     VideoError,
@@ -352,6 +353,7 @@ def png_of(height: int, width: int) -> bytes:
     )
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("size", [(16_000, 16_000), (20_000, 8_000), (2**31 - 1, 2**31 - 1)])
 def test_frames_that_would_take_all_memory_are_refused(tmp_path: Path, size: tuple[int, int]) -> None:
     (tmp_path / "0.png").write_bytes(png_of(*size))
@@ -365,6 +367,16 @@ def test_frames_that_would_take_all_memory_are_refused(tmp_path: Path, size: tup
 def test_arrays_of_such_frames_are_refused_too() -> None:
     with pytest.raises(VideoError, match="frame 0 is 8192x16385; frames of more than 134,217,728 pixels are not read"):
         open_video(np.broadcast_to(np.zeros(3, np.uint8), (1, 16385, 8192, 3)))
+
+
+def test_frames_that_grow_too_large_are_refused_by_the_decoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = two_sizes(tmp_path / "both.ts")
+    monkeypatch.setattr(video_decode, "_DECODER_OPTIONS", {"max_pixels": str(2 * W * H)})
+    with pytest.warns(TruncatedVideoWarning, match="4 frames were decoded: 4 of its packets or frames are broken"):
+        assert [frame_number(frame) for frame in open_video(path)] == [0, 1, 2, 3]
+    monkeypatch.setattr(video_decode, "_DECODER_OPTIONS", {"max_pixels": str(W * H // 2)})
+    with pytest.raises(VideoError, match=r"no frame could be decoded .* more than 134,217,728 pixels"):
+        open_video(path)
 
 
 def test_an_8k_frame_is_read(tmp_path: Path) -> None:
