@@ -91,9 +91,15 @@ def segment(
     from m2f_video.inference import segment_video
     from m2f_video.processor import VideoProcessor
     from m2f_video.video_io import open_video, parse_frames
+    from m2f_video.video_writer import MAX_SIDE
 
     reader = open_video(source, None if frames is None else parse_frames(frames), strict=strict)
     _check_output(output, TRACKS_FILE, *([OVERLAY_FILE] if overlay else []))
+    if overlay and max(reader.width, reader.height) > MAX_SIDE:
+        raise ValueError(
+            f"{source} is {reader.width}x{reader.height}, and an overlay has at most {MAX_SIDE} pixels on a side; give "
+            "--no-overlay"
+        )
     if Path(source).resolve() == (output / OVERLAY_FILE).resolve():
         raise ValueError(f"{source} is what --output would overwrite; give --output another folder")
     if load_config(checkpoint, config=config, temporal=temporal, revision=revision).temporal != "joint":

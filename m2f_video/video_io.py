@@ -210,7 +210,7 @@ class _FileReader(_PartialReader):
                 size = upright_rgb(*first[0]).shape[:2]
             except VideoError as error:
                 raise VideoError(f"{path}: {error}") from error
-            rate = fps or Fraction(stream.average_rate or stream.guessed_rate or DEFAULT_FPS)
+            rate = fps or _sound_rate(stream.average_rate, stream.guessed_rate)
             count = stated_num_frames(container, stream)
         super().__init__(path, size, rate, count, frames, strict)
 
@@ -306,6 +306,11 @@ def parse_frames(text: str) -> slice:
             "10:50:2, 100: or ::5"
         )
     return _check_slice(slice(*(int(part) if part.strip() else None for part in text.split(":"))))
+
+
+def _sound_rate(*stated: Fraction | None) -> Fraction:
+    """The first of the rates a file states that a video file can have."""
+    return next((rate for rate in stated if rate and Fraction(1, 10**6) <= rate < 2**30), DEFAULT_FPS)
 
 
 def _frame_files(folder: Path) -> list[Path]:

@@ -15,6 +15,10 @@ from m2f_video.video_decode import VideoError
 _BT709 = 1  # in FFmpeg's lists of colour spaces, of primaries and of transfer curves alike
 _LIMITED_RANGE = 1
 _PIXEL_FORMAT = "yuv420p"
+_MOST_PIXELS_LOOKED_AHEAD = 2**25  # an 8K frame; of larger ones the encoder would keep gigabytes
+
+MAX_SIDE = 16384
+"""Pixels along a side of the largest frame that the encoders take."""
 
 
 def as_frame_rate(fps: float | Fraction) -> Fraction:
@@ -25,7 +29,8 @@ def as_frame_rate(fps: float | Fraction) -> Fraction:
     """
     if not 0 < fps < float("inf"):
         raise VideoError(f"fps must be a positive number, got {fps}")
-    rate = fps if isinstance(fps, Fraction) else Fraction(fps).limit_denominator(1001)
+    # Pictures taken once an hour or a day have rates that would become 0.
+    rate = fps if isinstance(fps, Fraction) else Fraction(fps).limit_denominator(1001 if fps > 0.01 else 10**6)
     if not rate or max(rate.numerator, rate.denominator) >= 2**31:
         raise VideoError(f"fps {fps} is out of the range that video files can state")
     return rate
@@ -48,7 +53,8 @@ class VideoWriter:
         crf: constant rate factor, lower is better and larger.
 
     Raises:
-        VideoError: bad size or rate, an unknown encoder, a wrong frame, or a block that wrote no frame.
+        VideoError: bad size (a side has 1 to `MAX_SIDE` pixels) or rate, an unknown encoder, a wrong frame, or a block
+            that wrote no frame.
         OSError: the file cannot be written.
     """
 
@@ -63,6 +69,8 @@ class VideoWriter:
     ) -> None:
         if width < 1 or height < 1:
             raise VideoError(f"{path}: width and height must be positive, got {width}x{height}")
+        if max(width, height) > MAX_SIDE:
+            raise VideoError(f"{path}: cannot encode {width}x{height} frames, a side has at most {MAX_SIDE} pixels")
         self.path = Path(path)
         self.fps = as_frame_rate(fps)
         self.width, self.height, self.codec, self.crf = width, height, codec, crf
@@ -130,8 +138,11 @@ class VideoWriter:
     def _open(self, temporary: Path) -> Any:
         import av
 
-        # The index goes to the front of the file, so that browsers start before they have all of it.
-        options = {"movflags": "+faststart"} if self.path.suffix.lower() in {".mp4", ".mov", ".m4v"} else {}
+        options = {}
+        if self.path.suffix.lower() in {".mp4", ".mov", ".m4v"}:
+            # The index goes to the front of the file, so that browsers start before they have all of it. It states the
+            # length in units, thousandths of a second by default, and players leave out frames past that length.
+            options = {"movflags": "+faststart", "movie_timescale": str(max(1000, self.fps.numerator))}
         try:
             # By its protocol: FFmpeg takes a name with a colon for an address.
             return av.open(f"file:{temporary}", "w", options=options)
@@ -147,6 +158,8 @@ class VideoWriter:
 
     def _add_stream(self) -> Any:
         options = {"crf": str(self.crf), "preset": "veryfast"}
+        if self.width * self.height > _MOST_PIXELS_LOOKED_AHEAD:
+            options |= {"preset": "ultrafast", "tune": "zerolatency"}
         try:
             stream = self._container.add_stream(self.codec, rate=self.fps, options=options)
         except ValueError as error:

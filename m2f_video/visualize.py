@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels; right and bottom lie outside
 
 _GOLDEN_RATIO = (5**0.5 - 1) / 2
+_FILLED_AT_ONCE = 2**22  # pixels, whose numbers and products take several times the memory of the frame
 _TONES = ((0.80, 1.00), (0.55, 1.00), (0.85, 0.82))  # saturation and value: vivid, light, deep
 
 
@@ -128,7 +129,9 @@ def _tracks_to_draw(segmentation: "VideoSegmentation", min_score: float) -> tupl
 
 def _overlay_rate(segmentation: "VideoSegmentation") -> Fraction:
     rate, frames = as_frame_rate(segmentation.fps), segmentation.frames
-    return rate if len(frames) == 1 else rate * (len(frames) - 1) / (frames[-1] - frames[0])
+    if len(frames) > 1:
+        rate = rate * (len(frames) - 1) / (frames[-1] - frames[0])
+    return max(rate, Fraction(1, 3600))  # the encoder takes none that are much slower
 
 
 def _color(index: int) -> tuple[int, int, int]:
@@ -167,11 +170,14 @@ def _largest_piece(mask: np.ndarray, grid: int = 4) -> np.ndarray:
 def _fill(frame: np.ndarray, owner: np.ndarray, colors: np.ndarray, alpha: float) -> np.ndarray:
     """The frame with each owned pixel mixed with its owner's colour."""
     image = frame.copy()
-    covered = np.flatnonzero(owner)
-    pixels = image.reshape(-1, 3)
     weight = round(256 * alpha)
     tint = colors.astype(np.uint16) * weight + 128  # 255 * 256 still fits
-    pixels[covered] = (pixels[covered] * np.uint16(256 - weight) + tint[owner.reshape(-1)[covered] - 1]) >> 8
+    pixels, owners = image.reshape(-1, 3), owner.reshape(-1)
+    for start in range(0, len(owners), _FILLED_AT_ONCE):
+        part = slice(start, start + _FILLED_AT_ONCE)
+        covered = np.flatnonzero(owners[part])
+        mixed = pixels[part][covered] * np.uint16(256 - weight) + tint[owners[part][covered] - 1]
+        pixels[part][covered] = mixed >> 8
     return image
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from m2f_video import VideoMask2Former, VideoSegmentation, read_video
@@ -236,6 +237,14 @@ def test_other_runtime_errors_are_not_hidden(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(VideoMask2Former, "encode_frames", defect)
     with pytest.raises(RuntimeError, match="a defect"):
         segment(folder, tmp_path / "out")
+
+
+def test_frames_too_wide_for_an_overlay_are_refused_before_the_work(folder, tmp_path, capsys):
+    (tmp_path / "frames").mkdir()
+    Image.new("RGB", (16386, 2)).save(tmp_path / "frames" / "0.png")
+    assert segment(folder, tmp_path / "out", source=tmp_path / "frames", checkpoint="no-such-model") == 2
+    assert "16386x2, and an overlay has at most 16384 pixels on a side; give --no-overlay" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_output_that_is_a_file_is_refused_before_the_work(folder, tmp_path, capsys, monkeypatch):

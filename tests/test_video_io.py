@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from m2f_video import video_decode
+from m2f_video import video_decode, video_io
 from m2f_video.video_io import (
     TruncatedVideoWarning,
     VideoError,
@@ -901,6 +901,25 @@ def test_frame_rates_become_what_containers_use() -> None:
     assert as_frame_rate(30000 / 1001) == Fraction(30000, 1001)
     assert as_frame_rate(29.97) == Fraction(2997, 100)
     assert as_frame_rate(Fraction(123457, 4567)) == Fraction(123457, 4567)
+    assert as_frame_rate(1 / 86400) == Fraction(1, 86400)  # a picture a day
+
+
+@pytest.mark.parametrize("stated", [Fraction(1, 10**9), Fraction(2**31 - 1), Fraction(-25), Fraction(0), None])
+def test_a_rate_that_no_video_has_counts_as_not_stated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stated: Fraction | None
+) -> None:
+    class Stream:
+        def __init__(self, stream: object) -> None:
+            self._stream = stream
+            self.average_rate = self.guessed_rate = stated
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self._stream, name)
+
+    path = make_video(tmp_path / "a.mp4", rate=50)
+    real = video_io.video_stream
+    monkeypatch.setattr(video_io, "video_stream", lambda *args: Stream(real(*args)))
+    assert open_video(path).fps == 25
 
 
 # --- writing
@@ -927,6 +946,23 @@ def test_what_is_written_is_read_back(
     for index, frame in enumerate(frames):
         inside = corners(picture(index, height, width))
         assert np.abs(corners(frame) - inside).mean() <= 6
+
+
+@pytest.mark.parametrize("fps", [1000, 2000, 20_000, 1_000_000, Fraction(30000, 1001), Fraction(1, 3600)])
+def test_no_frame_is_lost_at_any_rate(tmp_path: Path, fps: int | Fraction) -> None:
+    with VideoWriter(tmp_path / "a.mp4", fps, W, H) as writer:
+        for index in range(T):
+            writer.write(picture(index))
+    reader = open_video(tmp_path / "a.mp4", strict=True)
+    assert reader.fps == fps
+    assert [frame_number(frame) for frame in reader] == list(range(T))
+
+
+def test_frames_of_more_pixels_than_the_encoder_may_keep_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("m2f_video.video_writer._MOST_PIXELS_LOOKED_AHEAD", 1)
+    test_no_frame_is_lost_at_any_rate(tmp_path, 25)
 
 
 def test_flat_colours_survive_within_a_few_levels(tmp_path: Path) -> None:
@@ -1021,7 +1057,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ({"width": 0}, "width and height"),
         ({"codec": "nonsense"}, "nonsense"),
         ({"path": "a.nonsense"}, "nonsense"),
-        ({"width": 20_000}, "cannot encode 20000x48"),
+        ({"width": 20_000}, "cannot encode 20000x48 frames, a side has at most 16384"),
     ],
 )
 def test_a_writer_that_cannot_be(tmp_path: Path, kwargs: dict[str, object], message: str) -> None:

@@ -219,6 +219,20 @@ def test_an_overlay_has_the_size_and_rate_of_the_video(tmp_path: Path) -> None:
     assert distance(center(tmp_path / "o.mp4", 20), tint(1)) < 12
 
 
+@pytest.mark.parametrize("fps", [1 / 3600, 1 / 86400])
+def test_pictures_taken_once_an_hour_or_a_day_have_an_overlay(tmp_path: Path, fps: float) -> None:
+    render_overlay(make_segmentation([(1, 0.9, 0, 20)], fps=fps), VIDEO, tmp_path / "o.mp4")
+    assert len(list(open_video(tmp_path / "o.mp4", strict=True))) == T
+
+
+def test_filling_in_parts_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    frame, masks = rng.integers(0, 256, (H, W, 3), np.uint8), rng.random((3, H, W)) < 0.3
+    whole = draw_tracks(frame, masks, track_colors(3), ["a", "b", "c"])
+    monkeypatch.setattr("m2f_video.visualize._FILLED_AT_ONCE", 1000)
+    np.testing.assert_array_equal(draw_tracks(frame, masks, track_colors(3), ["a", "b", "c"]), whole)
+
+
 def test_colours_follow_the_track_not_its_rank(tmp_path: Path) -> None:
     for scores in ((0.9, 0.5), (0.5, 0.9)):
         segmentation = make_segmentation([(1, scores[0], 0, 2), (2, scores[1], 1, 60)])
