@@ -17,6 +17,7 @@ from m2f_video.modeling.video_mask2former import FeatureBuffer, FrameFeatures, V
 from m2f_video.postprocess import resize_masks, select_top_k
 from m2f_video.processor import VideoProcessor
 from m2f_video.results import Rle, Track, VideoSegmentation, encode_mask
+from m2f_video.segments import chunks
 from m2f_video.video_io import VideoReader, VideoSource, open_video
 
 MOST_ROOM = 256  # frames to make room for at once: what a file says of its length can be far off
@@ -182,8 +183,12 @@ def _segmentations(
     per_frame: list[list[Rle | None]] = []
     for chunk in mask_features.split(chunk_size):
         logits = predict_masks(mask_embeddings, chunk[None])[0]
-        masks = (resize_masks(logits, padded, resized, size) > 0).cpu().numpy()  # (Q, chunk, H, W)
-        per_frame += [[encode_mask(mask) for mask in frame] for frame in masks.swapaxes(0, 1)]
+        logits = logits.flatten(0, 1)[:, None]  # (Q * chunk, 1, h, w)
+        encoded: list[Rle | None] = []
+        for part in chunks(len(logits), size[0] * size[1]):
+            masks = resize_masks(logits[part], padded, resized, size) > 0
+            encoded += [encode_mask(mask) for mask in masks[:, 0].cpu().numpy()]
+        per_frame += [encoded[frame :: len(chunk)] for frame in range(len(chunk))]
         if progress is not None:
             progress("masks", len(per_frame), len(mask_features))
     return list(zip(*per_frame, strict=True))

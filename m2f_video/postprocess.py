@@ -32,8 +32,10 @@ from m2f_video.segments import (
     check_sizes,
     check_thresholds,
     check_within,
+    chunks,
     class_probabilities,
     confident_queries,
+    keep_largest,
     panoptic_map,
 )
 
@@ -50,9 +52,6 @@ __all__ = [
     "resize_masks",
     "select_top_k",
 ]
-
-_CHUNK_PIXELS = 2**24  # resized logits alive at a time, where one frame has no more: 64 MiB in float32
-_QUERY_BLOCK = 16  # queries resized at a time where all of them take part
 
 
 class _Geometry(NamedTuple):
@@ -118,8 +117,8 @@ def resize_masks(mask_logits: Tensor, padded_size: Size, resized_size: Size, tar
     named = {"padded_size": padded_size, "resized_size": resized_size, "target_size": target_size}
     geometry = _geometry(*(check_sizes(name, [size], 1)[0] for name, size in named.items()))
     resized = mask_logits.new_empty((*mask_logits.shape[:2], *geometry.target), dtype=torch.float32)
-    for frames, logits in _resized_chunks(mask_logits, geometry):
-        resized[:, frames] = logits
+    for part, logits in _resized_chunks(mask_logits, geometry):
+        resized[part] = logits
     return resized
 
 
@@ -155,8 +154,8 @@ def post_process_video_instance_segmentation(
         scores, label_ids, queries = select_top_k(class_logits, top_k, score_threshold)
         selected = mask_logits[queries]  # (N, T, h, w)
         masks = selected.new_empty((*selected.shape[:2], *geometry.target), dtype=torch.bool)
-        for frames, logits in _resized_chunks(selected, geometry):
-            masks[:, frames] = logits > 0
+        for part, logits in _resized_chunks(selected, geometry):
+            masks[part] = logits > 0
         segmentation = torch.full(masks.shape[1:], -1, dtype=torch.int32, device=masks.device)  # (T, H, W)
         for index in reversed(range(len(masks))):
             segmentation[masks[index]] = index
@@ -199,14 +198,12 @@ def post_process_video_semantic_segmentation(
     results = []
     for class_logits, mask_logits, geometry in _videos(outputs, target_sizes, resized_sizes):
         class_probs = class_probabilities(class_logits)[:, :-1]  # (Q, K)
-        (Q, K), T, (H, W) = class_probs.shape, mask_logits.shape[1], geometry.target
+        K, T, (H, W) = class_probs.shape[1], mask_logits.shape[1], geometry.target
         label_map = torch.empty((T, H, W), dtype=torch.int64, device=mask_logits.device)
         for t in range(T):
             scores = class_probs.new_zeros((K, H * W))
-            for start in range(0, Q, _QUERY_BLOCK):
-                block = slice(start, start + _QUERY_BLOCK)
-                for _, logits in _resized_chunks(mask_logits[block, t : t + 1], geometry):
-                    scores.addmm_(class_probs[block].T, logits.sigmoid_().flatten(1))  # (K, q) x (q, HW)
+            for (queries, _), logits in _resized_chunks(mask_logits[:, t : t + 1], geometry):
+                scores.addmm_(class_probs[queries].T, logits.sigmoid_().flatten(1))  # (K, q) x (q, HW)
             label_map[t] = scores.argmax(0).view(H, W)
         results.append(label_map)
     return results
@@ -256,10 +253,12 @@ def post_process_video_panoptic_segmentation(
         selected = mask_logits[queries]  # (N, T, h, w)
         owner = torch.zeros((selected.shape[1], *geometry.target), dtype=torch.int64, device=selected.device)
         mask_areas = torch.zeros_like(label_ids)
-        for frames, logits in _resized_chunks(selected, geometry):
-            weighted = logits.sigmoid_().mul_(scores.view(-1, 1, 1, 1))  # (N, t, H, W)
-            owner[frames] = weighted.argmax(0)
-            mask_areas += (weighted >= mask_threshold).flatten(1).sum(1)
+        for (part, frames), logits in _resized_chunks(selected, geometry):
+            weighted = logits.sigmoid_().mul_(scores[part].view(-1, 1, 1, 1))  # (n, t, H, W)
+            if part.start == 0:
+                best = weighted.new_zeros(weighted.shape[1:])
+            keep_largest(best, owner[frames], weighted, part.start)
+            mask_areas[part] += (weighted >= mask_threshold).flatten(1).sum(1)
         segmentation, segments = panoptic_map(
             owner=owner,
             mask_areas=mask_areas,
@@ -298,19 +297,21 @@ def _geometry(padded: Size, resized: Size, target: Size) -> _Geometry:
     return _Geometry(padded, resized, target)
 
 
-def _resized_chunks(mask_logits: Tensor, geometry: _Geometry) -> Iterator[tuple[slice, Tensor]]:
-    """Slices of the frames of (N, T, h, w) with their logits (N, t, H, W) at the target size; none where N = 0."""
+def _resized_chunks(mask_logits: Tensor, geometry: _Geometry) -> Iterator[tuple[tuple[slice, slice], Tensor]]:
+    """Slices of the queries and frames of (N, T, h, w) with their logits (n, t, H, W) at the target size.
+
+    Those of all queries follow each other for each slice of frames; there are none where N = 0.
+    """
     N, T = mask_logits.shape[:2]
     if N == 0:
         return
     check_finite(mask_logits)
-    frame_pixels = N * max(height * width for height, width in geometry)
-    step = max(1, _CHUNK_PIXELS // frame_pixels)
-    for start in range(0, T, step):
-        frames = slice(start, min(start + step, T))
-        padded = bilinear(mask_logits[:, frames], geometry.padded)
-        cropped = padded[..., : geometry.resized[0], : geometry.resized[1]]
-        yield frames, bilinear(cropped, geometry.target)
+    pixels = max(height * width for height, width in geometry)
+    for frames in chunks(T, N * pixels):
+        for queries in chunks(N, (frames.stop - frames.start) * pixels):
+            padded = bilinear(mask_logits[queries, frames], geometry.padded)
+            cropped = padded[..., : geometry.resized[0], : geometry.resized[1]]
+            yield (queries, frames), bilinear(cropped, geometry.target)
 
 
 def _label_names(labels: Sequence[str] | None, num_classes: int) -> Sequence[str]:

@@ -28,8 +28,10 @@ from m2f_video.segments import (
     check_sizes,
     check_thresholds,
     check_within,
+    chunks,
     class_probabilities,
     confident_queries,
+    keep_largest,
     panoptic_map,
     segment_row,
 )
@@ -74,14 +76,20 @@ def post_process_semantic_segmentation(
     Raises:
         ValueError: outputs or sizes of the wrong shape, or NaN.
     """
-    results = []
+    results: list[Any] = []
     for class_logits, mask_logits, target in _images(outputs, target_sizes, resized_sizes):
         class_probs = class_probabilities(class_logits)[:, :-1]
         scores = torch.einsum("qk,qhw->khw", class_probs, mask_logits.sigmoid())
-        if target is not None:
-            scores = bilinear(scores, target)
-        results.append(SemanticSegmentation(scores.argmax(0), scores))
-    return results if return_segmentation_scores else [result.segmentation for result in results]
+        size = target or _MASK_SIZE
+        resized = scores.new_empty((len(scores), *size)) if return_segmentation_scores else None
+        segmentation, best = torch.zeros(size, dtype=torch.int64, device=scores.device), scores.new_zeros(size)
+        for classes in chunks(len(scores), size[0] * size[1]):
+            part = scores[classes] if target is None else bilinear(scores[classes], target)
+            keep_largest(best, segmentation, part, classes.start)
+            if resized is not None:
+                resized[classes] = part
+        results.append(segmentation if resized is None else SemanticSegmentation(segmentation, resized))
+    return results
 
 
 def post_process_instance_segmentation(
@@ -127,20 +135,23 @@ def post_process_instance_segmentation(
         masks = (selected > 0).float()
         inside = (selected.sigmoid().flatten(1) * masks.flatten(1)).sum(1)
         scores = scores * (inside / (masks.flatten(1).sum(1) + 1e-6))
-        if target is not None:
-            masks = F.interpolate(masks[None], size=target, mode="nearest")[0]
-        segmentation = mask_logits.new_full(masks.shape[1:], -1)
+        segmentation = mask_logits.new_full(target or _MASK_SIZE, -1)
         segments: list[dict[str, Any]] = []
         instance_masks = []
         for score, label_id, mask in zip(scores.tolist(), (indices % K).tolist(), masks, strict=True):
-            if score >= threshold and mask.any():
-                segmentation[mask == 1] = len(segments)
+            if score < threshold:
+                continue
+            # One by one: at the size of a large picture all of them take more memory than there is.
+            resized = mask if target is None else F.interpolate(mask[None, None], size=target, mode="nearest")[0, 0]
+            if resized.any():
+                segmentation[resized == 1] = len(segments)
                 segments.append(segment_row(len(segments), label_id, False, score))
-                instance_masks.append(mask)
+                if return_binary_maps:
+                    instance_masks.append(resized)
         result: Tensor | list[list[int]] = segmentation
         if return_coco_annotation:
             result = [_run_lengths(segmentation == value) for value in segmentation.unique()]
-        elif return_binary_maps and instance_masks:
+        elif instance_masks:
             result = torch.stack(instance_masks)
         results.append({"segmentation": result, "segments_info": segments})
     return results
@@ -190,12 +201,17 @@ def post_process_panoptic_segmentation(
             results.append({"segmentation": empty, "segments_info": []})
             continue
         probs = mask_logits[queries].sigmoid()  # (N, 384, 384)
-        if target is not None:
-            probs = bilinear(probs, target)
-        weighted = probs * scores.view(-1, 1, 1)
+        size = target or _MASK_SIZE
+        owner, best = torch.zeros(size, dtype=torch.int64, device=probs.device), probs.new_zeros(size)
+        mask_areas = torch.zeros_like(label_ids)
+        for part in chunks(len(probs), size[0] * size[1]):
+            resized = probs[part] if target is None else bilinear(probs[part], target)
+            weighted = resized * scores[part].view(-1, 1, 1)
+            keep_largest(best, owner, weighted, part.start)
+            mask_areas[part] = (weighted >= mask_threshold).flatten(1).sum(1)
         segmentation, segments = panoptic_map(
-            owner=weighted.argmax(0),
-            mask_areas=(weighted >= mask_threshold).flatten(1).sum(1),
+            owner=owner,
+            mask_areas=mask_areas,
             scores=scores,
             labels=label_ids,
             overlap_mask_area_threshold=overlap_mask_area_threshold,

@@ -3,7 +3,7 @@
 Shape letters: B batch, Q queries, K classes, N selected queries, T frames, h w size of the mask logits.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any, Protocol
 
@@ -16,6 +16,8 @@ Size = tuple[int, int]  # (height, width) in pixels
 Sizes = Sequence[Size] | Tensor | np.ndarray
 
 MASK_STRIDE = 4  # pixels of the model's input per mask logit
+CHUNK_PIXELS = 2**24
+"""Of resized maps alive at a time, where a single one has no more: 64 MiB in float32."""
 
 
 class SegmentationOutputs(Protocol):
@@ -111,6 +113,25 @@ def bilinear(maps: Tensor, size: Size) -> Tensor:
     batch = maps.float() if maps.ndim == 4 else maps.float()[None]
     resized = F.interpolate(batch, size=size, mode="bilinear", align_corners=False)
     return resized if maps.ndim == 4 else resized[0]
+
+
+def chunks(count: int, pixels: int) -> Iterator[slice]:
+    """Slices that cover `count` maps of so many pixels, each of at most `CHUNK_PIXELS` or of a single map."""
+    step = max(1, CHUNK_PIXELS // pixels)
+    for start in range(0, count, step):
+        yield slice(start, min(start + step, count))
+
+
+def keep_largest(best: Tensor, owner: Tensor, maps: Tensor, first: int) -> None:
+    """Where one of the maps (N, ...) exceeds `best` (...), put its value there and its index into `owner` (...).
+
+    Chunk by chunk this gives the argmax of all maps, the first of equals, if both begin as zeros and no map is
+    negative. `first` is the index of this chunk's first map.
+    """
+    largest, index = maps.max(0)
+    better = largest > best
+    owner.copy_(torch.where(better, index + first, owner))
+    best.copy_(torch.where(better, largest, best))
 
 
 def class_probabilities(class_logits: Tensor) -> Tensor:

@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from m2f_video import VideoMask2Former, VideoProcessor, VideoSegmentation, open_video, segment_video
+from m2f_video import (
+    VideoMask2Former,
+    VideoProcessor,
+    VideoSegmentation,
+    inference,
+    open_video,
+    segment_video,
+    segments,
+)
+from m2f_video.postprocess import resize_masks
 from m2f_video.video_io import VideoError
 from tests.conftest import synthetic_frames
 
@@ -46,6 +55,21 @@ def test_chunks_do_not_change_the_result(tiny_model, video):
     for other in (single, pairs):
         assert [t.label_id for t in other.tracks] == [t.label_id for t in whole.tracks]
         assert (decoded_masks(other) != decoded_masks(whole)).mean() < 1e-4
+
+
+def test_masks_are_resized_a_bounded_number_at_a_time(tiny_model, video, monkeypatch):
+    whole, counts = segment_video(tiny_model, video, frames_per_chunk=5), []
+
+    def resize(logits, *sizes):
+        counts.append(len(logits))
+        return resize_masks(logits, *sizes)
+
+    monkeypatch.setattr(inference, "resize_masks", resize)
+    for most, expected in ((1, 1), (3 * 61 * 90, 3)):
+        counts.clear()
+        monkeypatch.setattr(segments, "CHUNK_PIXELS", most)
+        assert segment_video(tiny_model, video, frames_per_chunk=5).tracks == whole.tracks
+        assert max(counts) == expected
 
 
 def test_selected_frames_are_the_clip(tiny_model, video):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from m2f_video import postprocess
+from m2f_video import segments
 from m2f_video.postprocess import (
     post_process_video_instance_segmentation,
     post_process_video_panoptic_segmentation,
@@ -134,7 +134,7 @@ def test_score_threshold_is_inclusive() -> None:
 @pytest.mark.parametrize("chunk_pixels", [1, 10_000, 2**24])
 def test_resize_is_two_bilinear_steps_whatever_the_chunks(chunk_pixels: int, monkeypatch: pytest.MonkeyPatch) -> None:
     logits = torch.randn(3, 5, 8, 12, generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(postprocess, "_CHUNK_PIXELS", chunk_pixels)
+    monkeypatch.setattr(segments, "CHUNK_PIXELS", chunk_pixels)
     resized = resize_masks(logits, (32, 48), (30, 41), (60, 77))
     exact = F.interpolate(logits.double(), (32, 48), mode="bilinear", align_corners=False)[..., :30, :41]
     exact = F.interpolate(exact, (60, 77), mode="bilinear", align_corners=False)
@@ -292,7 +292,7 @@ def test_batch_equals_singles(function: Any) -> None:
 def test_chunked_equals_whole(function: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     outputs = make_outputs(frames=5)
     whole = function(outputs, target_sizes=[(20, 31)])
-    monkeypatch.setattr(postprocess, "_CHUNK_PIXELS", 1)
+    monkeypatch.setattr(segments, "CHUNK_PIXELS", 1)
     assert_same(function(outputs, target_sizes=[(20, 31)]), whole)
 
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from m2f_video import segments
 from m2f_video.postprocess import (
     post_process_instance_segmentation,
     post_process_panoptic_segmentation,
@@ -168,6 +169,15 @@ def test_an_image_query_must_score_above_the_panoptic_threshold() -> None:
     options = {"mask_threshold": 0.4}
     assert post_process_panoptic_segmentation(outputs, threshold=0.5, **options)[0]["segments_info"] == []
     assert len(post_process_panoptic_segmentation(outputs, threshold=0.499, **options)[0]["segments_info"]) == 1
+
+
+@pytest.mark.parametrize("function", IMAGE_FUNCTIONS)
+@pytest.mark.parametrize("targets", [None, [(20, 31), (500, 300)]])
+def test_chunked_equals_whole(function: Any, targets: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    outputs = image_outputs(0, 2, (24, 24), sure=True)
+    whole = function(outputs, target_sizes=targets)
+    monkeypatch.setattr(segments, "CHUNK_PIXELS", 1)
+    assert_same(function(outputs, target_sizes=targets), whole)
 
 
 @pytest.mark.parametrize("function", IMAGE_FUNCTIONS)
