@@ -67,7 +67,7 @@ def segment(
     --output out --score-threshold 0.3
 
     Args:
-        source: video file, or a folder of frames (jpg, png, ...).
+        source: video file, or a folder of frames (jpg, png, tif, ...), one picture each.
         checkpoint: hub name, folder (config.json and weights; this project's or transformers' format) or weight file.
         output: folder to write to; made where missing.
         config: for a weight file without a config.json beside it: a preset such as swin_tiny_youtubevis_2019, or a
@@ -85,7 +85,7 @@ def segment(
         frames_per_chunk: frames encoded at a time; by default 1 on a CPU and 8 elsewhere.
         prepare: pack the weights and compile kernels first, which costs seconds once and makes each frame cheaper; auto
             does so on a CPU for videos long enough to win the time back, and says so.
-        strict: fail on a damaged video instead of segmenting what decodes.
+        strict: fail on a video that is damaged or changes its size, instead of segmenting what comes before.
         overlay: write overlay.mp4.
     """
     from m2f_video.inference import segment_video

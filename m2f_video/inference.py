@@ -57,7 +57,8 @@ def segment_video(
         top_k: how many (query, class) pairs become tracks, as the published evaluation takes 10.
         score_threshold: pairs that score less are left out.
         frames_per_chunk: frames encoded at a time; None is 1 on a CPU and 8 elsewhere.
-        strict: raise an error for a damaged video instead of warning and using what decodes.
+        strict: raise an error for a video that is damaged or changes its size, instead of warning and using
+            what comes before.
         progress: see `Progress`.
 
     Returns:

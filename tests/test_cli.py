@@ -111,6 +111,39 @@ def test_truncated_video_warns_or_fails_when_strict(folder, tmp_path, capsys):
     assert not (tmp_path / "strict").exists()
 
 
+def test_a_video_that_changes_its_size_is_segmented_until_there(folder, tmp_path, capsys):
+    source = tmp_path / "both.ts"
+    for count, height, width in ((4, 60, 90), (3, 90, 60)):
+        with VideoWriter(tmp_path / "part.ts", 12, width, height) as writer:
+            for frame in synthetic_frames(count, height, width):
+                writer.write(frame)
+        with source.open("ab") as file:
+            file.write((tmp_path / "part.ts").read_bytes())
+    assert segment(folder, tmp_path / "out", source=source) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.endswith("--frames 4:") and "frame 4 is 60x90" in line for line in lines if "both.ts" in line] == [
+        True
+    ]
+    assert VideoSegmentation.load(tmp_path / "out" / "tracks.json").frames == (0, 1, 2, 3)
+    assert read_video(tmp_path / "out" / "overlay.mp4").shape == (4, 60, 90, 3)
+    assert segment(folder, tmp_path / "strict", "--strict", source=source) == 2
+    assert not (tmp_path / "strict").exists()
+    assert segment(folder, tmp_path / "rest", "--frames", "4:", "--strict", source=source) == 0
+    assert read_video(tmp_path / "rest" / "overlay.mp4").shape == (3, 90, 60, 3)
+
+
+@pytest.mark.parametrize("relative", [True, False])
+def test_names_that_look_like_addresses_and_patterns_are_names(folder, tmp_path, monkeypatch, relative):
+    monkeypatch.chdir(tmp_path)
+    place = Path() if relative else tmp_path
+    (tmp_path / "12:30 50%d.mp4").write_bytes((folder / "video.mp4").read_bytes())
+    options = ("--checkpoint", folder / "native", "--output", place / "run:1 %03d")
+    assert run("segment", place / "12:30 50%d.mp4", *options) == 0
+    written = sorted(path.name for path in (tmp_path / "run:1 %03d").iterdir())
+    assert written == ["overlay.mp4", "tracks.json"]
+    assert len(read_video(place / "run:1 %03d" / "overlay.mp4")) == FRAMES
+
+
 def broken(folder: Path, target: Path, change) -> Path:
     """A copy of the native checkpoint with its weights changed."""
     weights = load_file(folder / "native" / "model.safetensors")
@@ -183,10 +216,14 @@ def test_unknown_architecture_is_named(folder, tmp_path, capsys):
 def test_bad_sources_are_refused(folder, tmp_path, capsys):
     (tmp_path / "text.mp4").write_text("not a video")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "piped").mkdir()
+    os.mkfifo(tmp_path / "piped" / "0.png")
     for source, options, named in [
         ("nowhere.mp4", (), "nowhere.mp4"),
         (tmp_path / "text.mp4", (), "text.mp4"),
         (tmp_path / "empty", (), "empty"),
+        (tmp_path / "piped", (), "0.png is a named pipe"),
+        (tmp_path / "piped" / "0.png", (), "0.png is a named pipe"),
         ("video.mp4", ("--frames", "9:3"), "9:3"),
         ("video.mp4", ("--frames", "50:60"), "only"),
     ]:
