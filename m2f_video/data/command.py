@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from m2f_video.console import progress_bars
+from m2f_video.console import one_line, progress_bars
 
 Folder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
 Source = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
@@ -71,7 +71,7 @@ def check(path: Source, /, frames: Path | None = None) -> int:
     with progress_bars(unit="row") as update:
         report = check_dataset(path, frames, progress=partial(update, "check"))
     for fault in report.faults:
-        print(fault)
+        print(one_line(fault))
     print(
         f"{report.file}: {report.num_videos} videos, {report.num_frames} frames, {report.num_annotations} annotations "
         f"({report.num_crowds} of crowds), {len(report.faults)} faults"

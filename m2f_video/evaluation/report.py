@@ -12,7 +12,7 @@ from rich.table import Table
 
 from m2f_video.evaluation.tracking import TrackingResult
 from m2f_video.evaluation.video_ap import STATS, VideoAPResult
-from m2f_video.files import atomic_path, special_kind
+from m2f_video.files import atomic_path, check_replaceable
 
 RESULTS_FILE = "results.json"
 """Name that evaluation servers expect, alone at the root of the zip."""
@@ -111,15 +111,13 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     """Fail before the work where the file could not be written after it.
 
     Raises:
-        OSError: its folder is missing or not writable, or it is a folder, a pipe or a device itself.
+        OSError: its folder is missing or not writable, or it is a folder itself.
+        ValueError: it is a pipe or device.
     """
     file = Path(path)
     if not file.parent.is_dir():
         raise FileNotFoundError(f"{file}: there is no folder {file.parent}; make it first")
-    if file.is_dir():
-        raise IsADirectoryError(f"{file} is a folder; give the name of a file")
-    if kind := special_kind(file):
-        raise OSError(f"{file} is {kind}; give the name of a file")
+    check_replaceable(file)
     if not os.access(file.parent, os.W_OK):
         raise PermissionError(f"{file}: the folder {file.parent} is not writable")
 

@@ -144,6 +144,6 @@ def test_command_shows_its_arguments(capsys: pytest.CaptureFixture[str]) -> None
 
 def test_a_pipe_is_no_place_for_a_report(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "report.json")
-    with pytest.raises(OSError, match=r"report\.json is a named pipe; give the name of a file"):
+    with pytest.raises(ValueError, match=r"report\.json is a named pipe; name a regular file"):
         write_results(tmp_path / "report.json", [])
     assert (tmp_path / "report.json").is_fifo()
