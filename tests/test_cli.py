@@ -429,7 +429,7 @@ def test_the_installed_command_runs(folder, tmp_path):
 
 def signalled(folder: Path, output: Path, kind: signal.Signals) -> tuple[int, str]:
     """Exit code and standard error of the command when it gets a signal while it draws the overlay."""
-    many = np.repeat(synthetic_frames(FRAMES, 60, 90), 20, axis=0)
+    many = np.repeat(synthetic_frames(FRAMES, 60, 90), 10, axis=0)
     with VideoWriter(folder / "long.mp4", 12, 90, 60) as writer:
         for frame in many:
             writer.write(frame)
