@@ -429,9 +429,9 @@ def test_the_installed_command_runs(folder, tmp_path):
 
 def signalled(folder: Path, output: Path, kind: signal.Signals) -> tuple[int, str]:
     """Exit code and standard error of the command when it gets a signal while it draws the overlay."""
-    many = np.repeat(synthetic_frames(FRAMES, 60, 90), 10, axis=0)
-    with VideoWriter(folder / "long.mp4", 12, 90, 60) as writer:
-        for frame in many:
+    large = np.repeat(synthetic_frames(FRAMES, 60, 90), 8, axis=0).repeat(6, axis=1).repeat(6, axis=2)
+    with VideoWriter(folder / "long.mp4", 12, 540, 360) as writer:
+        for frame in large:
             writer.write(frame)
     command = [sys.executable, "-m", "m2f_video", "segment", str(folder / "long.mp4"), "--prepare", "never"]
     command += ["--checkpoint", str(folder / "native"), "--output", str(output), "--shortest-edge", "32"]
