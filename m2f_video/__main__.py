@@ -1,5 +1,6 @@
 """Start of the `m2f-video` command: light, so that an interrupt while PyTorch loads ends cleanly too."""
 
+import os
 import signal
 import sys
 from types import FrameType
@@ -7,6 +8,9 @@ from types import FrameType
 
 def main() -> int:
     """Run the command line and give its exit code; SIGTERM and SIGHUP end it as Ctrl-C does."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by who started the process: no other file must get its number
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     try:
         for name in ("SIGTERM", "SIGHUP"):
             kind = getattr(signal, name, None)  # Windows has no SIGHUP

@@ -23,7 +23,7 @@ from m2f_video.config import VideoMask2FormerConfig
 from m2f_video.console import one_line, print_table, progress_bars
 from m2f_video.data.command import DATA_COMMANDS
 from m2f_video.evaluation.command import eval_results
-from m2f_video.files import check_replaceable, made_directory
+from m2f_video.files import check_replaceable, made_directory, naming
 from m2f_video.hub import load_config, parse_device, parse_dtype, resolve_config
 from m2f_video.modeling.video_mask2former import VideoMask2Former
 from m2f_video.ops.cpu_kernels import KernelError
@@ -132,7 +132,7 @@ def segment(
         )
         segmentation.save(output, overlay, progress=lambda done, total: update("overlay", done, total))
     _print_tracks(segmentation)
-    print(f"written to {output}: {TRACKS_FILE}{f', {OVERLAY_FILE}' if overlay else ''}")
+    print(one_line(f"written to {output}: {TRACKS_FILE}{f', {OVERLAY_FILE}' if overlay else ''}"))
     return 0
 
 
@@ -190,7 +190,7 @@ def demo(
             f"against the truth of this {difficulty} video of seed {seed} ({len(truth.tracks)} objects): "
             f"AP {100 * stats['AP']:.1f}, AP50 {100 * stats['AP50']:.1f}"
         )
-    print(f"written to {output}: {file.name}, {TRACKS_FILE}, {OVERLAY_FILE}")
+    print(one_line(f"written to {output}: {file.name}, {TRACKS_FILE}, {OVERLAY_FILE}"))
     return 0
 
 
@@ -431,7 +431,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 description="Video Mask2Former: published weights in, segmented and tracked video out.",
                 args=argv,
             )
-            sys.stdout.flush()
+            with naming("standard output"):
+                sys.stdout.flush()
             return code
     except KeyboardInterrupt:
         print("m2f-video: interrupted", file=sys.stderr)

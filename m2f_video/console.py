@@ -47,5 +47,5 @@ def progress_bars(unit: str = "it") -> Iterator[Callable[[str, int, int | None],
 
 def print_table(table: Table) -> None:
     """Print a table, at its full width where there is no terminal to fit."""
-    console = Console()
-    Console(width=None if console.is_terminal else PLAIN_WIDTH).print(table)
+    width = None if Console().is_terminal else PLAIN_WIDTH
+    Console(width=width, markup=False, emoji=False, highlight=False).print(table)  # names of classes are just texts

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import hashlib
 import json
 import math
 import os
@@ -19,6 +20,7 @@ _SPECIAL: tuple[tuple[Callable[[int], bool], str], ...] = (
     (stat.S_ISCHR, "a device"),
     (stat.S_ISBLK, "a device"),
 )
+_LONGEST_NAME = 240  # bytes; file systems take 255
 # What may be a number that neither int64 nor float64 holds; inside of texts it costs time, and nothing else.
 _LONG_INTEGER = re.compile(rb"[0-9]{19}")
 _LARGE_EXPONENT = re.compile(rb"[0-9.][eE]\+?[0-9]{3}")
@@ -108,7 +110,7 @@ def _renaming(temporary: Path | None, path: str | os.PathLike[str]) -> Iterator[
     try:
         yield
     except OSError as error:
-        if error.errno is None or error.filename not in (None, temporary, str(temporary)):
+        if error.errno is None or error.filename not in (None, temporary, str(temporary), f"file:{temporary}"):
             raise
         remedy = "; free some or write elsewhere" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         raise OSError(error.errno, f"{os.strerror(error.errno)}{remedy}", str(path)) from error
@@ -195,7 +197,8 @@ def remove_leftovers(final: Path) -> None:
 
     Those that are at work hold a lock, and what they write stays; so does everything where there are no such locks.
     """
-    name = re.compile(rf"\.{re.escape(final.stem)}\.[0-9a-f]{{8}}{re.escape(final.suffix)}")
+    stem, suffix = _parts(final)
+    name = re.compile(rf"\.{re.escape(stem)}\.[0-9a-f]{{8}}{re.escape(suffix)}")
     with contextlib.suppress(OSError):  # no such folder, or not ours to look into: then there is nothing to remove
         for path in list(final.parent.iterdir()):
             if name.fullmatch(path.name) and not path.is_symlink() and special_kind(path) is None and _is_free(path):
@@ -203,7 +206,16 @@ def remove_leftovers(final: Path) -> None:
 
 
 def _temporary(final: Path) -> Path:
-    return final.with_name(f".{final.stem}.{uuid.uuid4().hex[:8]}{final.suffix}")
+    stem, suffix = _parts(final)
+    return final.with_name(f".{stem}.{uuid.uuid4().hex[:8]}{suffix}")
+
+
+def _parts(final: Path) -> tuple[str, str]:
+    """What the name of a temporary file begins and ends with: that of the final one, unless it would be too long."""
+    if len(os.fsencode(final.name)) <= _LONGEST_NAME:
+        return final.stem, final.suffix
+    suffix = final.suffix if len(os.fsencode(final.suffix)) < 20 else ""
+    return hashlib.sha256(os.fsencode(final.name)).hexdigest(), suffix
 
 
 @contextlib.contextmanager

@@ -85,8 +85,8 @@ def segment_video(
     reader = source if isinstance(source, VideoReader) else open_video(source, frames, strict=strict)
     processor = processor or VideoProcessor.from_config(model.config)
     chunk_size = (1 if model.device.type == "cpu" else 8) if frames_per_chunk is None else frames_per_chunk
-    if chunk_size < 1:
-        raise ValueError(f"frames_per_chunk must be at least 1, got {frames_per_chunk}")
+    if not 1 <= chunk_size < 2**31:
+        raise ValueError(f"frames_per_chunk must be at least 1 and below {2**31}, got {frames_per_chunk!s:.30}")
     _check_selection(model, top_k, score_threshold)
 
     with _evaluation_mode(model):

@@ -300,9 +300,9 @@ def parse_frames(text: str) -> slice:
     Raises:
         VideoError: the text is no such range, or selects nothing.
     """
-    if not re.fullmatch(r"\s*\d*\s*:\s*\d*\s*(:\s*\d*\s*)?", text, flags=re.ASCII):
+    if not re.fullmatch(r"\s*\d{0,18}\s*:\s*\d{0,18}\s*(:\s*\d{0,18}\s*)?", text, flags=re.ASCII):
         raise VideoError(
-            f"frames {text!r}: expected START:STOP or START:STOP:STEP in frame numbers counted from 0, such as "
+            f"frames {text!r:.60}: expected START:STOP or START:STOP:STEP in frame numbers counted from 0, such as "
             "10:50:2, 100: or ::5"
         )
     return _check_slice(slice(*(int(part) if part.strip() else None for part in text.split(":"))))

@@ -503,3 +503,36 @@ def test_nobody_reading_the_output_is_no_traceback(folder):
     assert process.wait() == 141
     assert process.stderr is not None
     assert process.stderr.read() == ""
+
+
+def test_names_of_classes_are_texts_and_no_markup(folder, tmp_path, capsys):
+    config = json.loads((folder / "native" / "config.json").read_text())
+    config["labels"][:3] = ["[/b]", "[red]car", ":smile:"]
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model" / "model.safetensors").write_bytes((folder / "native" / "model.safetensors").read_bytes())
+    assert segment(folder, tmp_path / "out", "--top-k", 50, checkpoint=tmp_path / "model") == 0
+    printed = capsys.readouterr().out
+    assert all(label in printed for label in config["labels"][:3])
+
+
+@pytest.mark.parametrize("closed", [1, 2])
+def test_a_closed_stream_is_no_traceback(folder, tmp_path, closed):
+    command = f'exec "{sys.executable}" -m m2f_video segment "{folder}/video.mp4" --checkpoint "{folder}/native" '
+    command += f'--no-overlay --output "{tmp_path}/out" {closed}>&-'
+    done = subprocess.run(["/bin/sh", "-c", command], capture_output=True, text=True, check=False)  # noqa: S603
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "out" / "tracks.json").exists()
+
+
+def test_a_report_does_not_take_the_place_of_what_it_is_made_from(tmp_path, capsys):
+    golden = Path(__file__).parent / "golden" / "eval"
+    files = {name: tmp_path / f"{name}.json" for name in ("annotations", "results")}
+    files["annotations"].write_bytes((golden / "gt.json").read_bytes())
+    files["results"].write_bytes((golden / "results_perfect.json").read_bytes())
+    before = {name: file.read_bytes() for name, file in files.items()}
+    for file in files.values():
+        given = [part for name, path in files.items() for part in (f"--{name}", path)]
+        assert run("eval", *given, "--no-tracking", "--json", file) == 2
+        assert "is what the numbers are made from" in capsys.readouterr().err
+    assert {name: file.read_bytes() for name, file in files.items()} == before

@@ -120,3 +120,16 @@ def test_numbers_that_fit_are_read_as_they_are() -> None:
     text = '{"a": [9223372036854775807, -9223372036854775808, 1e308, 1e-999, 0.12345678901234567890123], "b": "9e999"}'
     expected = {"a": [2**63 - 1, -(2**63), 1e308, 0.0, 0.12345678901234567890123], "b": "9e999"}
     assert parse_json(text) == parse_json(text.encode()) == parse_json(text.encode("utf-16")) == expected
+
+
+def test_names_as_long_as_file_systems_take_them_are_written(tmp_path: Path) -> None:
+    final = tmp_path / (250 * "j" + ".json")
+    leftover = None
+    with atomic_path(final) as file:
+        leftover = file.with_name(file.name.replace(file.name.split(".")[2], "0a1b2c3d"))
+        file.write_text("new")
+    leftover.write_text("of a killed writer")
+    with atomic_path(final) as file:
+        file.write_text("newer")
+    assert [path.name for path in tmp_path.iterdir()] == [final.name]
+    assert final.read_text() == "newer"

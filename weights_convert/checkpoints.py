@@ -35,6 +35,7 @@ _STAGING = ".writing-"
 _LEFTOVER = re.compile(rf"{re.escape(_STAGING)}[a-z0-9_]{{8}}")
 _MAX_JSON = 16 << 20  # bytes; the index of a large model is a tenth of it
 _MAX_NESTING = 50
+_CHUNK = 1 << 22  # values looked at together
 _MAX_FILE = 1 << 35  # bytes; ten times the largest model with its optimizer
 _MAX_SHARING = 4  # times that the same memory may be claimed by tensors of several keys
 _DTYPES = {
@@ -94,11 +95,13 @@ def read_state_dict(path: str | os.PathLike[str]) -> StateDict:
         if not path.exists():
             raise CheckpointError(f"{path} does not exist; give a checkpoint file or folder")
         state_dict = _read_folder(path) if path.is_dir() else _read_file(path)
+        _check_values(path, state_dict)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-    except MemoryError as error:
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "allocate memory" not in str(error):
+            raise
         raise CheckpointError(f"{path} does not fit into memory; free some, or use a larger machine") from error
-    _check_values(path, state_dict)
     return state_dict
 
 
@@ -295,6 +298,8 @@ def _read_file(path: Path) -> StateDict:
     if head.startswith(_LFS_POINTER):
         raise CheckpointError(f"{path} is a pointer to a git-lfs file; run `git lfs pull`")
     if head[8:9] == b"{":
+        if int.from_bytes(head[:8], "little") > _MAX_JSON:
+            raise CheckpointError(f"{path} has a header of more than {_MAX_JSON >> 20} MB, as no checkpoint has")
         try:
             return dict(load_file(path))
         except SafetensorError as error:
@@ -350,9 +355,15 @@ def _check_values(path: Path, state_dict: StateDict) -> None:
     if sum(tensor.nbytes for tensor in state_dict.values()) > _MAX_SHARING * sum(held.values()):
         raise CheckpointError(f"{path}: its tensors claim more values than the file holds; save them contiguous")
     for key, tensor in state_dict.items():
-        values = tensor.float() if tensor.element_size() == 1 else tensor  # float8 has no isfinite
-        if tensor.is_floating_point() and not bool(torch.isfinite(values).all()):
+        if tensor.is_floating_point() and (count := _count_not_finite(tensor)):
             raise CheckpointError(
-                f"{path}: {key:.120} has {int((~torch.isfinite(values)).sum())} NaN or infinite values of "
-                f"{tensor.numel()}; the training diverged or the file is damaged: take an earlier checkpoint"
+                f"{path}: {key:.120} has {count} NaN or infinite values of {tensor.numel()}; the training diverged or "
+                "the file is damaged: take an earlier checkpoint"
             )
+
+
+def _count_not_finite(tensor: torch.Tensor) -> int:
+    """Part by part, since a copy of all would take as much memory again."""
+    parts = tensor.reshape(-1).split(_CHUNK)
+    # float8 has no isfinite
+    return sum(int((~torch.isfinite(part.float() if part.element_size() == 1 else part)).sum()) for part in parts)

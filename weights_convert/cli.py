@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _stoppable():
             _convert(args.src, args.dst, args.to, args.config, args.temporal, args.overwrite)
     except (ConversionError, OSError) as error:
-        print(f"weights_convert: {error}", file=sys.stderr)
+        print(f"weights_convert: {ConversionError(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("weights_convert: interrupted, nothing written", file=sys.stderr)
@@ -180,7 +180,7 @@ def _report(source: str, target: str, incoming: Translation, outgoing: Translati
         table.add_row(group, *map(str, counts))
     table.add_section()
     table.add_row("all", *(str(sum(column)) for column in zip(*groups.values(), strict=True)))
-    Console(soft_wrap=True, highlight=False).print(table)
+    Console(soft_wrap=True, markup=False, emoji=False, highlight=False).print(table)
     for pattern, count in incoming.ignored.items():
         print(f"ignored {count} x {pattern}")
     for key in outgoing.added:

@@ -113,6 +113,8 @@ class SyntheticVideos:
     ) -> None:
         if num_videos < 0 or seed < 0:
             raise ValueError(f"num_videos and seed must not be negative, got {num_videos} and {seed}")
+        if num_videos >= 2**31:
+            raise ValueError(f"num_videos must be below {2**31}, got {num_videos!s:.30}")
         if num_frames < 1:
             raise ValueError(f"num_frames must be positive, got {num_frames}")
         if min(height, width) < 16:

@@ -118,6 +118,7 @@ def _evaluate_results(
 ) -> int:
     if json is not None:
         report.check_writable(json)
+        _check_spares(json, annotations, results)
     tracking = tracking and _can_track()
     with progress_bars() as progress:
         truth = load_ground_truth(annotations, progress)
@@ -125,6 +126,13 @@ def _evaluate_results(
         ap, followed = _measure(truth, tracks, tracking, score_threshold, progress)
     _show(ap, followed, json)
     return 0
+
+
+def _check_spares(json: Path, *inputs: Path) -> None:
+    """Make sure that the report does not take the place of what it is made from."""
+    for file in inputs:
+        if json.exists() and file.exists() and json.samefile(file):
+            raise ValueError(f"{json} is what the numbers are made from; give --json another name")
 
 
 def _evaluate_checkpoint(
@@ -139,6 +147,10 @@ def _evaluate_checkpoint(
         raise ValueError(f"{json} is where the results go; give --json another name")
     split = options.split or ("test" if is_synthetic(data) else "val")
     videos = open_dataset(data, split, options.videos, options.frames)
+    if json is not None:
+        _check_spares(json, *([videos.file] if isinstance(videos, YouTubeVis) else []))
+        if json.resolve().parent == options.output.resolve() and json.match(JOURNAL_FILE.format("[0-9]*")):
+            raise ValueError(f"{json} is removed at the end, as the journals are; give --json another name")
     with join_workers(options.device) as worker, made_directory(options.output):
         for file in (results, submission, *([] if json is None else [json])):
             report.check_writable(file)

@@ -202,10 +202,11 @@ def _read_kept(path: Path) -> bytes | None:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:  # it is not there, or a link: what is compiled takes its place, or says what is wrong
         return None
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode) or status.st_uid not in (os.getuid(), 0) or status.st_mode & 0o022:
+        os.close(descriptor)
+        return None
     with open(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode) or status.st_uid not in (os.getuid(), 0) or status.st_mode & 0o022:
-            return None
         content = file.read()
     library, digest = content[:-_DIGEST_BYTES], content[-_DIGEST_BYTES:]
     return library if _digest(library, path) == digest else None

@@ -143,7 +143,7 @@ class ClipBatches(Dataset[Batch | Exception]):
     def __getitem__(self, keys: list[tuple[int, int]]) -> Batch | Exception:
         try:
             return self.collate([self.clips[key] for key in keys])
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, MemoryError) as error:
             return error
 
 

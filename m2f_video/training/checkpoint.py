@@ -45,7 +45,8 @@ def list_checkpoints(output: Path) -> list[tuple[int, Path]]:
     """Step and file of each checkpoint of a run, by rising step."""
     folder = output / FOLDER
     files = folder.iterdir() if folder.is_dir() else ()
-    return sorted((int(match[1]), path) for path in files if (match := _NAME.fullmatch(path.name)))
+    matches = ((_NAME.fullmatch(path.name), path) for path in files if not path.is_dir())
+    return sorted((int(match[1]), path) for match, path in matches if match)
 
 
 def save_checkpoint(output: Path, step: int, state: dict[str, Any], keep: int) -> Path:
@@ -61,7 +62,8 @@ def save_checkpoint(output: Path, step: int, state: dict[str, Any], keep: int) -
     folder = output / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob(".step-*"):
-        leftover.unlink()
+        if not leftover.is_dir():
+            leftover.unlink()
     path = folder / f"step-{step:08d}.pt"
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         try:

@@ -238,3 +238,11 @@ def test_a_full_disk_leaves_what_was_there(
     assert "step-00000002.pt" in str(raised.value)
     assert "\n" not in str(raised.value)
     assert names(tmp_path) == ["step-00000001.pt"]
+
+
+def test_folders_among_the_checkpoints_are_left_alone(tmp_path: Path) -> None:
+    for name in (".step-x", "step-00000000.pt", "step-00000009.pt"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    save_checkpoint(tmp_path, 3, {}, keep=1)
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [3]
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 4

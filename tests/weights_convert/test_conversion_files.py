@@ -909,3 +909,9 @@ def test_failed_write_leaves_nothing(original, config, tmp_path, monkeypatch, er
         write_checkpoint(tmp_path / target, original, config)
     assert os.listdir(tmp_path) == ["old"]
     assert {path: path.read_bytes() for path in (tmp_path / "old").iterdir()} == before
+
+
+def test_a_header_larger_than_any_is_refused_unread(tmp_path):
+    (tmp_path / "a.safetensors").write_bytes((1 << 40).to_bytes(8, "little") + b'{"a":')
+    with pytest.raises(CheckpointError, match="header of more than 16 MB"):
+        read_checkpoint(tmp_path / "a.safetensors")
