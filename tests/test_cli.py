@@ -454,6 +454,7 @@ def test_signals_end_as_an_interrupt_does(folder, tmp_path, kind):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow  # what removes it has a fast test
 def test_the_next_run_removes_what_a_killed_one_left(folder, tmp_path):
     assert signalled(folder, tmp_path / "out", signal.SIGKILL) == (-signal.SIGKILL, "")
     assert len(list((tmp_path / "out").glob(".*"))) == 2
