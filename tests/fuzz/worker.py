@@ -71,7 +71,8 @@ def _fault(read: Callable[[], object]) -> str | None:
             return f"the message is PyTorch's own, which advises to load unsafely: {error}"
     except Exception:  # noqa: BLE001  # any other is what is looked for
         return traceback.format_exc()
-    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # what getrusage tells begins with the most of the process that started this one
+    peak = 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
     return None if peak < MOST_MEMORY else f"it took {peak / 2**30:.1f} GiB"
 
 
