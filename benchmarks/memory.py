@@ -27,12 +27,12 @@ from rich.table import Table
 from m2f_video.benchmark import machine, peak_bytes
 from m2f_video.config import VideoMask2FormerConfig
 from m2f_video.files import atomic_path
-from m2f_video.inference import segment_video
+from m2f_video.inference.postprocess import MASK_STRIDE
+from m2f_video.inference.processor import VideoProcessor
+from m2f_video.inference.whole import segment_video
 from m2f_video.modeling.transformer_decoder import Prediction
 from m2f_video.modeling.video_mask2former import VideoMask2FormerOutput
 from m2f_video.parity import random_model
-from m2f_video.postprocess import MASK_STRIDE
-from m2f_video.processor import VideoProcessor
 from m2f_video.training import ClipTarget, LossConfig, VideoMask2FormerLoss
 
 CASES: dict[str, tuple[Literal["points", "masks"], Literal["points", "masks"]]] = {

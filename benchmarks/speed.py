@@ -29,13 +29,13 @@ from torch import Tensor, nn
 
 from m2f_video import benchmark as bench
 from m2f_video.benchmark import Implementation, Part, Report, Row
+from m2f_video.cli.console import print_table, progress_bars
 from m2f_video.config import SwinConfig, VideoMask2FormerConfig
-from m2f_video.console import print_table, progress_bars
 from m2f_video.evaluation.report import check_writable
 from m2f_video.hub import parse_device
 from m2f_video.modeling.video_mask2former import VideoMask2Former
 from m2f_video.parity import random_frames, random_model, transformers_model
-from m2f_video.video_io import open_video
+from m2f_video.video.reader import open_video
 
 EAGER, PREPARED, COMPILED = "ours eager", "ours prepared", "ours compiled"
 THEIRS, THEIRS_COMPILED = "transformers", "transformers compiled"

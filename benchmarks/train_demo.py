@@ -17,8 +17,8 @@ from time import time
 import torch
 import tyro
 
-from m2f_video import cli
 from m2f_video.benchmark import machine
+from m2f_video.cli import main as cli
 from m2f_video.files import atomic_path
 from m2f_video.hub import DEMO_FOLDER
 from m2f_video.modeling.video_mask2former import VideoMask2Former

@@ -6,11 +6,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from m2f_video.backbone_weights import load_backbone
     from m2f_video.config import VideoMask2FormerConfig
-    from m2f_video.inference import segment_video
+    from m2f_video.inference import VideoProcessor, segment_video
     from m2f_video.modeling.video_mask2former import VideoMask2Former
-    from m2f_video.processor import VideoProcessor
     from m2f_video.results import Track, VideoSegmentation
-    from m2f_video.video_io import VideoWriter, open_video, read_video
+    from m2f_video.video import VideoWriter, open_video, read_video
 
 __all__ = [
     "Track",
@@ -29,12 +28,12 @@ _MODULES = {
     "Track": "results",
     "VideoMask2Former": "modeling.video_mask2former",
     "VideoMask2FormerConfig": "config",
-    "VideoProcessor": "processor",
+    "VideoProcessor": "inference",
     "VideoSegmentation": "results",
-    "VideoWriter": "video_io",
+    "VideoWriter": "video",
     "load_backbone": "backbone_weights",
-    "open_video": "video_io",
-    "read_video": "video_io",
+    "open_video": "video",
+    "read_video": "video",
     "segment_video": "inference",
 }
 

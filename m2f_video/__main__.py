@@ -16,7 +16,7 @@ def main() -> int:
             kind = getattr(signal, name, None)  # Windows has no SIGHUP
             if kind is not None and signal.getsignal(kind) is signal.SIG_DFL:  # nohup has it ignored, and so it stays
                 signal.signal(kind, _interrupt)
-        from m2f_video import cli
+        from m2f_video.cli import main as cli
 
         return cli.main()
     except KeyboardInterrupt:

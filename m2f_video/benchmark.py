@@ -27,10 +27,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from m2f_video.data.synthetic import SyntheticVideos
 from m2f_video.files import atomic_path
-from m2f_video.inference import Progress, segment_video
+from m2f_video.inference.processor import VideoProcessor
+from m2f_video.inference.whole import Progress, segment_video
 from m2f_video.modeling.video_mask2former import VideoMask2Former
-from m2f_video.processor import VideoProcessor
-from m2f_video.video_io import VideoWriter
+from m2f_video.video.reader import VideoWriter
 
 Part = Callable[[], object]
 Compile = Literal["auto", "kernels", "model", "none"]

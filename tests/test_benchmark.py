@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from m2f_video import benchmark as bench
 from m2f_video.benchmark import Implementation, Report, Row
-from m2f_video.cli import main
+from m2f_video.cli.main import main
 from m2f_video.modeling.video_mask2former import VideoMask2Former
 
 SIZE = (64, 96)
@@ -22,7 +22,7 @@ def row(**fields) -> Row:
 
 
 def printed(report: Report, capsys) -> str:
-    from m2f_video.console import print_table
+    from m2f_video.cli.console import print_table
 
     for table in report.tables():
         print_table(table)

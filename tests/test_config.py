@@ -25,9 +25,9 @@ from m2f_video.config import (
     VideoMask2FormerConfig,
     flatten,
 )
+from m2f_video.inference.processor import VideoProcessor
 from m2f_video.modeling.video_mask2former import VideoMask2Former
 from m2f_video.parity import random_frames, random_model
-from m2f_video.processor import VideoProcessor
 
 BASE = VideoMask2FormerConfig(
     backbone=SwinConfig(embed_dim=8, depths=(1, 1, 1, 1), num_heads=(1, 2, 2, 4), window_size=3, mlp_ratio=2.0),

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from m2f_video.config import ConfigError, VideoMask2FormerConfig
 from m2f_video.hub import load_config, parse_device, parse_dtype, staged_folder
+from m2f_video.inference.processor import VideoProcessor
 from m2f_video.modeling.video_mask2former import VideoMask2Former
-from m2f_video.processor import VideoProcessor
 from tests.golden_files import original_weights
 from tests.tolerances import assert_close, identical
 from weights_convert import CheckpointError, ConversionError

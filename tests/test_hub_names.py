@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from m2f_video.categories import YOUTUBEVIS_2019, YOUTUBEVIS_2021
 from m2f_video.config import ConfigError
 from m2f_video.hub import load_config
+from m2f_video.inference.processor import VideoProcessor
 from m2f_video.modeling.video_mask2former import VideoMask2Former
-from m2f_video.processor import VideoProcessor
 from tests.hub_stub import HubStub, commit_of, http
 from tests.tolerances import identical
 from weights_convert import CheckpointError
@@ -204,7 +204,7 @@ def test_the_published_2021_model_gives_its_reference_slices() -> None:
     from huggingface_hub import hf_hub_download
 
     from m2f_video.config import PreprocessingConfig
-    from m2f_video.video_io import read_video
+    from m2f_video.video.reader import read_video
 
     model = VideoMask2Former.from_pretrained("facebook/video-mask2former-swin-tiny-youtubevis-2021-instance")
     assert model.config.labels == YOUTUBEVIS_2021

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from m2f_video.files import check_regular, read_json
-from m2f_video.results import check_picture_size
+from m2f_video.results.masks import check_picture_size
 
 ANNOTATION_FILES = (
     "train.json",

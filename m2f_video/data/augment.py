@@ -107,7 +107,7 @@ class Augmentation:
         """To the size that the video processor gives a frame with this shorter side."""
         from torchvision.transforms import v2
 
-        from m2f_video.processor import VideoProcessor
+        from m2f_video.inference.processor import VideoProcessor
 
         preprocessing = PreprocessingConfig(shortest_edge=edge, longest_edge=self.config.longest_edge)
         height, width = frames.shape[-2:]

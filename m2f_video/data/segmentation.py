@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from m2f_video.results import Rle, check_picture_size, check_rle, decode_mask, encode_runs, plain_rle
+from m2f_video.results.masks import Rle, check_picture_size, check_rle, decode_mask, encode_runs, plain_rle
 
 # pycocotools walks along the outlines in steps of a fifth of a pixel, and takes 16 bytes for each.
 _STEPS_PER_PIXEL = 5

@@ -12,7 +12,7 @@ from typing import Any
 from m2f_video.data.annotations import ANNOTATION_FILES, FRAMES_FOLDER
 from m2f_video.data.clip import AnnotatedVideo, AnnotatedVideos, Clip
 from m2f_video.files import new_folder
-from m2f_video.results import encode_mask
+from m2f_video.results.masks import encode_mask
 
 _JPEG_QUALITY, _JPEG_SUBSAMPLING = 95, 0  # colour at full resolution: edges keep their colour
 

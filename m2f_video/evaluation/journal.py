@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from m2f_video.files import check_regular, naming, parse_json
-from m2f_video.results import plain_rle
+from m2f_video.results.masks import plain_rle
 
 Row = dict[str, Any]
 """A row of a YouTubeVIS submission."""

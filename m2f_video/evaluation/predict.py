@@ -22,11 +22,11 @@ from m2f_video.evaluation.annotations import GroundTruth, Progress, load_ground_
 from m2f_video.evaluation.journal import Journal, Row
 from m2f_video.evaluation.pairing import pair_tracks
 from m2f_video.evaluation.video_ap import VideoAPResult, average_precision
-from m2f_video.inference import segment_video
+from m2f_video.inference.processor import VideoProcessor
+from m2f_video.inference.whole import segment_video
 from m2f_video.modeling.video_mask2former import VideoMask2Former
-from m2f_video.processor import VideoProcessor
-from m2f_video.results import check_rle
-from m2f_video.video_io import DEFAULT_FPS, VideoReader
+from m2f_video.results.masks import check_rle
+from m2f_video.video.reader import DEFAULT_FPS, VideoReader
 
 
 def predict_videos(

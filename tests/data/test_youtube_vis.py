@@ -25,7 +25,7 @@ from m2f_video.data import (
     youtube_vis_annotations,
 )
 from m2f_video.data.segmentation import decode_segmentation
-from m2f_video.results import encode_mask
+from m2f_video.results.masks import encode_mask
 
 H, W, T = 20, 30, 4
 

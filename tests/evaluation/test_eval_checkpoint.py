@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from m2f_video import VideoMask2Former, VideoMask2FormerConfig
-from m2f_video.cli import main
+from m2f_video.cli import evaluate as command
+from m2f_video.cli.main import main
 from m2f_video.config import PreprocessingConfig
 from m2f_video.data import SHAPES, SyntheticVideos, write_youtube_vis
-from m2f_video.evaluation import command, predict
+from m2f_video.evaluation import predict
 from m2f_video.evaluation.journal import Journal
 
 VIDEOS = SyntheticVideos(3, seed=5, num_frames=4, height=32, width=64)

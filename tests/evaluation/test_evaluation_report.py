@@ -9,6 +9,7 @@ import pytest
 import tyro
 
 from m2f_video import evaluation
+from m2f_video.cli.evaluate import eval_results
 from m2f_video.evaluation import (
     STATS,
     EvaluationWarning,
@@ -20,7 +21,6 @@ from m2f_video.evaluation import (
     write_results,
     write_submission,
 )
-from m2f_video.evaluation.command import eval_results
 from tests.evaluation.builders import T, annotation, box, dataset, result
 
 TRUTH = dataset(annotation(1, [box(0, 0)] * T), annotation(2, [box(0, 15)] * T))

@@ -23,12 +23,12 @@ from m2f_video.data.youtube_vis import YouTubeVis
 from m2f_video.evaluation import average_precision, load_ground_truth, load_results, pair_tracks
 from m2f_video.evaluation.journal import Journal
 from m2f_video.hub import load_config
+from m2f_video.inference.processor import VideoProcessor
 from m2f_video.modeling.video_mask2former import VideoMask2Former
-from m2f_video.processor import VideoProcessor
-from m2f_video.results import VideoSegmentation
+from m2f_video.results.tracks import VideoSegmentation
 from m2f_video.training import TrainConfig
 from m2f_video.training.checkpoint import load_latest_checkpoint, save_checkpoint
-from m2f_video.video_io import VideoWriter, open_video
+from m2f_video.video.reader import VideoWriter, open_video
 from tests.evaluation.builders import random_case
 from tests.fuzz.mutations import mutate_bytes, mutate_json, random_pickle
 from tests.training.tiny_run import CONFIG, MODEL

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from m2f_video.cli import main
+from m2f_video.cli.main import main
 from m2f_video.ops import cpu_kernels
 
 pytestmark = pytest.mark.skipif(cpu_kernels.why_no_kernels() is not None, reason="needs Linux and a C++ compiler")

@@ -10,12 +10,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from m2f_video.config import PreprocessingConfig, VideoMask2FormerConfig
+from m2f_video.inference.postprocess import resize_masks
+from m2f_video.inference.processor import VideoProcessor
 from m2f_video.modeling.position_encoding import sine_3d
 from m2f_video.modeling.transformer_decoder import resize_frames
 from m2f_video.modeling.video_mask2former import VideoMask2Former, VideoMask2FormerOutput
 from m2f_video.ops import Backend
-from m2f_video.postprocess import resize_masks
-from m2f_video.processor import VideoProcessor
 from tests.golden_files import (
     GOLDEN,
     PIXEL_MEAN,

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from m2f_video.files import atomic_path
-from m2f_video.video_decode import VideoError
+from m2f_video.video.decode import VideoError
 
 _BT709 = 1  # in FFmpeg's lists of colour spaces, of primaries and of transfer curves alike
 _LIMITED_RANGE = 1

@@ -12,13 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from m2f_video.inference.postprocess import resize_masks, select_top_k
+from m2f_video.inference.processor import VideoProcessor
+from m2f_video.inference.segments import chunks
 from m2f_video.modeling.transformer_decoder import predict_masks
 from m2f_video.modeling.video_mask2former import FeatureBuffer, FrameFeatures, VideoMask2Former
-from m2f_video.postprocess import resize_masks, select_top_k
-from m2f_video.processor import VideoProcessor
-from m2f_video.results import Rle, Track, VideoSegmentation, encode_mask
-from m2f_video.segments import chunks
-from m2f_video.video_io import VideoReader, VideoSource, open_video
+from m2f_video.results.masks import Rle, encode_mask
+from m2f_video.results.tracks import Track, VideoSegmentation
+from m2f_video.video.reader import VideoReader, VideoSource, open_video
 
 MOST_ROOM = 256  # frames to make room for at once: what a file says of its length can be far off
 

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from m2f_video import postprocess
 from m2f_video.config import PreprocessingConfig, VideoMask2FormerConfig
-from m2f_video.postprocess import MASK_STRIDE
-from m2f_video.segments import SegmentationOutputs, Size, Sizes, check_outputs, check_sizes
+from m2f_video.inference import postprocess
+from m2f_video.inference.postprocess import MASK_STRIDE
+from m2f_video.inference.segments import SegmentationOutputs, Size, Sizes, check_outputs, check_sizes
 
 if TYPE_CHECKING:
     from m2f_video.hub import ConfigSource

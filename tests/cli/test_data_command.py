@@ -5,8 +5,8 @@ import json
 import pytest
 import tyro
 
-from m2f_video.cli import main
-from m2f_video.data.command import DATA_COMMANDS
+from m2f_video.cli.data import DATA_COMMANDS
+from m2f_video.cli.main import main
 
 
 def run(*arguments: object) -> int:

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from m2f_video.console import print_table, progress_bars
+from m2f_video.cli.console import print_table, progress_bars
 from m2f_video.data.source import is_synthetic, open_dataset
 from m2f_video.data.synthetic import SyntheticVideos
 from m2f_video.data.youtube_vis import YouTubeVis

@@ -19,20 +19,20 @@ import tyro
 from rich.table import Table
 from tyro.conf import subcommand
 
+from m2f_video.cli.console import one_line, print_table, progress_bars
+from m2f_video.cli.data import DATA_COMMANDS
+from m2f_video.cli.evaluate import eval_results
+from m2f_video.cli.train import train_command
 from m2f_video.config import VideoMask2FormerConfig
-from m2f_video.console import one_line, print_table, progress_bars
-from m2f_video.data.command import DATA_COMMANDS
-from m2f_video.evaluation.command import eval_results
 from m2f_video.files import check_replaceable, made_directory, naming
 from m2f_video.hub import load_config, parse_device, parse_dtype, resolve_config
 from m2f_video.modeling.video_mask2former import VideoMask2Former
 from m2f_video.ops.cpu_kernels import KernelError
-from m2f_video.results import OVERLAY_FILE, TRACKS_FILE, VideoSegmentation
-from m2f_video.training.command import train_command
+from m2f_video.results.tracks import OVERLAY_FILE, TRACKS_FILE, VideoSegmentation
 
 if TYPE_CHECKING:
-    from m2f_video.processor import VideoProcessor
-    from m2f_video.video_io import VideoReader
+    from m2f_video.inference.processor import VideoProcessor
+    from m2f_video.video.reader import VideoReader
 
 Source = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
 DtypeName = Literal["float32", "float64", "bfloat16", "float16"]
@@ -88,10 +88,10 @@ def segment(
         strict: fail on a video that is damaged or changes its size, instead of segmenting what comes before.
         overlay: write overlay.mp4.
     """
-    from m2f_video.inference import segment_video
-    from m2f_video.processor import VideoProcessor
-    from m2f_video.video_io import open_video, parse_frames
-    from m2f_video.video_writer import MAX_SIDE
+    from m2f_video.inference.processor import VideoProcessor
+    from m2f_video.inference.whole import segment_video
+    from m2f_video.video.reader import open_video, parse_frames
+    from m2f_video.video.writer import MAX_SIDE
 
     reader = open_video(source, None if frames is None else parse_frames(frames), strict=strict)
     _check_output(output, TRACKS_FILE, *([OVERLAY_FILE] if overlay else []))
@@ -163,8 +163,8 @@ def demo(
     """
     from m2f_video.data import SyntheticVideos
     from m2f_video.evaluation import average_precision, load_results, pair_tracks, prepare_ground_truth
-    from m2f_video.inference import segment_video
-    from m2f_video.video_io import VideoWriter
+    from m2f_video.inference.whole import segment_video
+    from m2f_video.video.reader import VideoWriter
 
     file = output / "video.mp4"
     _check_output(output, file.name, TRACKS_FILE, OVERLAY_FILE)

@@ -17,10 +17,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from m2f_video import VideoMask2Former, VideoSegmentation, read_video
-from m2f_video.cli import COMMANDS, main
-from m2f_video.data.command import DATA_COMMANDS
+from m2f_video.cli.data import DATA_COMMANDS
+from m2f_video.cli.main import COMMANDS, main
 from m2f_video.ops import cpu_kernels
-from m2f_video.video_io import VideoWriter
+from m2f_video.video.reader import VideoWriter
 from tests.conftest import synthetic_frames
 from weights_convert import from_native, hf_config_from_native, write_checkpoint
 
@@ -56,7 +56,7 @@ def test_segment_prepares_where_that_pays(folder, tmp_path, capsys, monkeypatch)
     assert segment(folder, tmp_path / "short") == 0
     assert "prepared" not in capsys.readouterr().out
     monkeypatch.setenv("CXX", "no-such-compiler")  # so that packing is all there is to do
-    monkeypatch.setattr("m2f_video.cli.PREPARE_PIXELS", 1)
+    monkeypatch.setattr("m2f_video.cli.main.PREPARE_PIXELS", 1)
     assert segment(folder, tmp_path / "long") == 0
     assert f"prepared the model for inference on {FRAMES} frames" in capsys.readouterr().out
     assert segment(folder, tmp_path / "never", "--prepare", "never") == 0

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from m2f_video.segments import (
+from m2f_video.inference.segments import (
     MASK_STRIDE,
     SegmentationOutputs,
     Size,

@@ -17,7 +17,7 @@ from timm.models.swin_transformer import SwinTransformer
 from torch import nn
 
 from m2f_video import VideoMask2Former
-from m2f_video.cli import main
+from m2f_video.cli.main import main
 from m2f_video.config import TimmBackboneConfig
 from m2f_video.data import SyntheticVideos, write_youtube_vis
 from m2f_video.training import TRAIN_PRESETS, TrainConfig, Trainer, trainer

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from m2f_video import segments
-from m2f_video.postprocess import (
+from m2f_video.inference import segments
+from m2f_video.inference.postprocess import (
     post_process_instance_segmentation,
     post_process_panoptic_segmentation,
     post_process_semantic_segmentation,

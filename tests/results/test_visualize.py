@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from m2f_video.results import Track, VideoSegmentation, encode_mask
-from m2f_video.video_io import VideoError, VideoWriter, open_video, read_video
-from m2f_video.visualize import draw_tracks, render_overlay, track_colors
+from m2f_video.results.drawing import draw_tracks, render_overlay, track_colors
+from m2f_video.results.masks import encode_mask
+from m2f_video.results.tracks import Track, VideoSegmentation
+from m2f_video.video.reader import VideoError, VideoWriter, open_video, read_video
 
 H, W, T = 96, 128, 6
 GREY = 100
@@ -229,7 +230,7 @@ def test_filling_in_parts_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> No
     rng = np.random.default_rng(0)
     frame, masks = rng.integers(0, 256, (H, W, 3), np.uint8), rng.random((3, H, W)) < 0.3
     whole = draw_tracks(frame, masks, track_colors(3), ["a", "b", "c"])
-    monkeypatch.setattr("m2f_video.visualize._FILLED_AT_ONCE", 1000)
+    monkeypatch.setattr("m2f_video.results.drawing._FILLED_AT_ONCE", 1000)
     np.testing.assert_array_equal(draw_tracks(frame, masks, track_colors(3), ["a", "b", "c"]), whole)
 
 
@@ -295,7 +296,7 @@ def test_a_single_frame(tmp_path: Path) -> None:
 
 def test_importing_loads_no_optional_library() -> None:
     code = (
-        "import sys; import m2f_video.results, m2f_video.visualize; "
+        "import sys; import m2f_video.results.tracks, m2f_video.results.drawing; "
         "print(sorted({'av', 'scipy', 'pycocotools', 'PIL', 'torchvision', 'transformers'} & sys.modules.keys()))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)  # noqa: S603

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from m2f_video import segments
-from m2f_video.postprocess import (
+from m2f_video.inference import segments
+from m2f_video.inference.postprocess import (
     post_process_video_instance_segmentation,
     post_process_video_panoptic_segmentation,
     post_process_video_semantic_segmentation,

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from m2f_video.console import one_line, progress_bars
+from m2f_video.cli.console import one_line, progress_bars
 
 Folder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
 Source = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]

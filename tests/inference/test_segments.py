@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from m2f_video.segments import check_sizes, panoptic_map
+from m2f_video.inference.segments import check_sizes, panoptic_map
 
 
 @pytest.mark.parametrize(

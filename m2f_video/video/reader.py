@@ -17,16 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from m2f_video.picture_decode import (
-    OTHER_SUFFIXES,
-    PICTURE_SUFFIXES,
-    image_size,
-    is_sequence,
-    read_image,
-    read_sequence,
-    sequence_shape,
-)
-from m2f_video.video_decode import (
+from m2f_video.video.decode import (
     MAX_PIXELS,
     DamageLog,
     VideoError,
@@ -37,7 +28,16 @@ from m2f_video.video_decode import (
     upright_rgb,
     video_stream,
 )
-from m2f_video.video_writer import VideoWriter, as_frame_rate
+from m2f_video.video.pictures import (
+    OTHER_SUFFIXES,
+    PICTURE_SUFFIXES,
+    image_size,
+    is_sequence,
+    read_image,
+    read_sequence,
+    sequence_shape,
+)
+from m2f_video.video.writer import VideoWriter, as_frame_rate
 
 __all__ = [
     "ARRAY_SOURCE",

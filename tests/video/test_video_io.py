@@ -20,8 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from m2f_video import video_decode, video_io
-from m2f_video.video_io import (
+from m2f_video.video import decode as video_decode
+from m2f_video.video import reader as video_io
+from m2f_video.video.reader import (
     TruncatedVideoWarning,
     VideoError,
     VideoReader,
@@ -961,7 +962,7 @@ def test_no_frame_is_lost_at_any_rate(tmp_path: Path, fps: int | Fraction) -> No
 def test_frames_of_more_pixels_than_the_encoder_may_keep_are_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("m2f_video.video_writer._MOST_PIXELS_LOOKED_AHEAD", 1)
+    monkeypatch.setattr("m2f_video.video.writer._MOST_PIXELS_LOOKED_AHEAD", 1)
     test_no_frame_is_lost_at_any_rate(tmp_path, 25)
 
 

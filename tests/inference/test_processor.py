@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from m2f_video import postprocess
 from m2f_video.config import PreprocessingConfig, VideoMask2FormerConfig
-from m2f_video.processor import VideoProcessor
+from m2f_video.inference import postprocess
+from m2f_video.inference.processor import VideoProcessor
 
 LABELS = ("cat", "dog", "bus", "cow", "owl")
 SMALL = PreprocessingConfig(shortest_edge=48, longest_edge=100)

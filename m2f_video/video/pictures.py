@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from m2f_video.video_decode import MAX_PIXELS, VideoError, check_file, check_pixels
+from m2f_video.video.decode import MAX_PIXELS, VideoError, check_file, check_pixels
 
 PICTURE_SUFFIXES = (
     ".avif", ".bmp", ".dib", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpf", ".jpg", ".jpx", ".pbm", ".pgm",

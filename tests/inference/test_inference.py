@@ -13,13 +13,13 @@ from m2f_video import (
     VideoMask2Former,
     VideoProcessor,
     VideoSegmentation,
-    inference,
     open_video,
     segment_video,
-    segments,
 )
-from m2f_video.postprocess import resize_masks
-from m2f_video.video_io import VideoError
+from m2f_video.inference import segments
+from m2f_video.inference import whole as inference
+from m2f_video.inference.postprocess import resize_masks
+from m2f_video.video.reader import VideoError
 from tests.conftest import synthetic_frames
 
 

@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from pycocotools import mask as coco
 
-from m2f_video import results, visualize
-from m2f_video.results import Track, VideoSegmentation, encode_mask
-from m2f_video.video_io import VideoError, open_video, read_video
+from m2f_video.results import drawing as visualize
+from m2f_video.results import tracks as results
+from m2f_video.results.masks import encode_mask
+from m2f_video.results.tracks import Track, VideoSegmentation
+from m2f_video.video.reader import VideoError, open_video, read_video
 
 H, W, T = 32, 48, 4
 LABELS = ("person", "dog", "train")

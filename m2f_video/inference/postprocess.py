@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from m2f_video.postprocess_image import (
+from m2f_video.inference.postprocess_image import (
     SemanticSegmentation,
     post_process_instance_segmentation,
     post_process_panoptic_segmentation,
     post_process_semantic_segmentation,
 )
-from m2f_video.segments import (
+from m2f_video.inference.segments import (
     MASK_STRIDE,
     SegmentationOutputs,
     Size,

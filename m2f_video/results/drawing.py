@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from m2f_video.video_io import VideoError, VideoReader, VideoSource, VideoWriter, as_frame_rate, open_video
+from m2f_video.video.reader import VideoError, VideoReader, VideoSource, VideoWriter, as_frame_rate, open_video
 
 if TYPE_CHECKING:
-    from m2f_video.results import Track, VideoSegmentation
+    from m2f_video.results.tracks import Track, VideoSegmentation
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels; right and bottom lie outside
 

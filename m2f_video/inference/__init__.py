@@ -1,0 +1,6 @@
+"""From pixels to tracks: preprocessing, the model over a video, post-processing."""
+
+from m2f_video.inference.processor import VideoProcessor
+from m2f_video.inference.whole import Progress, segment_video
+
+__all__ = ["Progress", "VideoProcessor", "segment_video"]
