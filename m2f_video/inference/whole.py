@@ -4,28 +4,27 @@ T frames, Q queries, H W height and width.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from itertools import islice
-from threading import Lock
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from m2f_video.acceleration import accelerated
+from m2f_video.inference.clip_model import ClipModel
+from m2f_video.inference.features import FeatureBuffer
 from m2f_video.inference.postprocess import resize_masks, select_top_k
 from m2f_video.inference.processor import VideoProcessor
 from m2f_video.inference.segments import chunks
-from m2f_video.modeling.transformer_decoder import predict_masks
-from m2f_video.modeling.video_mask2former import FeatureBuffer, FrameFeatures, VideoMask2Former
+from m2f_video.modeling.transformer_decoder import MaskProduct
+from m2f_video.modeling.video_mask2former import FrameFeatures
 from m2f_video.results.masks import Rle, encode_mask
 from m2f_video.results.tracks import Track, VideoSegmentation
 from m2f_video.video.reader import VideoReader, VideoSource, open_video
 
 MOST_ROOM = 256  # frames to make room for at once: what a file says of its length can be far off
-
-_MODES_LOCK = Lock()
-_EVALUATED: dict[nn.Module, tuple[int, bool]] = {}
-"""Of each module that is in evaluation mode for now: how many calls need it so, and its own mode."""
 
 Progress = Callable[[str, int, int | None], None]
 """Called with a stage ("frames" or "masks"), how many frames it has done, and of how many (None: not known yet)."""
@@ -33,7 +32,7 @@ Progress = Callable[[str, int, int | None], None]
 
 @torch.inference_mode()
 def segment_video(
-    model: VideoMask2Former,
+    model: ClipModel,
     source: VideoSource | VideoReader,
     *,
     processor: VideoProcessor | None = None,
@@ -42,6 +41,7 @@ def segment_video(
     score_threshold: float = 0.0,
     frames_per_chunk: int | None = None,
     strict: bool = False,
+    plain: bool = False,
     progress: Progress | None = None,
 ) -> VideoSegmentation:
     """Segment and track the objects of a video.
@@ -50,8 +50,8 @@ def segment_video(
     alive at a time per frame of a chunk; what stays in memory until the end is each frame's features.
 
     Args:
-        model: with `temporal="joint"`, on any device, in any dtype. In training mode it is evaluated all the same, also
-            from several threads, and back in its modes when the last of them is done.
+        model: with `temporal="joint"`, on any device, in any dtype. It runs in evaluation mode and accelerated, see
+            `m2f_video.acceleration.accelerated`, and is as it was afterwards; several threads may share it.
         source: what `open_video` takes (file, folder of frames, array), or an open reader.
         processor: other preprocessing than the model's own.
         frames: which frames of the source, counted from 0; None takes all. Not for an open reader.
@@ -60,6 +60,7 @@ def segment_video(
         frames_per_chunk: frames encoded at a time; None is 1 on a CPU and 8 elsewhere.
         strict: raise an error for a video that is damaged or changes its size, instead of warning and using
             what comes before.
+        plain: run the model as it is written, without accelerated twins.
         progress: see `Progress`.
 
     Returns:
@@ -71,7 +72,7 @@ def segment_video(
         TypeError: `model` is none.
         ValueError: a per-frame model, an option out of its range, or NaN in what the model gives.
     """
-    if not isinstance(model, VideoMask2Former):
+    if not isinstance(model, ClipModel):
         raise TypeError(
             f"the model comes first, loaded by VideoMask2Former.from_pretrained; got {type(model).__name__}"
         )
@@ -90,14 +91,13 @@ def segment_video(
         raise ValueError(f"frames_per_chunk must be at least 1 and below {2**31}, got {frames_per_chunk!s:.30}")
     _check_selection(model, top_k, score_threshold)
 
-    with _evaluation_mode(model):
+    with _accelerated(model, plain) as model:
         features = _encode(model, reader, processor, chunk_size, progress)
         output = model.decode_clip(features, output_masks=False)
-    scores, labels, queries = select_top_k(output.class_queries_logits[0], top_k, score_threshold)
-    kept, mask_of_pair = queries.unique(return_inverse=True)
-    segmentations = _segmentations(
-        output.mask_embeddings[:, kept], features.mask_features, reader, processor, chunk_size, progress
-    )
+        scores, labels, queries = select_top_k(output.class_queries_logits[0], top_k, score_threshold)
+        kept, mask_of_pair = queries.unique(return_inverse=True)
+        masks = partial(getattr(model, "mask_product", MaskProduct()), output.mask_embeddings[:, kept])
+        segmentations = _segmentations(masks, features.mask_features, reader, processor, chunk_size, progress)
     tracks = (
         Track(
             id=index + 1,
@@ -123,32 +123,12 @@ def segment_video(
     )
 
 
-@contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Without dropout and stochastic depth; every module is back in its own mode afterwards.
-
-    Modules are shared by threads, and by models: the first call that needs one switches it, the last switches it back.
-    """
-    modules = list(model.modules())
-    with _MODES_LOCK:
-        for module in modules:
-            calls, own_mode = _EVALUATED.get(module, (0, module.training))
-            _EVALUATED[module] = (calls + 1, own_mode)
-            module.training = False
-    try:
-        yield
-    finally:
-        with _MODES_LOCK:
-            for module in modules:
-                calls, own_mode = _EVALUATED.pop(module)
-                if calls > 1:
-                    _EVALUATED[module] = (calls - 1, own_mode)
-                else:
-                    module.training = own_mode
+def _accelerated(model: ClipModel, plain: bool) -> AbstractContextManager[ClipModel]:
+    return accelerated(model, plain) if isinstance(model, nn.Module) else nullcontext(model)
 
 
 def _encode(
-    model: VideoMask2Former,
+    model: ClipModel,
     reader: VideoReader,
     processor: VideoProcessor,
     chunk_size: int,
@@ -172,19 +152,19 @@ def _chunks(reader: VideoReader, size: int) -> Iterator[np.ndarray]:
 
 
 def _segmentations(
-    mask_embeddings: Tensor,
+    masks_of: Callable[[Tensor], Tensor],
     mask_features: Tensor,
     reader: VideoReader,
     processor: VideoProcessor,
     chunk_size: int,
     progress: Progress | None,
 ) -> list[tuple[Rle | None, ...]]:
-    """Encoded masks, at the source's size, of the kept queries (1, Q, C) in every frame of (T, C, H/4, W/4)."""
+    """Encoded masks, at the source's size, of the kept queries in every frame of mask features (T, C, H/4, W/4)."""
     size = (reader.height, reader.width)
     resized, padded = processor.resized_size(*size), processor.padded_size(*size)
     per_frame: list[list[Rle | None]] = []
     for chunk in mask_features.split(chunk_size):
-        logits = predict_masks(mask_embeddings, chunk[None])[0]
+        logits = masks_of(chunk[None])[0]
         logits = logits.flatten(0, 1)[:, None]  # (Q * chunk, 1, h, w)
         encoded: list[Rle | None] = []
         for part in chunks(len(logits), size[0] * size[1]):
@@ -196,7 +176,7 @@ def _segmentations(
     return list(zip(*per_frame, strict=True))
 
 
-def _check_selection(model: VideoMask2Former, top_k: int, score_threshold: float) -> None:
+def _check_selection(model: ClipModel, top_k: int, score_threshold: float) -> None:
     """Fail before the work rather than after it."""
     config = model.config
     blank = torch.zeros(config.transformer_decoder.num_queries, config.num_labels + 1)

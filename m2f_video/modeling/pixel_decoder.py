@@ -10,15 +10,12 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m2f_video.config import GROUP_NORM_GROUPS
 from m2f_video.modeling.ms_deform_attn import MSDeformAttn
 from m2f_video.modeling.position_encoding import position_dtype, sine_2d
-from m2f_video.ops.conditions import has_hooks
-from m2f_video.ops.linear import Linear, PointwiseConv, feed_forward, project
-from m2f_video.ops.norm import group_norm_channels_last
-from m2f_video.ops.winograd import WinogradConv
 
 NUM_LEVELS = 3  # strides 32, 16 and 8 pass through the encoder
 
@@ -53,8 +50,8 @@ class DeformableEncoderLayer(nn.Module):
         super().__init__()
         self.self_attn = MSDeformAttn(dim=dim, num_heads=num_heads, num_levels=NUM_LEVELS, num_points=num_points)
         self.self_attn_norm = nn.LayerNorm(dim)
-        self.linear1 = Linear(dim, ffn_dim)
-        self.linear2 = Linear(ffn_dim, dim)
+        self.linear1 = nn.Linear(dim, ffn_dim)
+        self.linear2 = nn.Linear(ffn_dim, dim)
         self.ffn_norm = nn.LayerNorm(dim)
         self.dropout = nn.Dropout(dropout)
         nn.init.xavier_uniform_(self.linear1.weight)
@@ -64,33 +61,10 @@ class DeformableEncoderLayer(nn.Module):
         self, x: Tensor, position: Tensor, reference_points: Tensor, spatial_shapes: tuple[tuple[int, int], ...]
     ) -> Tensor:
         """Tokens (B, N, C) -> (B, N, C); positions (N, C) are added to the queries only, not to the values."""
-        inputs = x + position, x, reference_points, spatial_shapes
-        if type(self.self_attn) is not MSDeformAttn or has_hooks(self.self_attn):
-            x = self.self_attn_norm(x + self.dropout(self.self_attn(*inputs)))
-        else:
-            sampled, layer = self.self_attn.sample(*inputs), self.self_attn.output_proj
-            x = project(sampled, layer, residual=x, drop=self.dropout, after=self.self_attn_norm)
-        layers, dropout = (self.linear1, self.linear2), self.dropout
-        return feed_forward(x, *layers, "relu", dropout, residual=x, drop=dropout, after=self.ffn_norm)
-
-
-class ConvNorm(nn.Sequential):
-    """Convolution and group norm.
-
-    Attributes:
-        compiled: let a compiled kernel compute the norm and what follows it, see `m2f_video.ops.cpu_kernels`.
-    """
-
-    def __init__(self, convolution: nn.Conv2d) -> None:
-        super().__init__(convolution, nn.GroupNorm(GROUP_NORM_GROUPS, convolution.out_channels))
-        self.compiled = False
-        nn.init.kaiming_uniform_(convolution.weight, a=1)
-
-    def forward(self, x: Tensor, *, coarse: Tensor | None = None, relu: bool = False) -> Tensor:
-        """Maps (B, C', H, W) -> (B, C, H, W); a coarser map (B, C, h, w) is resized and added before the ReLU."""
-        convolution, norm = cast("tuple[nn.Conv2d, nn.GroupNorm]", tuple(self))
-        compiled = self.compiled and not convolution._forward_hooks  # which may keep what the kernel writes over
-        return group_norm_channels_last(convolution(x), norm, compiled, coarse=coarse, relu=relu)
+        attended = self.self_attn(x + position, x, reference_points, spatial_shapes)
+        x = self.self_attn_norm(x + self.dropout(attended))
+        hidden = self.dropout(F.relu(self.linear1(x)))
+        return self.ffn_norm(x + self.dropout(self.linear2(hidden)))
 
 
 class MSDeformAttnPixelDecoder(nn.Module):
@@ -130,11 +104,11 @@ class MSDeformAttnPixelDecoder(nn.Module):
             )
             for _ in range(num_layers)
         )
-        self.lateral_conv = ConvNorm(PointwiseConv(in_channels[0], hidden_dim, bias=False))
-        self.output_conv = ConvNorm(WinogradConv(hidden_dim, hidden_dim))
-        self.mask_projection = PointwiseConv(hidden_dim, mask_dim)
+        self.lateral_conv = _conv_norm(in_channels[0], hidden_dim, kernel_size=1)
+        self.output_conv = _conv_norm(hidden_dim, hidden_dim, kernel_size=3).append(nn.ReLU(inplace=True))
+        self.mask_projection = nn.Conv2d(hidden_dim, mask_dim, kernel_size=1)
         nn.init.kaiming_uniform_(self.mask_projection.weight, a=1)
-        _zero_bias(self.mask_projection)
+        nn.init.zeros_(cast("Tensor", self.mask_projection.bias))
 
     def forward(self, maps: tuple[Tensor, ...], output_hidden: bool = False) -> PixelDecoderOutput:
         """Decode the maps of a batch of frames.
@@ -145,11 +119,26 @@ class MSDeformAttnPixelDecoder(nn.Module):
         """
         finest, *others = maps
         levels = [
-            project(level) for project, level in zip(self.input_projections, reversed(others), strict=True)
+            projection(level) for projection, level in zip(self.input_projections, reversed(others), strict=True)
         ]  # coarse to fine
         shapes = tuple((level.shape[2], level.shape[3]) for level in levels)
         x = torch.cat([level.flatten(2).transpose(1, 2) for level in levels], dim=1)  # (B, N, C)
 
+        multi_scale, encoder_layers = self.encode(x, shapes, output_hidden)
+
+        # one step of a feature pyramid
+        coarse = F.interpolate(multi_scale[-1], size=finest.shape[-2:], mode="bilinear", align_corners=False)
+        mask_features = self.mask_projection(self.output_conv(self.lateral_conv(finest) + coarse))
+        return PixelDecoderOutput(mask_features, multi_scale, encoder_layers)
+
+    def encode(
+        self, x: Tensor, shapes: tuple[tuple[int, int], ...], output_hidden: bool = False
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...] | None]:
+        """Run the encoder on tokens (B, N, C) of levels of these shapes, (height, width) each.
+
+        Returns:
+            Each level as a map (B, C, H_l, W_l), channels last, and the tokens after every layer where asked for.
+        """
         positions = self._positions(shapes, x)
         references = torch.cat([pixel_centres(h, w, dtype=position_dtype(x), device=x.device) for h, w in shapes])
         encoder_layers = []
@@ -157,17 +146,12 @@ class MSDeformAttnPixelDecoder(nn.Module):
             x = layer(x, positions, references, shapes)
             if output_hidden:
                 encoder_layers.append(x)
-
         sizes = [height * width for height, width in shapes]
         multi_scale = tuple(
             tokens.unflatten(1, shape).permute(0, 3, 1, 2)
             for tokens, shape in zip(x.split(sizes, dim=1), shapes, strict=True)
         )
-        # one step of a feature pyramid; all maps have channels last
-        finest = self.lateral_conv(finest, coarse=multi_scale[-1])
-        finest = self.output_conv(finest, relu=True)
-        mask_features = self.mask_projection(finest)
-        return PixelDecoderOutput(mask_features, multi_scale, tuple(encoder_layers) if output_hidden else None)
+        return multi_scale, tuple(encoder_layers) if output_hidden else None
 
     def _positions(self, shapes: tuple[tuple[int, int], ...], x: Tensor) -> Tensor:
         """Sine positions plus level embedding: (N, C) in the dtype of `x`."""
@@ -181,15 +165,17 @@ class MSDeformAttnPixelDecoder(nn.Module):
 
 def _input_projection(in_channels: int, out_channels: int) -> nn.Sequential:
     """1x1 convolution with bias and group norm."""
-    convolution = PointwiseConv(in_channels, out_channels)
+    convolution = nn.Conv2d(in_channels, out_channels, kernel_size=1)
     nn.init.xavier_uniform_(convolution.weight)
-    _zero_bias(convolution)
+    nn.init.zeros_(cast("Tensor", convolution.bias))
     return nn.Sequential(convolution, nn.GroupNorm(GROUP_NORM_GROUPS, out_channels))
 
 
-def _zero_bias(convolution: nn.Conv2d) -> None:
-    if convolution.bias is not None:
-        nn.init.zeros_(convolution.bias)
+def _conv_norm(in_channels: int, out_channels: int, kernel_size: int) -> nn.Sequential:
+    """Convolution without bias and group norm."""
+    convolution = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
+    nn.init.kaiming_uniform_(convolution.weight, a=1)
+    return nn.Sequential(convolution, nn.GroupNorm(GROUP_NORM_GROUPS, out_channels))
 
 
 def pixel_centres(height: int, width: int, *, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:

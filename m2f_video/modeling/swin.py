@@ -7,33 +7,17 @@ B frames, H W height and width in tokens, C channels, M heads, D channels of a h
 window, n windows of a frame.
 """
 
-from typing import cast
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from m2f_video.ops import cpu_kernels
-from m2f_video.ops.attention import SHIFT_MASK, kernels_run, window_attention
-from m2f_video.ops.conditions import has_hooks, needs_gradient
-from m2f_video.ops.linear import Linear, feed_forward, is_plain, project
-from m2f_video.ops.norm import layer_norm
+SHIFT_MASK = -100.0
+"""Added to the logits of token pairs that a cyclic shift brought together; the published model's value."""
 
 
 def round_up(size: int, multiple: int) -> int:
-    """The next multiple, written as a product: torch.compile sees at once that `multiple` divides it."""
+    """The next multiple of `multiple`."""
     return (size + multiple - 1) // multiple * multiple
-
-
-def with_simple_sizes(frames: Tensor, stride: int) -> Tensor:
-    """The same frames, whose height and width are to torch.compile `stride` times a size, where they are.
-
-    Otherwise the sizes of later stages are sums and quotients of quotients, which take minutes to reason about.
-    """
-    height, width = frames.shape[-2:]
-    if height < stride or width < stride or height % stride or width % stride:
-        return frames
-    return frames[..., : height // stride * stride, : width // stride * stride]
 
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
@@ -93,23 +77,19 @@ class WindowAttention(nn.Module):
         num_heads: heads M.
         window_size: side S of a window, in tokens.
         qkv_bias: whether queries, keys and values have a bias.
-
-    Attributes:
-        compiled: let `on_map` attend by a compiled kernel where it can run, see `m2f_video.ops.cpu_kernels`.
     """
+
+    relative_position_index: Tensor
 
     def __init__(self, *, dim: int, num_heads: int, window_size: int, qkv_bias: bool = True) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.window_size = window_size
-        self.compiled = False
         self.relative_position_bias_table = nn.Parameter(torch.empty((2 * window_size - 1) ** 2, num_heads))
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
         self.register_buffer("relative_position_index", relative_position_index(window_size), persistent=False)
-        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = Linear(dim, dim)
-
-    relative_position_index: Tensor
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
 
     def forward(self, windows: Tensor, mask: Tensor | None = None) -> Tensor:
         """Attend within each window.
@@ -123,71 +103,13 @@ class WindowAttention(nn.Module):
         """
         count, N, C = windows.shape
         query, key, value = self.qkv(windows).view(count, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        bias = self._position_bias()[None]
+        bias = self.relative_position_bias()[None]  # (1, M, N, N)
         if mask is not None:
-            frames = count // mask.shape[0]
-            bias = (bias + mask[:, None]).expand(frames, -1, -1, -1, -1).reshape(count, -1, N, N)
+            bias = (bias + mask[:, None]).repeat(count // mask.shape[0], 1, 1, 1)
         output = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
         return self.proj(output.transpose(1, 2).reshape(count, N, C))
 
-    def on_map(
-        self,
-        x: Tensor,
-        shift: int,
-        shift_mask: Tensor | None,
-        *,
-        before: nn.LayerNorm | None = None,
-        residual: Tensor | None = None,
-        drop: nn.Module | None = None,
-    ) -> Tensor:
-        """Attend within the windows of a map, `residual + drop(attention(before(x)))`, of which all may be missing.
-
-        Args:
-            x: (B, H, W, C). Windows that do not fill up are padded with zeros, which are attended to.
-            shift: tokens by which the windows are shifted; 0 for regular windows.
-            shift_mask: (n, N, N) from `shifted_window_mask`, made here where shifted windows need it and get None.
-            before: norm over C, before the padding.
-            residual: (B, H, W, C), what is added.
-            drop: stochastic depth, in training.
-
-        Returns:
-            (B, H, W, C).
-        """
-        if self.keeps_map(x) and not (before is not None and needs_gradient(*before.parameters())):
-            compiled = self.compiled and kernels_run(x.shape[-1] // self.num_heads, x)
-            qkv = project(x, self.qkv, before=before)
-            attended = window_attention(qkv, self.qkv.bias, self._position_bias(), self.window_size, shift, compiled)
-            return project(attended, self.proj, residual=residual, drop=drop)
-        attended = self._in_cut_windows(
-            x if before is None else layer_norm(x, before, self.compiled), shift, shift_mask
-        )
-        attended = attended if drop is None else drop(attended)
-        return attended if residual is None else residual + attended
-
-    def _in_cut_windows(self, x: Tensor, shift: int, shift_mask: Tensor | None) -> Tensor:
-        S, (_, H, W, _) = self.window_size, x.shape
-        x = pad_to_multiple(x, S)
-        padded_height, padded_width = x.shape[1:3]
-        if shift:
-            x = x.roll((-shift, -shift), dims=(1, 2))
-            if shift_mask is None:
-                shift_mask = shifted_window_mask(padded_height, padded_width, S, shift, like=x)
-        x = window_merge(self(window_partition(x, S), shift_mask if shift else None), S, padded_height, padded_width)
-        if shift:
-            x = x.roll((shift, shift), dims=(1, 2))
-        if torch.compiler.is_compiling():
-            # A graph with the view would depend on whether that is contiguous, and so on which sizes are padded.
-            rows, columns = torch.arange(H, device=x.device), torch.arange(W, device=x.device)
-            return x.index_select(1, rows).index_select(2, columns)
-        return x[:, :H, :W]
-
-    def keeps_map(self, x: Tensor) -> bool:
-        """Whether `on_map` neither pads nor shifts the map, and so needs no mask: in inference on a CPU."""
-        if type(self) is not WindowAttention or has_hooks(self) or not is_plain(self.qkv):
-            return False  # padding is the bias of a plain projection alone
-        return cpu_kernels.runs(x, self.relative_position_bias_table, self.qkv.weight, self.qkv.bias)
-
-    def _position_bias(self) -> Tensor:
+    def relative_position_bias(self) -> Tensor:
         """(M, N, N)."""
         return self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)
 
@@ -197,12 +119,12 @@ class Mlp(nn.Module):
 
     def __init__(self, *, dim: int, hidden_dim: int) -> None:
         super().__init__()
-        self.fc1 = Linear(dim, hidden_dim)
-        self.fc2 = Linear(hidden_dim, dim)
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., C)."""
-        return feed_forward(x, self.fc1, self.fc2, "gelu")
+        return self.fc2(F.gelu(self.fc1(x)))
 
 
 class SwinBlock(nn.Module):
@@ -232,6 +154,7 @@ class SwinBlock(nn.Module):
         from timm.layers import DropPath
 
         super().__init__()
+        self.window_size = window_size
         self.shift = shift
         self.norm1 = nn.LayerNorm(dim)
         self.attn = WindowAttention(dim=dim, num_heads=num_heads, window_size=window_size, qkv_bias=qkv_bias)
@@ -239,21 +162,24 @@ class SwinBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim=dim, hidden_dim=int(dim * mlp_ratio))
 
-    def forward(self, x: Tensor, shift_mask: Tensor | None = None) -> Tensor:
-        """Run one block.
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) -> (B, H, W, C)."""
+        x = x + self.drop_path(self._attend(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
 
-        Args:
-            x: (B, H, W, C).
-            shift_mask: (n, N, N) from `shifted_window_mask`, for shifted blocks; None lets each make its own.
-
-        Returns:
-            (B, H, W, C).
-        """
-        x = self.attn.on_map(x, self.shift, shift_mask, before=self.norm1, residual=x, drop=self.drop_path)
-        if type(self.mlp) is not Mlp or has_hooks(self.mlp):
-            return x + self.drop_path(self.mlp(self.norm2(x)))
-        layers = self.mlp.fc1, self.mlp.fc2
-        return feed_forward(x, *layers, "gelu", before=self.norm2, residual=x, drop=self.drop_path)
+    def _attend(self, x: Tensor) -> Tensor:
+        """Attention in the regular or shifted windows of a map (B, H, W, C)."""
+        S, shift, (_, H, W, _) = self.window_size, self.shift, x.shape
+        x = pad_to_multiple(x, S)
+        _, padded_height, padded_width, _ = x.shape
+        mask = None
+        if shift:
+            x = x.roll((-shift, -shift), dims=(1, 2))
+            mask = shifted_window_mask(padded_height, padded_width, S, shift, like=x)
+        x = window_merge(self.attn(window_partition(x, S), mask), S, padded_height, padded_width)
+        if shift:
+            x = x.roll((shift, shift), dims=(1, 2))
+        return x[:, :H, :W]
 
 
 class PatchMerging(nn.Module):
@@ -262,27 +188,25 @@ class PatchMerging(nn.Module):
     def __init__(self, *, dim: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(4 * dim)
-        self.reduction = Linear(4 * dim, 2 * dim, bias=False)
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, ceil(H/2), ceil(W/2), 2C)."""
+        return self.reduction(self.norm(self.gather(x)))
+
+    @staticmethod
+    def gather(x: Tensor) -> Tensor:
+        """(B, H, W, C) -> (B, ceil(H/2), ceil(W/2), 4C), neighbours in the order (0, 0), (1, 0), (0, 1), (1, 1)."""
         x = pad_to_multiple(x, 2)
         B, H, W, C = x.shape
-        # neighbours in the order (row, column) = (0, 0), (1, 0), (0, 1), (1, 1)
-        x = x.view(B, H // 2, 2, W // 2, 2, C).permute(0, 1, 3, 4, 2, 5).reshape(B, H // 2, W // 2, 4 * C)
-        return project(x, self.reduction, before=self.norm)
+        return x.view(B, H // 2, 2, W // 2, 2, C).permute(0, 1, 3, 4, 2, 5).reshape(B, H // 2, W // 2, 4 * C)
 
 
 class PatchEmbedding(nn.Module):
-    """Non-overlapping patches, embedded linearly and normalised.
-
-    Attributes:
-        compiled: let a compiled kernel compute the norm, see `m2f_video.ops.cpu_kernels`.
-    """
+    """Non-overlapping patches, embedded linearly and normalised."""
 
     def __init__(self, *, patch_size: int, dim: int) -> None:
         super().__init__()
-        self.compiled = False
         self.patch_size = patch_size
         self.proj = nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size)
         self.norm = nn.LayerNorm(dim)
@@ -291,7 +215,7 @@ class PatchEmbedding(nn.Module):
         """(B, 3, height, width) -> (B, ceil(height/p), ceil(width/p), C) for patch size p."""
         (height, width), patch = frames.shape[-2:], self.patch_size
         frames = F.pad(frames, (0, round_up(width, patch) - width, 0, round_up(height, patch) - height))
-        return layer_norm(self.proj(frames).permute(0, 2, 3, 1), self.norm, self.compiled)
+        return self.norm(self.proj(frames).permute(0, 2, 3, 1))
 
 
 class SwinStage(nn.Module):
@@ -309,7 +233,6 @@ class SwinStage(nn.Module):
         downsample: bool,
     ) -> None:
         super().__init__()
-        self.window_size = window_size
         self.blocks = nn.ModuleList(
             SwinBlock(
                 dim=dim,
@@ -326,14 +249,8 @@ class SwinStage(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, H, W, C) -> the stage's output (B, H, W, C) and what the next stage gets (merged, unless last)."""
-        shift_mask = None
-        shifted = self.blocks[1::2]
-        if not all(isinstance(block, SwinBlock) and block.attn.keeps_map(x) for block in shifted):
-            S = self.window_size
-            height, width = round_up(x.shape[1], S), round_up(x.shape[2], S)
-            shift_mask = shifted_window_mask(height, width, S, S // 2, like=x)
         for block in self.blocks:
-            x = block(x, shift_mask)
+            x = block(x)
         return x, x if self.downsample is None else self.downsample(x)
 
 
@@ -349,9 +266,6 @@ class SwinTransformer(nn.Module):
         mlp_ratio: hidden width of each MLP over its input width.
         qkv_bias: whether queries, keys and values have a bias.
         drop_path_rate: stochastic depth of the last block; it rises linearly from 0 over all blocks.
-
-    Attributes:
-        compiled: let compiled kernels compute the stages' norms, see `m2f_video.ops.cpu_kernels`.
     """
 
     def __init__(
@@ -367,7 +281,6 @@ class SwinTransformer(nn.Module):
         drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__()
-        self.compiled = False
         self.channels = tuple(embed_dim * 2**stage for stage in range(len(depths)))
         self.patch_embed = PatchEmbedding(patch_size=patch_size, dim=embed_dim)
         rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
@@ -394,11 +307,9 @@ class SwinTransformer(nn.Module):
         Returns:
             One (B, C_i, H_i, W_i) per stage, strides patch_size * 2^i (sizes rounded up).
         """
-        if torch.compiler.is_compiling():
-            frames = with_simple_sizes(frames, self.patch_embed.patch_size * 2 ** (len(self.stages) - 1))
         x = self.patch_embed(frames)
         maps = []
         for stage, norm in zip(self.stages, self.out_norms, strict=True):
             output, x = stage(x)
-            maps.append(layer_norm(output, cast("nn.LayerNorm", norm), self.compiled).permute(0, 3, 1, 2))
+            maps.append(norm(output).permute(0, 3, 1, 2))
         return tuple(maps)

@@ -6,6 +6,7 @@ frames outermost, then rows, then columns.
 B clips, T frames, Q queries, C channels, H W height and width of a level, S = T*H*W keys, M heads, K classes.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,9 +15,6 @@ from torch import Tensor, nn
 
 from m2f_video.modeling.pixel_decoder import NUM_LEVELS
 from m2f_video.modeling.position_encoding import position_dtype, sine_1d, sine_2d
-from m2f_video.ops.attention import kernels_run, masked_attention
-from m2f_video.ops.linear import PANEL, Linear, PointwiseConv, feed_forward, linear, packed_for_kernel
-from m2f_video.ops.packing import PackedWeight
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class TransformerDecoderOutput:
 
     Attributes:
         class_queries_logits: (B, Q, K+1), the last column is "no object".
-        mask_embeddings: (B, Q, mask_dim); `predict_masks` multiplies them with mask features.
+        mask_embeddings: (B, Q, mask_dim); `MaskProduct` multiplies them with mask features.
         auxiliary: the predictions at every depth (the learnable queries' first, the final one last), when asked for.
         queries: queries (B, Q, C) at every depth before the prediction head's norm, when hidden states are asked for.
         attention_masks: what each layer's cross-attention may see, (B, Q, S) bool, when hidden states are asked for.
@@ -51,38 +49,23 @@ class TransformerDecoderOutput:
     attention_masks: tuple[Tensor, ...] | None = None
 
 
-def predict_masks(mask_embeddings: Tensor, mask_features: Tensor) -> Tensor:
-    """Mask logits as dot products of embeddings and pixels.
+class MaskProduct(nn.Module):
+    """Mask logits: dot products of mask embeddings and the pixels' mask features (arXiv 2112.01527, section 3)."""
 
-    Args:
-        mask_embeddings: (B, Q, C).
-        mask_features: (B, T, C, H, W).
-
-    Returns:
-        (B, Q, T, H, W).
-    """
-    B, T, C, H, W = mask_features.shape
-    pixels = mask_features.permute(0, 1, 3, 4, 2).reshape(B, T * H * W, C)  # no copy where channels come last
-    logits = linear(mask_embeddings[0], pixels[0])[None] if B == 1 else mask_embeddings @ pixels.transpose(1, 2)
-    return logits.unflatten(-1, (T, H, W))
+    def forward(self, mask_embeddings: Tensor, mask_features: Tensor) -> Tensor:
+        """Embeddings (B, Q, C) and features (B, T, C, H, W) -> logits (B, Q, T, H, W)."""
+        pixels = mask_features.permute(0, 1, 3, 4, 2).flatten(1, 3)  # (B, S, C), no copy where channels come last
+        return (mask_embeddings @ pixels.transpose(1, 2)).unflatten(-1, (-1, *mask_features.shape[-2:]))
 
 
 def attention_mask(mask_logits: Tensor) -> Tensor:
     """Which keys each query may attend to (arXiv 2112.01527, equation 2): (B, Q, S) logits -> (B, Q, S) bool.
 
-    A key is blocked where sigmoid(logit) < 0.5: where the logit is negative, however a sigmoid of one next to zero is
-    rounded. A query whose keys are all blocked attends to all of them instead.
+    This is the one place where masked attention gets its mask. A key is blocked where sigmoid(logit) < 0.5, which is
+    where the logit is negative. A query whose keys are all blocked attends to all of them instead.
     """
-    return attention_bias(mask_logits) == 0
-
-
-def attention_bias(mask_logits: Tensor) -> Tensor:
-    """What to add to attention logits: 0 where `attention_mask` lets a query attend, elsewhere the lowest number.
-
-    (B, Q, S) -> (B, Q, S); no logit counts beside the lowest number, and nothing is masked for a query without a pixel.
-    """
-    blocked = mask_logits.detach().clone().lt_(0)  # as numbers: PyTorch's operators on bools take several times as long
-    return blocked.sub_(blocked.amin(-1, keepdim=True)).mul_(torch.finfo(blocked.dtype).min)
+    blocked = mask_logits.detach() < 0
+    return ~blocked | blocked.all(-1, keepdim=True)
 
 
 def resize_frames(frames: Tensor, size: tuple[int, int]) -> Tensor:
@@ -95,8 +78,8 @@ def resize_frames(frames: Tensor, size: tuple[int, int]) -> Tensor:
     return resized.unflatten(0, frames.shape[:2])
 
 
-def _input_projection(in_channels: int, out_channels: int) -> PointwiseConv:
-    convolution = PointwiseConv(in_channels, out_channels)
+def _input_projection(in_channels: int, out_channels: int) -> nn.Conv2d:
+    convolution = nn.Conv2d(in_channels, out_channels, kernel_size=1)
     nn.init.kaiming_uniform_(convolution.weight, a=1)
     return convolution
 
@@ -105,21 +88,32 @@ def _input_projection(in_channels: int, out_channels: int) -> PointwiseConv:
 class Level:
     """One level of a batch of clips, as cross-attention reads it: S = T*H*W keys and values.
 
-    A value is token plus embedding, a key is that plus its position (arXiv 2112.10764, section 3.1), which is that of
-    the pixel in its frame plus that of the frame in the clip. They are kept apart: layers project them one by one, and
-    neither keys nor values of a clip of several frames are ever held beside their projections.
+    Keys and values are made where they are projected, and not kept: those of a long clip take more memory than all
+    else that a layer needs.
 
     Attributes:
-        tokens: (B, T, H*W, C).
-        embedding: (C,), of the level.
-        pixel_position: (H*W, C).
-        frame_position: (T, C).
+        size: (H, W).
+        tokens: features of the pixels, (B, T, H*W, C).
+        embedding: learned, of the level, (C,).
+        pixel_position: of a pixel in its frame, (H*W, C).
+        frame_position: of a frame in its clip, (T, C).
     """
 
+    size: tuple[int, int]
     tokens: Tensor
     embedding: Tensor
     pixel_position: Tensor
     frame_position: Tensor
+
+    @property
+    def values(self) -> Tensor:
+        """Features: (B, T, H*W, C)."""
+        return self.tokens + self.embedding
+
+    @property
+    def keys(self) -> Tensor:
+        """Features plus positions in space and time (arXiv 2112.10764, section 3.1): (B, T, H*W, C)."""
+        return self.values + (self.pixel_position + self.frame_position[:, None])
 
 
 class Attention(nn.Module):
@@ -128,45 +122,26 @@ class Attention(nn.Module):
     Args:
         dim: channels C.
         num_heads: heads M.
-
-    Attributes:
-        compiled: project, and attend under masks, by compiled kernels where they can run, see
-            `m2f_video.ops.cpu_kernels`.
     """
-
-    _packed: PackedWeight | None = None
 
     def __init__(self, *, dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.compiled = False
         self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
-        self.out_proj = Linear(dim, dim)
+        self.out_proj = nn.Linear(dim, dim)
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.xavier_uniform_(self.out_proj.weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def pack(self) -> None:
-        """Pack the projections for the compiled kernel, if it is asked for, as `m2f_video.ops.linear.Linear.pack`."""
-        whole_panels = self.in_proj_weight.shape[1] % PANEL == 0  # of each of them
-        self._packed = packed_for_kernel(self.in_proj_weight) if self.compiled and whole_panels else None
+    def projections(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Weight (C, C) and bias (C,) of queries, of keys, and of values."""
+        return zip(self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3), strict=True)
 
-    def _projections(self) -> tuple[tuple[Tensor, Tensor, Tensor | None], ...]:
-        """Weight (C, C), bias (C,) and packed weight of queries, keys and values."""
-        packed: tuple[Tensor | None, ...] = (None, None, None)
-        if self.compiled and self._packed is not None and self._packed.fits(self.in_proj_weight):
-            packed = self._packed.tensor.chunk(3)
-        return tuple(zip(self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3), packed, strict=True))
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask_logits: Tensor | None) -> Tensor:
-        """Attention of projected queries (B, Q, C) to projected keys and values (B, S, C)."""
-        dim = q.shape[-1] // self.num_heads
-        if self.compiled and mask_logits is not None and kernels_run(dim, q, k, v, mask_logits):
-            return self.out_proj(masked_attention(q, k, v, mask_logits, self.num_heads))
-        bias = None if mask_logits is None else attention_bias(mask_logits).to(q.dtype)[:, None]
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Attention of projected queries (B, Q, C) to projected keys and values (B, S, C), where mask (B, Q, S) is."""
         q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, M, Q or S, C/M)
-        output = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        output = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None])
         return self.out_proj(output.transpose(1, 2).flatten(2))
 
 
@@ -175,13 +150,13 @@ class SelfAttention(Attention):
 
     def forward(self, x: Tensor, position: Tensor) -> Tensor:
         """Queries (B, Q, C) and their positions (Q, C) -> (B, Q, C)."""
-        of_queries, of_keys, of_values = self._projections()
+        of_queries, of_keys, of_values = self.projections()
         positioned = x + position
-        return self._attend(linear(positioned, *of_queries), linear(positioned, *of_keys), linear(x, *of_values), None)
+        return self.attend(F.linear(positioned, *of_queries), F.linear(positioned, *of_keys), F.linear(x, *of_values))
 
 
 class CrossAttention(Attention):
-    """Queries attend to the pixels of a clip."""
+    """Queries attend to the pixels of a clip that their masks cover."""
 
     def forward(self, query: Tensor, level: Level, mask_logits: Tensor | None = None) -> Tensor:
         """Attend.
@@ -195,19 +170,11 @@ class CrossAttention(Attention):
         Returns:
             (B, Q, C).
         """
-        of_queries, (wk, bk, packed_k), (wv, bv, packed_v) = self._projections()
-        # projections are linear: that of the embedding is added to those of the tokens, and so are those of the
-        # positions where several frames share them
-        key_bias = linear(level.embedding, wk, bk, packed_k)
-        if level.tokens.shape[1] == 1:
-            positioned = level.tokens + level.pixel_position + level.frame_position
-            k = linear(positioned, wk, key_bias, packed_k)  # (B, T, H*W, C)
-        else:
-            k = linear(level.tokens, wk, key_bias, packed_k)
-            k += linear(level.pixel_position, wk, None, packed_k)
-            k += linear(level.frame_position, wk, None, packed_k)[:, None]
-        v = linear(level.tokens, wv, linear(level.embedding, wv, bv, packed_v), packed_v)
-        return self._attend(linear(query, *of_queries), k.flatten(1, 2), v.flatten(1, 2), mask_logits)
+        of_queries, of_keys, of_values = self.projections()
+        k = F.linear(level.keys, *of_keys).flatten(1, 2)  # (B, S, C)
+        v = F.linear(level.values, *of_values).flatten(1, 2)
+        mask = None if mask_logits is None else attention_mask(mask_logits)
+        return self.attend(F.linear(query, *of_queries), k, v, mask)
 
 
 class DecoderLayer(nn.Module):
@@ -225,8 +192,8 @@ class DecoderLayer(nn.Module):
         self.cross_attn_norm = nn.LayerNorm(dim)
         self.self_attn = SelfAttention(dim=dim, num_heads=num_heads)
         self.self_attn_norm = nn.LayerNorm(dim)
-        self.linear1 = Linear(dim, ffn_dim)
-        self.linear2 = Linear(ffn_dim, dim)
+        self.linear1 = nn.Linear(dim, ffn_dim)
+        self.linear2 = nn.Linear(ffn_dim, dim)
         self.ffn_norm = nn.LayerNorm(dim)
         nn.init.xavier_uniform_(self.linear1.weight)
         nn.init.xavier_uniform_(self.linear2.weight)
@@ -245,7 +212,7 @@ class DecoderLayer(nn.Module):
         """
         x = self.cross_attn_norm(x + self.cross_attn(x + query_position, level, mask_logits))
         x = self.self_attn_norm(x + self.self_attn(x, query_position))
-        return feed_forward(x, self.linear1, self.linear2, "relu", residual=x, after=self.ffn_norm)
+        return self.ffn_norm(x + self.linear2(F.relu(self.linear1(x))))
 
 
 class MaskedTransformerDecoder(nn.Module):
@@ -286,9 +253,10 @@ class MaskedTransformerDecoder(nn.Module):
         self.layers = nn.ModuleList(
             DecoderLayer(dim=hidden_dim, num_heads=num_heads, ffn_dim=ffn_dim) for _ in range(num_layers)
         )
+        self.mask_product = MaskProduct()
         self.norm = nn.LayerNorm(hidden_dim)
-        self.class_head = Linear(hidden_dim, num_labels + 1)
-        self.mask_head = nn.ModuleList(Linear(hidden_dim, width) for width in (hidden_dim, hidden_dim, mask_dim))
+        self.class_head = nn.Linear(hidden_dim, num_labels + 1)
+        self.mask_head = nn.ModuleList(nn.Linear(hidden_dim, width) for width in (hidden_dim, hidden_dim, mask_dim))
 
     def forward(
         self,
@@ -310,33 +278,33 @@ class MaskedTransformerDecoder(nn.Module):
             output_hidden: also give the queries and attention masks at every depth.
         """
         levels = [self._level(features, index) for index, features in enumerate(multi_scale)]
-        sizes = [(features.shape[-2], features.shape[-1]) for features in multi_scale]
         resized: dict[int, Tensor] = {}  # mask features at the size of a level
 
         x = self.query_features.weight.expand(mask_features.shape[0], -1, -1)
         queries, attention_masks, auxiliary = [x], [], []
         for index, layer in enumerate(self.layers):
-            level = index % NUM_LEVELS
+            number = index % NUM_LEVELS
+            level = levels[number]
             class_logits, mask_embeddings = self._predict(x)
             if output_auxiliary:
-                masks = predict_masks(mask_embeddings, mask_features)
+                masks = self.mask_product(mask_embeddings, mask_features)
                 auxiliary.append(Prediction(class_logits, masks))
-                mask_logits = resize_frames(masks.detach(), sizes[level])
+                mask_logits = resize_frames(masks.detach(), level.size)
             else:
-                if level not in resized:
-                    resized[level] = self._resized(mask_features.detach(), sizes[level])
-                mask_logits = predict_masks(mask_embeddings.detach(), resized[level])
-                if level == NUM_LEVELS - 1 and mask_features.shape[1] > 1:
-                    del resized[level]  # the finest is large: of several frames it costs less to make than to keep
-            mask_logits = mask_logits.flatten(2)
-            x = layer(x, self.query_positions.weight, levels[level], mask_logits)
+                if number not in resized:
+                    resized[number] = resize_frames(mask_features.detach(), level.size)
+                mask_logits = self.mask_product(mask_embeddings.detach(), resized[number])
+                if number == NUM_LEVELS - 1 and mask_features.shape[1] > 1:
+                    del resized[number]  # the finest is large: of several frames it costs less to make than to keep
+            mask_logits = mask_logits.flatten(2)  # (B, Q, S)
+            x = layer(x, self.query_positions.weight, level, mask_logits)
             if output_hidden:
                 queries.append(x)
                 attention_masks.append(attention_mask(mask_logits))
 
         class_logits, mask_embeddings = self._predict(x)
         if output_auxiliary:
-            auxiliary.append(Prediction(class_logits, predict_masks(mask_embeddings, mask_features)))
+            auxiliary.append(Prediction(class_logits, self.mask_product(mask_embeddings, mask_features)))
         return TransformerDecoderOutput(
             class_logits,
             mask_embeddings,
@@ -344,13 +312,6 @@ class MaskedTransformerDecoder(nn.Module):
             queries=tuple(queries) if output_hidden else None,
             attention_masks=tuple(attention_masks) if output_hidden else None,
         )
-
-    @staticmethod
-    def _resized(mask_features: Tensor, size: tuple[int, int]) -> Tensor:
-        if mask_features.shape[1] == 1 or torch.compiler.is_compiling():  # which is for any number of frames
-            return resize_frames(mask_features, size)
-        frames = mask_features.split(1, dim=1)  # one by one: resizing copies what it reads
-        return torch.cat([resize_frames(frame, size) for frame in frames], dim=1)
 
     def _predict(self, queries: Tensor) -> tuple[Tensor, Tensor]:
         """Class logits (B, Q, K+1) and mask embeddings (B, Q, mask_dim); the norm serves the heads alone."""
@@ -366,8 +327,10 @@ class MaskedTransformerDecoder(nn.Module):
         T, H, W = features.shape[1], *features.shape[-2:]
         if self.input_projections:
             features = self.input_projections[index](features.flatten(0, 1)).unflatten(0, features.shape[:2])
-        tokens = features.flatten(3).transpose(2, 3)  # (B, T, H*W, C)
+        tokens = features.flatten(3).transpose(2, 3)  # (B, T, H*W, C), a view where channels come last
         dim, dtype, device = tokens.shape[-1], position_dtype(tokens), tokens.device
         pixel_position = sine_2d(H, W, dim, dtype=dtype, device=device).flatten(0, 1)
         frame_position = sine_1d(T, dim, dtype=dtype, device=device)
-        return Level(tokens, self.level_embed.weight[index], pixel_position.to(tokens), frame_position.to(tokens))
+        return Level(
+            (H, W), tokens, self.level_embed.weight[index], pixel_position.to(tokens), frame_position.to(tokens)
+        )

@@ -6,7 +6,6 @@ B clips, T frames of a clip, Q queries, K classes, C channels, H W height and wi
 """
 
 import os
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,10 +27,7 @@ from m2f_video.hub import (
 from m2f_video.modeling.pixel_decoder import MSDeformAttnPixelDecoder
 from m2f_video.modeling.swin import SwinTransformer
 from m2f_video.modeling.timm_backbone import TimmBackbone
-from m2f_video.modeling.transformer_decoder import Attention, MaskedTransformerDecoder, Prediction, predict_masks
-from m2f_video.ops import cpu_kernels
-from m2f_video.ops.linear import PackingLayer
-from m2f_video.ops.winograd import WinogradConv
+from m2f_video.modeling.transformer_decoder import MaskedTransformerDecoder, MaskProduct, Prediction
 from weights_convert import write_checkpoint
 
 
@@ -78,66 +74,6 @@ class FrameFeatures:
             join([part.backbone_maps for part in parts]),
             join([part.encoder_layers for part in parts]),
         )
-
-
-class FeatureBuffer:
-    """Collects features of frames that come chunk by chunk, each at its final place, so that none is held twice.
-
-    Args:
-        capacity: frames to make room for. Room that stays empty costs no memory on a CPU; when more frames come, all
-            are copied once to twice the room.
-
-    Raises:
-        ValueError: `capacity` is not positive.
-    """
-
-    def __init__(self, capacity: int) -> None:
-        if capacity < 1:
-            raise ValueError(f"capacity must be positive, got {capacity}")
-        self._capacity = capacity
-        self._count = 0
-        self._tensors: list[Tensor] = []
-
-    def append(self, features: FrameFeatures) -> None:
-        """Add the features of the next frames; hidden states are not kept.
-
-        Raises:
-            ValueError: they differ in size from those before.
-        """
-        parts = (features.mask_features, *features.multi_scale)
-        if not self._tensors:
-            self._tensors = [self._room(part) for part in parts]
-        sizes = [[tuple(tensor.shape[1:]) for tensor in tensors] for tensors in (self._tensors, parts)]
-        if sizes[0] != sizes[1]:
-            raise ValueError(f"features of all frames must be of one size, got {sizes[0]} and then {sizes[1]}")
-        stop = self._count + len(parts[0])
-        if stop > self._capacity:
-            self._capacity = max(2 * self._capacity, stop)
-            for index, tensor in enumerate(self._tensors):
-                self._tensors[index] = self._room(tensor)
-                self._tensors[index][: self._count] = tensor[: self._count]
-        for tensor, part in zip(self._tensors, parts, strict=True):
-            tensor[self._count : stop] = part
-        self._count = stop
-
-    def features(self) -> FrameFeatures:
-        """Of all frames so far, without a copy.
-
-        Raises:
-            ValueError: there are none.
-        """
-        if not self._tensors:
-            raise ValueError("there are no frame features in the buffer")
-        mask_features, *multi_scale = (tensor[: self._count] for tensor in self._tensors)
-        return FrameFeatures(mask_features, tuple(multi_scale))
-
-    def _room(self, like: Tensor) -> Tensor:
-        """For features (F, C, H, W) in the memory order of `like`, in which the decoder reads each without a copy."""
-        channels_last = like.stride(1) == 1
-        shape = (self._capacity, *like.shape[1:])
-        if not channels_last:
-            return like.new_empty(shape)
-        return like.new_empty(shape[0], shape[2], shape[3], shape[1]).permute(0, 3, 1, 2)
 
 
 @dataclass(frozen=True)
@@ -232,6 +168,11 @@ class VideoMask2Former(
         """Floating-point type of the weights."""
         return self.transformer_decoder.query_features.weight.dtype
 
+    @property
+    def mask_product(self) -> MaskProduct:
+        """What makes mask logits of mask embeddings and mask features."""
+        return self.transformer_decoder.mask_product
+
     def forward(
         self,
         pixel_values: Tensor,
@@ -246,8 +187,7 @@ class VideoMask2Former(
             output_auxiliary: also give the predictions at every depth. They need every layer's full masks; without
                 them, only the last layer's are made and the attention works on resized mask features instead.
             output_hidden: also give the intermediate features, queries and attention masks.
-            frames_per_chunk: encode this many frames at a time, to bound memory. None encodes all at once, but one by
-                one on a CPU in evaluation without gradients: what a cache holds is made faster.
+            frames_per_chunk: encode this many frames at a time, to bound memory; None encodes all at once.
 
         Raises:
             ValueError: `pixel_values` of another shape, without frames, or not floating point; or `frames_per_chunk`
@@ -256,20 +196,12 @@ class VideoMask2Former(
         _check_pixel_values(pixel_values, ndim=5, layout="(B, T, 3, H, W)")
         if frames_per_chunk is not None and frames_per_chunk < 1:
             raise ValueError(f"frames_per_chunk must be at least 1, got {frames_per_chunk}")
-        B, T = pixel_values.shape[:2]
-        if frames_per_chunk is None:
-            learns = self.training or torch.is_grad_enabled()
-            by_frame = self.device.type == "cpu" and not (learns or torch.compiler.is_compiling())
-            frames_per_chunk = 1 if by_frame else B * T
-        chunks = pixel_values.flatten(0, 1).split(frames_per_chunk)
-        if len(chunks) == 1 or output_hidden:
-            features = FrameFeatures.concatenate([self.encode_frames(chunk, output_hidden) for chunk in chunks])
-        else:
-            buffer = FeatureBuffer(B * T)
-            for chunk in chunks:
-                buffer.append(self.encode_frames(chunk))
-            features = buffer.features()
-        return self.decode_clip(features, T, output_auxiliary=output_auxiliary, output_hidden=output_hidden)
+        frames = pixel_values.flatten(0, 1)
+        chunks = frames.split(frames_per_chunk or len(frames))
+        features = FrameFeatures.concatenate([self.encode_frames(chunk, output_hidden) for chunk in chunks])
+        return self.decode_clip(
+            features, pixel_values.shape[1], output_auxiliary=output_auxiliary, output_hidden=output_hidden
+        )
 
     def encode_frames(self, frames: Tensor, output_hidden: bool = False) -> FrameFeatures:
         """Backbone and pixel decoder: the per-frame half, in any chunks.
@@ -305,7 +237,7 @@ class VideoMask2Former(
             output_auxiliary: also give the predictions at every depth.
             output_hidden: also give features, queries and attention masks.
             output_masks: make mask logits of all queries; without them, multiply the mask embeddings of the queries
-                you keep with `features.mask_features` yourself (`predict_masks`).
+                you keep with `features.mask_features` yourself (`MaskProduct`).
 
         Raises:
             ValueError: F is not a multiple of `num_frames`.
@@ -323,7 +255,7 @@ class VideoMask2Former(
         if decoded.auxiliary is not None:
             masks = decoded.auxiliary[-1].masks_queries_logits
         elif output_masks:
-            masks = predict_masks(decoded.mask_embeddings, mask_features)
+            masks = self.mask_product(decoded.mask_embeddings, mask_features)
         return VideoMask2FormerOutput(
             decoded.class_queries_logits,
             masks,
@@ -337,20 +269,20 @@ class VideoMask2Former(
     def prepare_for_inference(
         self, dtype: torch.dtype | str | None = None, compile: Literal["auto", "kernels", "model", "none"] = "auto"
     ) -> Self:
-        """Do once, in place, what makes each frame cheaper; for inference only, the parameters are frozen.
+        """Do once, in place, what `segment_video` does for the length of a call; for inference, parameters are frozen.
 
-        On a CPU, linear layers get a copy of their weights in the order a kernel or oneDNN reads, which takes their
-        memory again, and the 3x3 convolution one of four times its size. Results stay equal to rounding. The state dict
-        stays as it is; weights that are changed or moved afterwards are used as they are then, unpacked. A copy of the
-        model, or a pickle, loses what is packed and asks for the kernels wherever it runs.
+        On a CPU fused twins take the place of modules, see `m2f_video.acceleration`: they have the same parameters, and
+        copies of weights in the order that a kernel reads, as large again. Results stay equal to rounding. What is not
+        as the twins know it, or is touched afterwards, moved or trained, runs as it is written;
+        `m2f_video.acceleration.report(model)` tells which. Copies of the model are plain.
 
         Args:
             dtype: cast to this floating-point type; None keeps the weights' own.
-            compile: what is compiled. `kernels` are our own in C++ for a CPU (`m2f_video.ops.cpu_kernels`), for any
-                size of video: up to 8 seconds in this call, once, and kept on disk for the next process. `model` lets
-                `torch.compile` work on backbone, pixel decoder and transformer decoder each as a whole, which takes
-                minutes with the first frame. `auto` is `kernels` on a CPU where there is a C++ compiler, else `none`;
-                where that does not compile the kernels, it warns and goes on without them.
+            compile: what is compiled. `kernels` are our own in C++ for a CPU, for any size of video: up to 10 seconds
+                in this call, once, and kept on disk for the next process. `none` has twins that need none of them.
+                `model` lets `torch.compile` work on backbone, pixel decoder and transformer decoder each as a whole,
+                which takes minutes with the first frame, and puts no twins in place. `auto` is `kernels` on a CPU where
+                they compile, else `none`, and a line says so.
 
         Returns:
             This model, in evaluation mode.
@@ -360,30 +292,28 @@ class VideoMask2Former(
                 compiler.
             KernelError: `kernels` do not compile. The model is as it was then, as with the other errors.
         """
+        from m2f_video.acceleration import cpu_kernels, prepare, release
+
         if compile not in ("auto", "kernels", "model", "none"):
             raise ValueError(f"compile must be auto, kernels, model or none, got {compile!r}")
-        target_dtype, on_cpu = self.dtype if dtype is None else parse_dtype(dtype), self.device.type == "cpu"
-        if compile == "kernels" and not on_cpu:
-            raise ValueError(f"compile='kernels' is for a CPU, the model is on {self.device}; take 'model' or 'none'")
-        reason = cpu_kernels.why_no_kernels() if compile in ("auto", "kernels") else None
-        if compile == "kernels" and reason:
-            raise ValueError(f"compile='kernels' cannot be done: {reason}; or take 'none'")
-        warn_of_slow_dtype(target_dtype, self.device)
+        target_dtype = self.dtype if dtype is None else parse_dtype(dtype)
         if compile == "kernels":
+            if self.device.type != "cpu":
+                raise ValueError(
+                    f"compile='kernels' is for a CPU, the model is on {self.device}; take 'model' or 'none'"
+                )
+            if reason := cpu_kernels.why_no_kernels():
+                raise ValueError(f"compile='kernels' cannot be done: {reason}; or take 'none'")
             cpu_kernels.load()
-        if compile == "auto":
-            compile = "kernels" if on_cpu and not reason and _kernels_load() else "none"
+        warn_of_slow_dtype(target_dtype, self.device)
         self.eval().requires_grad_(False).to(dtype=target_dtype)
-        kernels = compile == "kernels"
-        for module in self.modules():
-            if hasattr(module, "compiled") and type(module).__module__.startswith("m2f_video."):
-                setattr(module, "compiled", kernels)  # noqa: B010  # not known to every module
-            if isinstance(module, PackingLayer | Attention | WinogradConv) and on_cpu and compile != "model":
-                module.pack()  # `torch.compile` packs for itself
+        release(self)
         for part in (self.backbone, self.pixel_decoder, self.transformer_decoder):
             part._compiled_call_impl = None  # what an earlier call has left
             if compile == "model":
                 part.compile()
+        if compile != "model":
+            prepare(self, compile)
         return self
 
     @classmethod
@@ -458,16 +388,6 @@ class VideoMask2Former(
     def _save_pretrained(self, save_directory: Path) -> None:
         state_dict = {name: tensor.detach().cpu() for name, tensor in self.state_dict().items()}
         write_checkpoint(save_directory, state_dict, self.config.to_dict())
-
-
-def _kernels_load() -> bool:
-    """Whether they do; warns where not."""
-    try:
-        cpu_kernels.load()
-    except cpu_kernels.KernelError as error:
-        warnings.warn(f"going on without compiled kernels: {error}", RuntimeWarning, stacklevel=3)
-        return False
-    return True
 
 
 def _check_pixel_values(pixels: Tensor, *, ndim: int, layout: str) -> None:

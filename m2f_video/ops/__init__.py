@@ -10,8 +10,6 @@ from typing import Literal, cast, get_args
 import torch
 from torch import Tensor
 
-from m2f_video.ops import cpu_kernels
-from m2f_video.ops.conditions import needs_gradient
 from m2f_video.ops.embedding_bag import ms_deform_attn_embedding_bag, ms_deform_attn_embedding_bag_from_offsets
 from m2f_video.ops.reference import ms_deform_attn_reference, sampling_locations_from_offsets
 
@@ -24,7 +22,7 @@ __all__ = [
     "sampling_locations_from_offsets",
 ]
 
-Backend = Literal["auto", "reference", "embedding_bag", "triton", "cpp"]
+Backend = Literal["auto", "reference", "embedding_bag", "triton"]
 
 BACKEND_VARIABLE = "M2F_VIDEO_MS_DEFORM_ATTN"
 """Environment variable with the backend that `auto` stands for."""
@@ -53,8 +51,7 @@ def ms_deform_attn(
         attention_weights: (B, Q, M, L, P).
         backend: which implementation computes it; `auto` is `resolve_backend`'s rule. `embedding_bag` has no second
             derivatives; `triton` runs on CUDA devices, in float32, bfloat16 and float16, and is reproducible bit by
-            bit after `torch.use_deterministic_algorithms(True)`; `cpp` runs on a CPU, in float32 and bfloat16, without
-            gradients, autocast or tracing, and waits in the first call of all for its compiler.
+            bit after `torch.use_deterministic_algorithms(True)`.
 
     Returns:
         (B, Q, M * D), in the dtype of `value`.
@@ -62,7 +59,6 @@ def ms_deform_attn(
     Raises:
         ValueError: shapes that do not fit together, an unknown backend, or one that cannot run here or on these
             inputs.
-        KernelError: the kernels of `cpp` do not compile; a RuntimeError.
     """
     _check_shapes(value, spatial_shapes, sampling_locations, attention_weights)
     resolved = resolve_backend(backend, value, sampling_locations, attention_weights)
@@ -70,8 +66,6 @@ def ms_deform_attn(
         from m2f_video.ops.triton_kernels import ms_deform_attn_triton
 
         return ms_deform_attn_triton(value, spatial_shapes, sampling_locations, attention_weights)
-    if resolved == "cpp":
-        return _ms_deform_attn_cpp(value, spatial_shapes, None, sampling_locations, attention_weights)
     if resolved == "embedding_bag":
         return ms_deform_attn_embedding_bag(value, spatial_shapes, sampling_locations, attention_weights)
     return ms_deform_attn_reference(value, spatial_shapes, sampling_locations, attention_weights)
@@ -84,7 +78,6 @@ def ms_deform_attn_from_offsets(
     offsets: Tensor,
     attention_logits: Tensor,
     backend: Backend = "auto",
-    compiled: bool = False,
 ) -> Tensor:
     """`ms_deform_attn` of what a module predicts: offsets from reference points, and weights before their softmax.
 
@@ -96,88 +89,47 @@ def ms_deform_attn_from_offsets(
         offsets: (B, Q, M, L, P, 2) as (x, y), in pixels.
         attention_logits: (B, Q, M, L, P); the softmax is over the L P samples of a head.
         backend: which implementation computes it.
-        compiled: let `auto` be `cpp`, see `resolve_backend`.
 
     Returns:
         (B, Q, M * D), in the dtype of `value`.
 
     Raises:
-        ValueError, KernelError: as `ms_deform_attn`.
+        ValueError: as `ms_deform_attn`.
     """
     _check_shapes(value, spatial_shapes, offsets, attention_logits)
     if reference_points.shape != (offsets.shape[1], 2):
         raise ValueError(f"reference_points must be {(offsets.shape[1], 2)}, got {tuple(reference_points.shape)}")
-    compiled = compiled and not needs_gradient(reference_points)
-    resolved = resolve_backend(backend, value, offsets, attention_logits, compiled=compiled)
+    resolved = resolve_backend(backend, value, offsets, attention_logits)
     if resolved == "embedding_bag":
         return ms_deform_attn_embedding_bag_from_offsets(
             value, spatial_shapes, reference_points, offsets, attention_logits
         )
-    if resolved == "cpp" and value.dtype == offsets.dtype == attention_logits.dtype:
-        return _ms_deform_attn_cpp(value, spatial_shapes, reference_points, offsets, attention_logits)
     locations = sampling_locations_from_offsets(reference_points, offsets.to(reference_points.dtype), spatial_shapes)
     weights = attention_logits.flatten(3).softmax(-1).view_as(attention_logits)
     return ms_deform_attn(value, spatial_shapes, locations, weights, resolved)
 
 
-def _ms_deform_attn_cpp(
-    value: Tensor,
-    spatial_shapes: tuple[tuple[int, int], ...],
-    reference_points: Tensor | None,
-    positions: Tensor,
-    weights: Tensor,
-) -> Tensor:
-    """By the kernels: of offsets from the reference points and logits; without these, of locations and weights."""
-    (B, N, M, D), (_, Q, _, L, P, _) = value.shape, positions.shape
-    if reference_points is not None and needs_gradient(reference_points):
-        raise ValueError("deformable attention backend 'cpp' has no gradients; take 'embedding_bag'")
-    if N >= 2**30:
-        raise ValueError(f"deformable attention backend 'cpp' takes fewer than 2^30 tokens, got {N}")
-    if L * P * B * Q * M * D == 0:
-        return value.new_zeros(B, Q, M * D)
-    output = value.new_empty(B, Q, M * D)
-    shapes, sizes = torch.tensor(spatial_shapes, device="cpu"), (B, N, Q, M, D, L, P)
-    value = value.contiguous()
-    if reference_points is None:
-        positions, weights = positions.float().contiguous(), weights.to(value.dtype).contiguous()
-        cpu_kernels.call("ms_deform_attn", value, value, shapes, positions, weights, output, *sizes)
-    else:
-        points, positions, weights = reference_points.float().contiguous(), positions.contiguous(), weights.contiguous()
-        cpu_kernels.call(
-            "ms_deform_attn_from_offsets", value, value, shapes, points, positions, weights, output, *sizes
-        )
-    return output
-
-
-def resolve_backend(
-    backend: Backend, *inputs: Tensor, compiled: bool = False
-) -> Literal["reference", "embedding_bag", "triton", "cpp"]:
+def resolve_backend(backend: Backend, *inputs: Tensor) -> Literal["reference", "embedding_bag", "triton"]:
     """The backend that will run.
 
     A named backend is taken as it is. `auto` is the one that the environment variable M2F_VIDEO_MS_DEFORM_ATTN names.
     Without it, or where it says `auto`, the first of these that holds:
 
-    - with `compiled`, where `cpu_kernels.runs` on the inputs: `cpp`;
     - on a CPU: `embedding_bag`;
     - `reference`. (`triton` has to be asked for: its kernels pass their tests in Triton's interpreter and compile for
       sm_75 to sm_120, but have not run on a GPU yet.)
 
     Raises:
-        ValueError: an unknown backend, named by the argument or the environment, or `triton` or `cpp` where it cannot
-            run.
+        ValueError: an unknown backend, named by the argument or the environment, or `triton` where it cannot run.
     """
     if backend not in get_args(Backend):
         raise ValueError(f"unknown deformable attention backend {backend!r}; choose one of {get_args(Backend)}")
     if backend == "auto":
         backend = _backend_of_environment()
     if backend == "auto":
-        if compiled and cpu_kernels.runs(*inputs):
-            return "cpp"
         backend = "embedding_bag" if inputs[0].device.type == "cpu" else "reference"
     if backend == "triton" and (reason := _why_not_triton(*inputs)):
         raise ValueError(f"deformable attention backend 'triton' cannot run: {reason}")
-    if backend == "cpp" and (reason := _why_not_cpp(*inputs)):
-        raise ValueError(f"deformable attention backend 'cpp' cannot run: {reason}")
     return backend
 
 
@@ -188,7 +140,6 @@ def available_backends() -> dict[str, str | None]:
         reasons["triton"] = _NO_TRITON
     elif not (torch.cuda.is_available() or _triton_interpreted()):
         reasons["triton"] = "there is no CUDA device"
-    reasons["cpp"] = cpu_kernels.why_no_kernels()
     return reasons
 
 
@@ -216,21 +167,6 @@ def _why_not_triton(*inputs: Tensor) -> str | None:
         return (
             f"it needs CUDA tensors, got {device} (to try it on a CPU, slowly, set TRITON_INTERPRET=1 before the start)"
         )
-    return None
-
-
-def _why_not_cpp(*inputs: Tensor) -> str | None:
-    if reason := cpu_kernels.why_no_kernels():
-        return reason
-    if devices := sorted({str(tensor.device) for tensor in inputs if tensor.device.type != "cpu"}):
-        return f"it needs CPU tensors, got {', '.join(devices)}"
-    dtypes = [tensor.dtype for tensor in inputs]
-    if not all(dtype in cpu_kernels.DTYPES for dtype in dtypes):
-        return f"it takes float32 and bfloat16, got {dtypes}; cast the inputs or take 'embedding_bag'"
-    if needs_gradient(*inputs):
-        return "it has no gradients; take 'embedding_bag', or call it under torch.no_grad()"
-    if not cpu_kernels.runs(inputs[0]):
-        return "it knows no autocast, torch.compile or tracing; take 'embedding_bag' there"
     return None
 
 

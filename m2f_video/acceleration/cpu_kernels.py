@@ -14,6 +14,7 @@ folders that other users can write to.
 
 import ctypes
 import hashlib
+import logging
 import os
 import re
 import shlex
@@ -21,17 +22,14 @@ import shutil
 import stat
 import subprocess
 import sys
-from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
-from torch.profiler import record_function
 
 from m2f_video.files import atomic_path, special_kind
-from m2f_video.ops.conditions import only_values
 
 SOURCES = Path(__file__).with_name("csrc")
 FLAGS = (
@@ -41,6 +39,7 @@ FLAGS = (
 DTYPES = (torch.float32, torch.bfloat16)
 """That the kernels know, in the order of their numbers in C++."""
 
+_LOGGER = logging.getLogger(__name__)
 _DIGEST_BYTES = hashlib.sha256().digest_size
 _EXPORTED = re.compile(r"^EXPORT \w+ (\w+)\(", re.MULTILINE)
 
@@ -75,19 +74,6 @@ def load() -> None:
     _library()
 
 
-def runs(*tensors: Tensor | None) -> bool:
-    """Whether the kernels know these inputs: of one dtype of `DTYPES` on a CPU, without derivatives or tracing."""
-    given = [tensor for tensor in tensors if tensor is not None]
-    dtype = given[0].dtype
-    if dtype not in DTYPES or any(tensor.device.type != "cpu" or tensor.dtype != dtype for tensor in given):
-        return False
-    if not only_values(*given):
-        return False
-    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.maybe_current_level() is not None:
-        return False  # what records operators or works on tensors without memory
-    return all(type(tensor) in (Tensor, nn.Parameter) for tensor in given)
-
-
 def has_fast_products(dtype: torch.dtype) -> bool:
     """Whether the kernels' own matrix products of this type are made for this machine's instructions."""
     return bool(_library().fast_products(ctypes.c_int64(DTYPES.index(dtype))))
@@ -115,9 +101,7 @@ def call(name: str, like: Tensor, *args: Tensor | float | None) -> None:
             values.append(ctypes.c_float(arg))
         else:
             values.append(ctypes.c_void_p() if arg is None else ctypes.c_int64(arg))
-    profiled = torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
-    with record_function(f"m2f_video::{name}") if profiled else nullcontext():
-        getattr(_library(), name)(*values)
+    getattr(_library(), name)(*values)
 
 
 @cache
@@ -137,6 +121,7 @@ def _library() -> ctypes.CDLL:
         library = _read_kept(path)
         if library is None:
             _make_folders(path.parent)
+            _LOGGER.warning("m2f-video: compiling kernels for this processor, once: up to 10 seconds")
             library = _compile(sources)
             _keep(library, path)
         return _load(library, path, sources)

@@ -1,0 +1,121 @@
+"""Acceleration for the length of a call, and for good."""
+
+import copy
+import logging
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from threading import Lock
+from typing import Literal, TypeVar, cast
+
+from torch import nn
+
+from m2f_video.acceleration import cpu_kernels, swap
+from m2f_video.acceleration.swap import Fused, ModuleReport, fuse, restore
+from m2f_video.acceleration.twins import TWINS
+
+Model = TypeVar("Model", bound=nn.Module)
+
+Compile = Literal["auto", "kernels", "none"]
+
+_LOGGER = logging.getLogger(__name__)
+_LOCK = Lock()
+_users: dict[nn.Module, int] = {}
+"""Of each twin that is in place for the length of calls: how many calls."""
+
+
+@contextmanager
+def accelerated(model: Model, plain: bool = False) -> Iterator[Model]:
+    """A model in evaluation mode, with twins in place; the user's own is as it was afterwards.
+
+    Twins are put into the model itself, so that hooks and references see its own modules. Calls at a time, of several
+    threads too, share them: the first puts a twin in place, the last takes it out. What wants gradients meanwhile runs
+    plain. A model that has modules in training mode is not switched under whoever trains it: what is given then is a
+    copy of its modules in evaluation mode, with the same weights.
+
+    Args:
+        model: on any device, in any mode; twins are for a CPU.
+        plain: no twins, evaluation mode alone.
+    """
+    if any(module.training for module in model.modules()):
+        model = in_evaluation_mode(model)
+    twins = () if plain else _twins(model)
+    with _LOCK:
+        before = {module for module in model.modules() if isinstance(module, Fused)} - _users.keys()
+        mine = [twin for twin in fuse(model, twins) if twin not in before] if twins else []
+        for twin in mine:
+            _users[twin] = _users.get(twin, 0) + 1
+    try:
+        yield model
+    finally:
+        with _LOCK:
+            for twin in mine:
+                _users[twin] -= 1
+                if not _users[twin]:
+                    del _users[twin]
+                    restore(twin)
+
+
+def in_evaluation_mode(model: Model) -> Model:
+    """A copy of a model's modules in evaluation mode, that has the same weights, hooks and patches."""
+    copies: dict[nn.Module, nn.Module] = {}
+    for module in model.modules():
+        twin = copies[module] = copy.copy(module)
+        twin.__dict__.update({name: dict(twin.__dict__[name]) for name in ("_parameters", "_buffers")}, training=False)
+        patched = module.__dict__.get("forward")
+        if isinstance(patched, types.MethodType) and patched.__self__ is module:
+            twin.__dict__["forward"] = types.MethodType(patched.__func__, twin)
+    for module, twin in copies.items():
+        twin.__dict__["_modules"] = {
+            name: None if child is None else copies[child] for name, child in module._modules.items()
+        }
+    return cast("Model", copies[model])
+
+
+def prepare(model: nn.Module, compile: Compile = "auto") -> None:
+    """Put twins in place for good, see `VideoMask2Former.prepare_for_inference`."""
+    with _LOCK:
+        for twin in fuse(model, _twins(model, compile)):
+            _users.pop(twin, None)  # calls that are under way leave it in place
+
+
+def release(model: nn.Module) -> None:
+    """Take all twins out."""
+    with _LOCK:
+        restore(*model.modules())
+
+
+def report(model: nn.Module) -> list[ModuleReport]:
+    """Which modules run fused, which plain and why: all that have a twin, and others that have weights of their own."""
+    return swap.report(model, TWINS)
+
+
+def _twins(model: nn.Module, compile: Compile = "auto") -> tuple[type[Fused], ...]:
+    """Those that run here: all where kernels compile, else those that need none; none elsewhere than on a CPU."""
+    device = next((parameter.device.type for parameter in model.parameters()), "cpu")
+    if device != "cpu":
+        return ()
+    if compile == "kernels":
+        cpu_kernels.load()
+    if compile == "kernels" or (compile == "auto" and _kernels_load()):
+        return TWINS
+    return tuple(twin for twin in TWINS if not twin.needs_kernels)
+
+
+def _kernels_load() -> bool:
+    """Whether they do; where not, a line says so once."""
+    reason = cpu_kernels.why_no_kernels()
+    if reason is None:
+        try:
+            cpu_kernels.load()
+        except cpu_kernels.KernelError as error:
+            reason = str(error)
+    if reason is not None:
+        _say_once(f"m2f-video: going on without compiled kernels, by oneDNN: {reason}")
+    return reason is None
+
+
+@cache
+def _say_once(message: str) -> None:
+    _LOGGER.warning(message)
