@@ -120,7 +120,7 @@ def measure_op(repeats: int, device: str) -> dict[str, dict[str, float]]:
     inputs = [x.to(device).requires_grad_() for x in (torch.randn(*shape[:3], CHANNELS), locations, weights)]
     grad = torch.randn(1, len(queries), HEADS * CHANNELS, device=device)
     op: Any = partial(ms_deform_attn, inputs[0], LEVELS, inputs[1], inputs[2])
-    names = [name for name, reason in available_backends().items() if reason is None and name != "cpp"]  # which infers
+    names = [name for name, reason in available_backends().items() if reason is None]
     functions = {f"{name} forward": partial(torch.no_grad()(op), name) for name in names}
     functions |= {f"{name} both": partial(lambda b: torch.autograd.grad(op(b), inputs, grad), name) for name in names}
     seconds = measure(functions, repeats, device)

@@ -19,6 +19,7 @@ import tyro
 from rich.table import Table
 from tyro.conf import subcommand
 
+from m2f_video.acceleration.cpu_kernels import KernelError
 from m2f_video.cli.console import one_line, print_table, progress_bars
 from m2f_video.cli.data import DATA_COMMANDS
 from m2f_video.cli.evaluate import eval_results
@@ -27,7 +28,6 @@ from m2f_video.config import VideoMask2FormerConfig
 from m2f_video.files import check_replaceable, made_directory, naming
 from m2f_video.hub import load_config, parse_device, parse_dtype, resolve_config
 from m2f_video.modeling.video_mask2former import VideoMask2Former
-from m2f_video.ops.cpu_kernels import KernelError
 from m2f_video.results.tracks import OVERLAY_FILE, TRACKS_FILE, VideoSegmentation
 
 if TYPE_CHECKING:
@@ -365,7 +365,8 @@ def info() -> int:
     """Show versions and devices, which implementation of deformable attention runs on them, and what is compiled."""
     from importlib.metadata import version
 
-    from m2f_video.ops import BACKEND_VARIABLE, available_backends, cpu_kernels, resolve_backend
+    from m2f_video.acceleration import cpu_kernels
+    from m2f_video.ops import BACKEND_VARIABLE, available_backends, resolve_backend
 
     for package in ("m2f-video", "torch", "torchvision", "timm", "av"):
         print(f"{package} {version(package)}")
@@ -377,13 +378,12 @@ def info() -> int:
 
     choice = os.environ.get(BACKEND_VARIABLE)
     table = Table("deformable attention", *devices, title=f"{BACKEND_VARIABLE} is {choice or 'not set'}")
-    tasks = {"to segment": (False, False), "to segment, prepared": (False, True), "to train": (True, False)}
-    for task, (needs_grad, prepared) in tasks.items():
+    for task, needs_grad in {"to segment, plain": False, "to train": True}.items():
         cells: list[str] = []
         for device in devices:
             try:
                 like = torch.zeros(1, device=device, requires_grad=needs_grad)
-                cells.append(resolve_backend("auto", like, compiled=prepared and cpu_kernels.why_no_kernels() is None))
+                cells.append(resolve_backend("auto", like))
             except ValueError as error:
                 cells.append(str(error))
         table.add_row(task, *cells)

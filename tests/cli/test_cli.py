@@ -17,9 +17,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from m2f_video import VideoMask2Former, VideoSegmentation, read_video
+from m2f_video.acceleration import cpu_kernels
 from m2f_video.cli.data import DATA_COMMANDS
 from m2f_video.cli.main import COMMANDS, main
-from m2f_video.ops import cpu_kernels
 from m2f_video.video.reader import VideoWriter
 from tests.conftest import synthetic_frames
 from weights_convert import from_native, hf_config_from_native, write_checkpoint
@@ -339,7 +339,7 @@ def test_datasets_are_made_checked_and_split(tmp_path, capsys):
 
 
 def test_results_are_evaluated(tmp_path, capsys):
-    golden = Path(__file__).parent / "golden" / "eval"
+    golden = Path(__file__).parents[1] / "golden" / "eval"
     report = tmp_path / "report.json"
     files = ("--annotations", golden / "gt.json", "--results", golden / "results_perfect.json")
     assert run("eval", *files, "--no-tracking", "--json", report) == 0
@@ -527,7 +527,7 @@ def test_a_closed_stream_is_no_traceback(folder, tmp_path, closed):
 
 
 def test_a_report_does_not_take_the_place_of_what_it_is_made_from(tmp_path, capsys):
-    golden = Path(__file__).parent / "golden" / "eval"
+    golden = Path(__file__).parents[1] / "golden" / "eval"
     files = {name: tmp_path / f"{name}.json" for name in ("annotations", "results")}
     files["annotations"].write_bytes((golden / "gt.json").read_bytes())
     files["results"].write_bytes((golden / "results_perfect.json").read_bytes())

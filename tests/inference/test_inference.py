@@ -40,7 +40,7 @@ def test_equals_the_plain_route(tiny_model, size):
         outputs = tiny_model(**processor(video), output_auxiliary=True)
     (plain,) = processor.post_process_video_instance_segmentation(outputs, target_sizes=[size])
 
-    result = segment_video(tiny_model, video)
+    result = segment_video(tiny_model, video, plain=True)
 
     assert [track.label_id for track in result.tracks] == plain["labels"].tolist()
     assert [track.query_id for track in result.tracks] == plain["query_indices"].tolist()
@@ -48,6 +48,13 @@ def test_equals_the_plain_route(tiny_model, size):
     np.testing.assert_allclose([track.score for track in result.tracks], plain["scores"], rtol=1e-5)
     assert (decoded_masks(result) != plain["masks"].numpy()).mean() < 1e-4  # logits within rounding of zero may differ
     assert (result.width, result.height) == (size[1], size[0])
+
+
+def test_accelerated_equals_plain(tiny_model, video):
+    fast, plain = segment_video(tiny_model, video), segment_video(tiny_model, video, plain=True)
+    assert [track.label_id for track in fast.tracks] == [track.label_id for track in plain.tracks]
+    np.testing.assert_allclose([t.score for t in fast.tracks], [t.score for t in plain.tracks], rtol=1e-4)
+    assert (decoded_masks(fast) != decoded_masks(plain)).mean() < 1e-3
 
 
 def test_chunks_do_not_change_the_result(tiny_model, video):

@@ -21,7 +21,7 @@ from m2f_video.inference.postprocess import (
     select_top_k,
 )
 
-GOLDEN = Path(__file__).parent / "golden" / "tiny"
+GOLDEN = Path(__file__).parents[1] / "golden" / "tiny"
 VIDEO_FUNCTIONS = (
     post_process_video_instance_segmentation,
     post_process_video_semantic_segmentation,

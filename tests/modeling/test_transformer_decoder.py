@@ -13,13 +13,11 @@ from m2f_video.modeling.transformer_decoder import (
     DecoderLayer,
     Level,
     MaskedTransformerDecoder,
+    MaskProduct,
     SelfAttention,
-    attention_bias,
     attention_mask,
-    predict_masks,
     resize_frames,
 )
-from m2f_video.ops import cpu_kernels
 from tests.tolerances import assert_close, differences
 
 SIZES = ((2, 3), (4, 6), (8, 12))
@@ -78,19 +76,9 @@ def test_every_query_sees_something(batch: int, queries: int, keys: int, seed: i
     assert not seen[partly][logits[partly] < 0].any()
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
-def test_no_logit_counts_beside_a_blocked_keys_bias(dtype: torch.dtype) -> None:
-    mask_logits = torch.tensor([[[-1.0, 3.0, -0.5], [-1.0, -1.0, -2.0]]], dtype=dtype)
-    seen, bias = attention_mask(mask_logits), attention_bias(mask_logits)
-    assert bias.dtype == dtype
-    assert torch.equal(bias, torch.zeros_like(mask_logits).masked_fill(~seen, torch.finfo(dtype).min))
-    weights = (torch.tensor([100.0, -100.0, 0.0], dtype=dtype) + bias).softmax(-1)
-    assert weights[0, 0].tolist() == [0, 1, 0]
-
-
 def make_level(batch: int = 2, frames: int = 3, pixels: int = 4, dim: int = 12) -> Level:
     shapes = ((batch, frames, pixels, dim), (dim,), (pixels, dim), (frames, dim))
-    return Level(*(torch.randn(shape, dtype=torch.float64) for shape in shapes))
+    return Level((1, pixels), *(torch.randn(shape, dtype=torch.float64) for shape in shapes))
 
 
 def keys_and_values(level: Level) -> tuple[Tensor, Tensor]:
@@ -132,27 +120,6 @@ def test_self_attention_equals_torch_multi_head_attention() -> None:
     assert_close(ours(x, position), torch_attention(ours)(x + position, x + position, x)[0].detach())
 
 
-@pytest.mark.skipif(cpu_kernels.why_no_kernels() is not None, reason="needs a C++ compiler")
-@torch.no_grad()
-def test_packed_projections_are_used_until_they_change() -> None:
-    torch.manual_seed(0)
-    ours, itself = CrossAttention(dim=64, num_heads=2), SelfAttention(dim=64, num_heads=2)
-    random_biases(ours)
-    query, position = torch.randn(2, 5, 64), torch.randn(5, 64)
-    for frames in (1, 3):
-        level = Level(*(tensor.float() for tensor in vars(make_level(frames=frames, dim=64)).values()))
-        expected, expected_itself = ours(query, level), itself(query, position)
-        for attention in (ours, itself):
-            attention.compiled = True
-            attention.pack()
-        assert_close(ours(query, level), expected)
-        assert_close(itself(query, position), expected_itself)
-        ours.in_proj_weight.mul_(2)
-        changed = ours(query, level)
-        ours.compiled = False
-        assert_close(changed, ours(query, level))
-
-
 def test_a_layer_is_cross_then_self_attention_then_ffn_all_post_norm() -> None:
     torch.manual_seed(0)
     layer = DecoderLayer(dim=8, num_heads=2, ffn_dim=6).double()
@@ -173,7 +140,9 @@ def test_gradcheck_of_a_layer() -> None:
     for tensor in inputs:
         tensor.requires_grad_()
     logits = torch.randn(1, 3, 6)
-    assert torch.autograd.gradcheck(lambda x, p, *parts: layer(x, p, Level(*parts), logits), inputs, fast_mode=True)
+    assert torch.autograd.gradcheck(
+        lambda x, p, *parts: layer(x, p, Level((1, 3), *parts), logits), inputs, fast_mode=True
+    )
 
 
 # --- masks
@@ -181,7 +150,7 @@ def test_gradcheck_of_a_layer() -> None:
 
 def test_mask_logits_are_dot_products() -> None:
     embeddings, pixels = torch.randn(2, 5, 12, dtype=torch.float64), features()[0]
-    assert_close(predict_masks(embeddings, pixels), torch.einsum("bqc,btchw->bqthw", embeddings, pixels))
+    assert_close(MaskProduct()(embeddings, pixels), torch.einsum("bqc,btchw->bqthw", embeddings, pixels))
 
 
 @pytest.mark.parametrize("size", [(8, 12), (3, 5), (16, 24), (20, 40)])
@@ -196,8 +165,8 @@ def test_resizing_is_bilinear_per_frame_without_antialiasing(size: tuple[int, in
 def test_resized_products_are_products_with_resized_features() -> None:
     embeddings, pixels = torch.randn(2, 5, 12, dtype=torch.float64), features()[0]
     for size in SIZES:
-        resized_features = predict_masks(embeddings, resize_frames(pixels, size))
-        assert_close(resized_features, resize_frames(predict_masks(embeddings, pixels), size))
+        resized_features = MaskProduct()(embeddings, resize_frames(pixels, size))
+        assert_close(resized_features, resize_frames(MaskProduct()(embeddings, pixels), size))
 
 
 # --- the decoder
@@ -213,7 +182,7 @@ def test_a_prediction_before_and_after_every_layer(num_layers: int) -> None:
         assert prediction.masks_queries_logits.shape == (2, 5, 3, 16, 24)
     assert torch.equal(output.class_queries_logits, output.auxiliary[-1].class_queries_logits)
     assert_close(
-        predict_masks(output.mask_embeddings, features()[0]), output.auxiliary[-1].masks_queries_logits.detach()
+        MaskProduct()(output.mask_embeddings, features()[0]), output.auxiliary[-1].masks_queries_logits.detach()
     )
 
 

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from m2f_video.config import PixelDecoderConfig, SwinConfig, TransformerDecoderConfig, VideoMask2FormerConfig
-from m2f_video.modeling.transformer_decoder import predict_masks
-from m2f_video.modeling.video_mask2former import FeatureBuffer, FrameFeatures, VideoMask2Former, VideoMask2FormerOutput
+from m2f_video.inference.features import FeatureBuffer
+from m2f_video.modeling.video_mask2former import FrameFeatures, VideoMask2Former, VideoMask2FormerOutput
 from m2f_video.parity import random_frames, random_model
 from tests.tolerances import assert_close, differences, relative_error
 
@@ -153,7 +153,7 @@ def test_masks_can_be_left_out_and_made_later(model: VideoMask2Former) -> None:
     full, bare = model.decode_clip(features), model.decode_clip(features, output_masks=False)
     assert bare.masks_queries_logits is None
     assert torch.equal(bare.class_queries_logits, full.class_queries_logits)
-    some = predict_masks(bare.mask_embeddings[:, [4, 1]], features.mask_features[None])
+    some = model.mask_product(bare.mask_embeddings[:, [4, 1]], features.mask_features[None])
     assert_close(some, full.masks_queries_logits[:, [4, 1]])
 
 

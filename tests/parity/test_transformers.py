@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from m2f_video.acceleration import cpu_kernels
 from m2f_video.config import PixelDecoderConfig, SwinConfig, TransformerDecoderConfig, VideoMask2FormerConfig
 from m2f_video.modeling.video_mask2former import VideoMask2Former
-from m2f_video.ops import cpu_kernels
 from m2f_video.parity import (
     TOLERANCES,
     StageComparison,
