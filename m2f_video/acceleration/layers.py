@@ -3,8 +3,6 @@
 B maps, C I O channels, H W height and width.
 """
 
-import math
-
 import torch
 from torch import Tensor, nn
 
@@ -12,9 +10,6 @@ from m2f_video.acceleration import cpu_kernels, kernels
 from m2f_video.acceleration.kernels import LANES, PackedLinear
 from m2f_video.acceleration.swap import Fused
 from m2f_video.acceleration.winograd import pack_weight
-
-BLOCK = 32
-"""Channels that the kernel for group norms takes at a time."""
 
 
 class FusedLinear(Fused, nn.Linear):
@@ -186,30 +181,3 @@ class FusedLayerNorm(Fused, nn.LayerNorm):
     def fused(self, packed: None, x: Tensor) -> Tensor:
         """(..., C) -> (..., C)."""
         return kernels.layer_norm(x, self)
-
-
-class FusedGroupNorm(Fused, nn.GroupNorm):
-    """A group norm of maps whose channels come last, in two passes."""
-
-    plain = nn.GroupNorm
-
-    @classmethod
-    def misfit(cls, module: nn.GroupNorm) -> str | None:
-        """Affine, and whole blocks of channels."""
-        if module.weight is None or module.bias is None or module.num_channels % BLOCK:
-            return f"it is not affine, or has no multiple of {BLOCK} channels"
-        return None
-
-    def takes(self, dtype: torch.dtype | None, *args: Tensor, **kwargs: Tensor) -> bool:
-        """Maps whose channels come last in memory."""
-        return (
-            super().takes(dtype, *args, **kwargs)
-            and _is_map(args[0], self.num_channels)
-            and math.prod(args[0].shape[2:]) > 1
-            and args[0].stride(1) == 1
-        )
-
-    def fused(self, packed: None, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W), in a memory of its own."""
-        pixels = x.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format)
-        return kernels.group_norm_(pixels, self).permute(0, 3, 1, 2)

@@ -8,17 +8,21 @@ from torch import Tensor, nn
 
 from m2f_video.acceleration import kernels
 from m2f_video.acceleration.kernels import PackedLinear
-from m2f_video.acceleration.layers import FusedGroupNorm, FusedPointwiseConv, WinogradConv
+from m2f_video.acceleration.layers import FusedPointwiseConv, WinogradConv
 from m2f_video.acceleration.swap import Fused, are_values
 from m2f_video.acceleration.winograd import pack_weight
 from m2f_video.modeling.ms_deform_attn import MSDeformAttn
 from m2f_video.modeling.pixel_decoder import (
     NUM_LEVELS,
     DeformableEncoderLayer,
+    GroupNorm,
     MSDeformAttnPixelDecoder,
     PixelDecoderOutput,
 )
 from m2f_video.ops import BACKEND_VARIABLE
+
+BLOCK = 32
+"""Channels that the kernel for group norms takes at a time."""
 
 Shapes = tuple[tuple[int, int], ...]
 
@@ -153,10 +157,37 @@ class FusedDeformableEncoderLayer(Fused, DeformableEncoderLayer):
         return kernels.linear(x, *layers, activation="relu", residual=x, after=self.ffn_norm)
 
 
-def _pair(layers: nn.Module) -> tuple[nn.Conv2d, nn.GroupNorm]:
+def _pair(layers: nn.Module) -> tuple[nn.Conv2d, GroupNorm]:
     """The convolution and the norm at the start of a sequence."""
     conv, norm, *_ = layers.children()
-    return cast("nn.Conv2d", conv), cast("nn.GroupNorm", norm)
+    return cast("nn.Conv2d", conv), cast("GroupNorm", norm)
+
+
+class FusedGroupNorm(Fused, GroupNorm):
+    """A group norm of maps whose channels come last, in two passes."""
+
+    plain = GroupNorm
+
+    @classmethod
+    def misfit(cls, module: GroupNorm) -> str | None:
+        """Affine, and whole blocks of channels."""
+        if module.weight is None or module.bias is None or module.num_channels % BLOCK:
+            return f"it is not affine, or has no multiple of {BLOCK} channels"
+        return None
+
+    def takes(self, dtype: torch.dtype | None, *args: Tensor, **kwargs: Tensor) -> bool:
+        """Maps whose channels come last in memory."""
+        return (
+            super().takes(dtype, *args, **kwargs)
+            and args[0].ndim == 4
+            and args[0].shape[1] == self.num_channels
+            and args[0].stride(1) == 1
+        )
+
+    def fused(self, packed: None, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W), in a memory of its own."""
+        pixels = x.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format)
+        return kernels.group_norm_(pixels, self).permute(0, 3, 1, 2)
 
 
 class _PixelDecoder(NamedTuple):
@@ -177,13 +208,13 @@ class FusedPixelDecoder(Fused, MSDeformAttnPixelDecoder):
         "input_projections": nn.ModuleList,
         **{f"input_projections.{level}": nn.Sequential for level in range(NUM_LEVELS)},
         **{f"input_projections.{level}.0": nn.Conv2d for level in range(NUM_LEVELS)},
-        **{f"input_projections.{level}.1": nn.GroupNorm for level in range(NUM_LEVELS)},
+        **{f"input_projections.{level}.1": GroupNorm for level in range(NUM_LEVELS)},
         "lateral_conv": nn.Sequential,
         "lateral_conv.0": nn.Conv2d,
-        "lateral_conv.1": nn.GroupNorm,
+        "lateral_conv.1": GroupNorm,
         "output_conv": nn.Sequential,
         "output_conv.0": nn.Conv2d,
-        "output_conv.1": nn.GroupNorm,
+        "output_conv.1": GroupNorm,
         "output_conv.2": nn.ReLU,
         "mask_projection": nn.Conv2d,
     }

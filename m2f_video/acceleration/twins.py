@@ -1,7 +1,6 @@
 """The table of all twins, each of which names the plain module that it stands for."""
 
 from m2f_video.acceleration.layers import (
-    FusedGroupNorm,
     FusedLayerNorm,
     FusedLinear,
     FusedPointwiseConv,
@@ -10,7 +9,12 @@ from m2f_video.acceleration.layers import (
     WinogradConv,
 )
 from m2f_video.acceleration.model import FrameByFrame
-from m2f_video.acceleration.pixel_decoder import FusedDeformableEncoderLayer, FusedMSDeformAttn, FusedPixelDecoder
+from m2f_video.acceleration.pixel_decoder import (
+    FusedDeformableEncoderLayer,
+    FusedGroupNorm,
+    FusedMSDeformAttn,
+    FusedPixelDecoder,
+)
 from m2f_video.acceleration.swap import Fused
 from m2f_video.acceleration.swin import FusedMlp, FusedPatchMerging, FusedSwinBlock
 from m2f_video.acceleration.transformer_decoder import FusedCrossAttention, FusedDecoderLayer, FusedMaskProduct
