@@ -8,31 +8,55 @@ pixels that differ by up to one of 255 levels.
 Shape letters: B videos, T frames, H W size of the video, H' W' size of the model's input, Q queries, K classes.
 """
 
+import inspect
 import os
-from collections.abc import Sequence
-from collections.abc import Set as AbstractSet
+from collections.abc import Callable, Sequence
+from functools import wraps
 from math import ceil
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from m2f_video.config import PreprocessingConfig, VideoMask2FormerConfig
-from m2f_video.inference import postprocess
-from m2f_video.inference.postprocess import MASK_STRIDE
-from m2f_video.inference.segments import SegmentationOutputs, Size, Sizes, check_outputs, check_sizes
+from m2f_video.inference import postprocess, postprocess_image
+from m2f_video.inference.segments import MASK_STRIDE, SegmentationOutputs, Size, Sizes, check_outputs, check_sizes
 
 if TYPE_CHECKING:
     from m2f_video.hub import ConfigSource
 
-__all__ = ["VideoProcessor"]
-
+P = ParamSpec("P")
+R = TypeVar("R")
 Frames = np.ndarray[Any, np.dtype[np.uint8]]  # (T, H, W, 3)
+
+
+def _as_method(function: Callable[P, R]) -> "Callable[Concatenate[VideoProcessor, P], R]":
+    """A function of post-processing as a method, which knows `resized_sizes` and `labels` where they are not given."""
+    signature = inspect.signature(function)
+
+    @wraps(function)
+    def method(self: "VideoProcessor", *args: P.args, **kwargs: P.kwargs) -> R:
+        call = signature.bind(*args, **kwargs)
+        call.apply_defaults()
+        given = call.arguments
+        given["resized_sizes"] = self._resized_sizes(given["outputs"], given["target_sizes"], given["resized_sizes"])
+        if "labels" in given and given["labels"] is None:
+            given["labels"] = self.labels
+        return cast("Callable[..., R]", function)(*call.args, **call.kwargs)
+
+    parameters = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY), *signature.parameters.values()]
+    vars(method)["__signature__"] = signature.replace(parameters=parameters)
+    return method
 
 
 class VideoProcessor:
     """Makes the model's input from videos and the final masks from its outputs.
+
+    Its methods `post_process_*` are the functions of `postprocess` (videos) and `postprocess_image`, with the same
+    arguments. Without `resized_sizes` they compute from `target_sizes`, which are then the original sizes, how much of
+    the model's input is padding, and raise ValueError where such videos do not make this input; without `labels` they
+    take the processor's.
 
     Args:
         config: how frames are resized, normalised and padded.
@@ -154,145 +178,12 @@ class VideoProcessor:
         """
         return self._round_up(self.resized_size(height, width))
 
-    def post_process_video_instance_segmentation(
-        self,
-        outputs: SegmentationOutputs,
-        target_sizes: Sizes | None = None,
-        resized_sizes: Sizes | None = None,
-        top_k: int = 10,
-        score_threshold: float = 0.0,
-    ) -> list[dict[str, Any]]:
-        """Object instances of each video; see `postprocess.post_process_video_instance_segmentation`.
-
-        Args:
-            outputs: the model's outputs for B videos.
-            target_sizes: original (height, width) of each video; None keeps the model's input with its padding.
-            resized_sizes: (height, width) of each video in the model's input; None computes them from target_sizes.
-            top_k: (query, class) pairs per video.
-            score_threshold: pairs that score less are left out.
-
-        Raises:
-            ValueError: also if the sizes computed from target_sizes are not those of the model's input.
-        """
-        resized_sizes = self._resized_sizes(outputs, target_sizes, resized_sizes)
-        return postprocess.post_process_video_instance_segmentation(
-            outputs, target_sizes, resized_sizes, top_k, score_threshold, self.labels
-        )
-
-    def post_process_video_semantic_segmentation(
-        self,
-        outputs: SegmentationOutputs,
-        target_sizes: Sizes | None = None,
-        resized_sizes: Sizes | None = None,
-    ) -> list[Tensor]:
-        """The class of every pixel of each video; see `postprocess.post_process_video_semantic_segmentation`.
-
-        The sizes are as in `post_process_video_instance_segmentation`.
-        """
-        resized_sizes = self._resized_sizes(outputs, target_sizes, resized_sizes)
-        return postprocess.post_process_video_semantic_segmentation(outputs, target_sizes, resized_sizes)
-
-    def post_process_video_panoptic_segmentation(
-        self,
-        outputs: SegmentationOutputs,
-        threshold: float = 0.5,
-        mask_threshold: float = 0.5,
-        overlap_mask_area_threshold: float = 0.8,
-        label_ids_to_fuse: AbstractSet[int] | None = None,
-        target_sizes: Sizes | None = None,
-        resized_sizes: Sizes | None = None,
-    ) -> list[dict[str, Any]]:
-        """Segments of each video that do not overlap; see `postprocess.post_process_video_panoptic_segmentation`.
-
-        The sizes are as in `post_process_video_instance_segmentation`.
-        """
-        return postprocess.post_process_video_panoptic_segmentation(
-            outputs,
-            threshold,
-            mask_threshold,
-            overlap_mask_area_threshold,
-            label_ids_to_fuse,
-            target_sizes,
-            self._resized_sizes(outputs, target_sizes, resized_sizes),
-            self.labels,
-        )
-
-    def post_process_instance_segmentation(
-        self,
-        outputs: SegmentationOutputs,
-        threshold: float = 0.5,
-        mask_threshold: float = 0.5,
-        overlap_mask_area_threshold: float = 0.8,
-        target_sizes: Sizes | None = None,
-        return_coco_annotation: bool = False,
-        return_binary_maps: bool = False,
-        resized_sizes: Sizes | None = None,
-    ) -> list[dict[str, Any]]:
-        """Object instances of each image; see `postprocess.post_process_instance_segmentation`.
-
-        Args:
-            outputs: the model's outputs for B images, or for B frames decoded one by one.
-            threshold: instances that score less are left out.
-            mask_threshold: without effect, as in transformers.
-            overlap_mask_area_threshold: likewise without effect.
-            target_sizes: original (H, W) of each image; None leaves 384 x 384, padding included.
-            return_coco_annotation: run lengths instead of a map.
-            return_binary_maps: one mask per instance instead of a map.
-            resized_sizes: (height, width) of each image in the model's input; None computes them from target_sizes.
-
-        Raises:
-            ValueError: also if the sizes computed from target_sizes are not those of the model's input.
-        """
-        return postprocess.post_process_instance_segmentation(
-            outputs,
-            threshold,
-            mask_threshold,
-            overlap_mask_area_threshold,
-            target_sizes,
-            return_coco_annotation,
-            return_binary_maps,
-            self._resized_sizes(outputs, target_sizes, resized_sizes),
-        )
-
-    def post_process_semantic_segmentation(
-        self,
-        outputs: SegmentationOutputs,
-        target_sizes: Sizes | None = None,
-        return_segmentation_scores: bool = False,
-        resized_sizes: Sizes | None = None,
-    ) -> list[Tensor] | list[postprocess.SemanticSegmentation]:
-        """The class of every pixel of each image; see `postprocess.post_process_semantic_segmentation`.
-
-        The sizes are as in `post_process_instance_segmentation`.
-        """
-        resized_sizes = self._resized_sizes(outputs, target_sizes, resized_sizes)
-        return postprocess.post_process_semantic_segmentation(
-            outputs, target_sizes, return_segmentation_scores, resized_sizes
-        )
-
-    def post_process_panoptic_segmentation(
-        self,
-        outputs: SegmentationOutputs,
-        threshold: float = 0.5,
-        mask_threshold: float = 0.5,
-        overlap_mask_area_threshold: float = 0.8,
-        label_ids_to_fuse: AbstractSet[int] | None = None,
-        target_sizes: Sizes | None = None,
-        resized_sizes: Sizes | None = None,
-    ) -> list[dict[str, Any]]:
-        """Segments of each image that do not overlap; see `postprocess.post_process_panoptic_segmentation`.
-
-        The sizes are as in `post_process_instance_segmentation`.
-        """
-        return postprocess.post_process_panoptic_segmentation(
-            outputs,
-            threshold,
-            mask_threshold,
-            overlap_mask_area_threshold,
-            label_ids_to_fuse,
-            target_sizes,
-            self._resized_sizes(outputs, target_sizes, resized_sizes),
-        )
+    post_process_video_instance_segmentation = _as_method(postprocess.post_process_video_instance_segmentation)
+    post_process_video_semantic_segmentation = _as_method(postprocess.post_process_video_semantic_segmentation)
+    post_process_video_panoptic_segmentation = _as_method(postprocess.post_process_video_panoptic_segmentation)
+    post_process_instance_segmentation = _as_method(postprocess_image.post_process_instance_segmentation)
+    post_process_semantic_segmentation = _as_method(postprocess_image.post_process_semantic_segmentation)
+    post_process_panoptic_segmentation = _as_method(postprocess_image.post_process_panoptic_segmentation)
 
     def _resized_sizes(
         self, outputs: SegmentationOutputs, target_sizes: Sizes | None, resized_sizes: Sizes | None
@@ -303,17 +194,22 @@ class VideoProcessor:
         mask_logits = check_outputs(outputs)[1]
         targets = check_sizes("target_sizes", target_sizes, len(mask_logits))
         actual = (MASK_STRIDE * mask_logits.shape[-2], MASK_STRIDE * mask_logits.shape[-1])
-        if self.config.fit == "resize" and len(targets) == 1:  # alone it fills the input, whatever it was resized from
-            return [actual]
         sizes = [self.resized_size(*size) for size in targets]
         expected = self._batch_size(sizes)
-        if actual != expected:
-            raise ValueError(
-                f"target_sizes {target_sizes!r:.60} make a model input of {expected}, but these outputs are of one of "
-                f"{actual}; if they are not the original sizes (or this is part of a batch), pass resized_sizes, the "
-                "(height, width) of each item in the input before padding"
-            )
-        return sizes
+        if actual == expected:
+            return sizes
+        if self.config.fit == "resize" and len(targets) == 1 and self._fills(targets[0], actual):
+            return [actual]  # of an image that was resized alone, whatever its size was
+        raise ValueError(
+            f"target_sizes {target_sizes!r:.60} make a model input of {expected}, but these outputs are of one of "
+            f"{actual}; if they are not the original sizes (or this is part of a batch), pass resized_sizes, the "
+            "(height, width) of each item in the input before padding"
+        )
+
+    def _fills(self, size: Size, padded: Size) -> bool:
+        """Whether an image fills the model's input, but for what rounding up adds, when it is scaled to fit."""
+        scale = min(padded[0] / size[0], padded[1] / size[1])
+        return all(whole - scale * side < self.config.size_divisor for whole, side in zip(padded, size, strict=True))
 
     def _round_up(self, size: Size) -> Size:
         divisor = self.config.size_divisor
