@@ -1,7 +1,7 @@
 """From the model's logits to object instances, label maps and panoptic segments of videos.
 
 Mask logits are resized as the original Video Mask2Former does (arXiv 2112.10764, section 3: one query is one object in
-all frames). The functions for images are in `postprocess_image` and offered here too.
+all frames). The functions for images are in `postprocess_image`.
 
 Shape letters: B batch, Q queries, K classes, N selected queries, T frames, h w size of the mask logits (1/4 of the
 model's input), H W size of the result.
@@ -9,57 +9,28 @@ model's input), H W size of the result.
 
 from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from m2f_video.inference.postprocess_image import (
-    SemanticSegmentation,
-    post_process_instance_segmentation,
-    post_process_panoptic_segmentation,
-    post_process_semantic_segmentation,
-)
 from m2f_video.inference.segments import (
-    MASK_STRIDE,
+    Geometry,
     SegmentationOutputs,
     Size,
     Sizes,
     bilinear,
     check_finite,
-    check_fuse,
+    check_geometry,
     check_outputs,
     check_sizes,
     check_thresholds,
-    check_within,
     chunks,
     class_probabilities,
     confident_queries,
-    keep_largest,
-    panoptic_map,
+    geometries,
+    panoptic_segments,
 )
-
-__all__ = [
-    "MASK_STRIDE",
-    "SegmentationOutputs",
-    "SemanticSegmentation",
-    "post_process_instance_segmentation",
-    "post_process_panoptic_segmentation",
-    "post_process_semantic_segmentation",
-    "post_process_video_instance_segmentation",
-    "post_process_video_panoptic_segmentation",
-    "post_process_video_semantic_segmentation",
-    "resize_masks",
-    "select_top_k",
-]
-
-
-class _Geometry(NamedTuple):
-    """The sizes a video's masks pass through."""
-
-    padded: Size
-    resized: Size
-    target: Size
 
 
 def select_top_k(class_logits: Tensor, top_k: int, score_threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
@@ -115,7 +86,7 @@ def resize_masks(mask_logits: Tensor, padded_size: Size, resized_size: Size, tar
     if mask_logits.ndim != 4 or 0 in mask_logits.shape[1:]:
         raise ValueError(f"mask logits must be (N, T, h, w) with T, h, w >= 1, got {tuple(mask_logits.shape)}")
     named = {"padded_size": padded_size, "resized_size": resized_size, "target_size": target_size}
-    geometry = _geometry(*(check_sizes(name, [size], 1)[0] for name, size in named.items()))
+    geometry = check_geometry(*(check_sizes(name, [size], 1)[0] for name, size in named.items()))
     resized = mask_logits.new_empty((*mask_logits.shape[:2], *geometry.target), dtype=torch.float32)
     for part, logits in _resized_chunks(mask_logits, geometry):
         resized[part] = logits
@@ -250,22 +221,16 @@ def post_process_video_panoptic_segmentation(
     for class_logits, mask_logits, geometry in _videos(outputs, target_sizes, resized_sizes):
         names = _label_names(labels, class_logits.shape[1] - 1)
         scores, label_ids, queries = confident_queries(class_logits, threshold)
-        selected = mask_logits[queries]  # (N, T, h, w)
-        owner = torch.zeros((selected.shape[1], *geometry.target), dtype=torch.int64, device=selected.device)
-        mask_areas = torch.zeros_like(label_ids)
-        for (part, frames), logits in _resized_chunks(selected, geometry):
-            weighted = logits.sigmoid_().mul_(scores[part].view(-1, 1, 1, 1))  # (n, t, H, W)
-            if part.start == 0:
-                best = weighted.new_zeros(weighted.shape[1:])
-            keep_largest(best, owner[frames], weighted, part.start)
-            mask_areas[part] += (weighted >= mask_threshold).flatten(1).sum(1)
-        segmentation, segments = panoptic_map(
-            owner=owner,
-            mask_areas=mask_areas,
-            scores=scores,
-            labels=label_ids,
+        maps = ((part, logits.sigmoid_()) for part, logits in _resized_chunks(mask_logits[queries], geometry))
+        segmentation, segments = panoptic_segments(
+            maps,
+            scores,
+            label_ids,
+            shape=(mask_logits.shape[1], *geometry.target),
+            num_classes=class_logits.shape[1] - 1,
+            mask_threshold=mask_threshold,
             overlap_mask_area_threshold=overlap_mask_area_threshold,
-            label_ids_to_fuse=check_fuse(label_ids_to_fuse, len(names)),
+            label_ids_to_fuse=label_ids_to_fuse,
             distinct_ids=True,
         )
         for segment in segments:
@@ -276,7 +241,7 @@ def post_process_video_panoptic_segmentation(
 
 def _videos(
     outputs: SegmentationOutputs, target_sizes: Sizes | None, resized_sizes: Sizes | None
-) -> Iterator[tuple[Tensor, Tensor, _Geometry]]:
+) -> Iterator[tuple[Tensor, Tensor, Geometry]]:
     """Of each video: class logits (Q, K+1), mask logits (Q, T, h, w) and its sizes."""
     class_logits, mask_logits = check_outputs(outputs)
     if mask_logits.ndim != 5:
@@ -284,20 +249,11 @@ def _videos(
             f"masks_queries_logits must be (B, Q, T, h, w) for clips, got {tuple(mask_logits.shape)}; "
             "for images use post_process_instance_segmentation and its siblings"
         )
-    B, (h, w) = len(mask_logits), mask_logits.shape[3:]
-    padded = (MASK_STRIDE * h, MASK_STRIDE * w)
-    resized = [padded] * B if resized_sizes is None else check_sizes("resized_sizes", resized_sizes, B)
-    targets = resized if target_sizes is None else check_sizes("target_sizes", target_sizes, B)
-    geometries = [_geometry(padded, *sizes) for sizes in zip(resized, targets, strict=True)]
-    yield from zip(class_logits, mask_logits, geometries, strict=True)
+    sizes = geometries(mask_logits, target_sizes, resized_sizes)
+    yield from zip(class_logits, mask_logits, sizes, strict=True)
 
 
-def _geometry(padded: Size, resized: Size, target: Size) -> _Geometry:
-    check_within(resized, padded)
-    return _Geometry(padded, resized, target)
-
-
-def _resized_chunks(mask_logits: Tensor, geometry: _Geometry) -> Iterator[tuple[tuple[slice, slice], Tensor]]:
+def _resized_chunks(mask_logits: Tensor, geometry: Geometry) -> Iterator[tuple[tuple[slice, slice], Tensor]]:
     """Slices of the queries and frames of (N, T, h, w) with their logits (n, t, H, W) at the target size.
 
     Those of all queries follow each other for each slice of frames; there are none where N = 0.

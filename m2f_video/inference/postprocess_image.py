@@ -16,32 +16,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from m2f_video.inference.postprocess import resize_masks
 from m2f_video.inference.segments import (
-    MASK_STRIDE,
     SegmentationOutputs,
     Size,
     Sizes,
     bilinear,
     check_finite,
-    check_fuse,
     check_outputs,
-    check_sizes,
     check_thresholds,
-    check_within,
     chunks,
     class_probabilities,
     confident_queries,
+    geometries,
     keep_largest,
-    panoptic_map,
+    panoptic_segments,
     segment_row,
 )
-
-__all__ = [
-    "SemanticSegmentation",
-    "post_process_instance_segmentation",
-    "post_process_panoptic_segmentation",
-    "post_process_semantic_segmentation",
-]
 
 _MASK_SIZE = (384, 384)  # transformers resizes every image's masks to this first, whatever its aspect
 
@@ -80,11 +71,10 @@ def post_process_semantic_segmentation(
     for class_logits, mask_logits, target in _images(outputs, target_sizes, resized_sizes):
         class_probs = class_probabilities(class_logits)[:, :-1]
         scores = torch.einsum("qk,qhw->khw", class_probs, mask_logits.sigmoid())
-        size = target or _MASK_SIZE
-        resized = scores.new_empty((len(scores), *size)) if return_segmentation_scores else None
-        segmentation, best = torch.zeros(size, dtype=torch.int64, device=scores.device), scores.new_zeros(size)
-        for classes in chunks(len(scores), size[0] * size[1]):
-            part = scores[classes] if target is None else bilinear(scores[classes], target)
+        resized = scores.new_empty((len(scores), *target)) if return_segmentation_scores else None
+        segmentation, best = torch.zeros(target, dtype=torch.int64, device=scores.device), scores.new_zeros(target)
+        for classes in chunks(len(scores), target[0] * target[1]):
+            part = bilinear(scores[classes], target)
             keep_largest(best, segmentation, part, classes.start)
             if resized is not None:
                 resized[classes] = part
@@ -135,14 +125,14 @@ def post_process_instance_segmentation(
         masks = (selected > 0).float()
         inside = (selected.sigmoid().flatten(1) * masks.flatten(1)).sum(1)
         scores = scores * (inside / (masks.flatten(1).sum(1) + 1e-6))
-        segmentation = mask_logits.new_full(target or _MASK_SIZE, -1)
+        segmentation = mask_logits.new_full(target, -1)
         segments: list[dict[str, Any]] = []
         instance_masks = []
         for score, label_id, mask in zip(scores.tolist(), (indices % K).tolist(), masks, strict=True):
             if score < threshold:
                 continue
             # One by one: at the size of a large picture all of them take more memory than there is.
-            resized = mask if target is None else F.interpolate(mask[None, None], size=target, mode="nearest")[0, 0]
+            resized = F.interpolate(mask[None, None], size=target, mode="nearest")[0, 0]
             if resized.any():
                 segmentation[resized == 1] = len(segments)
                 segments.append(segment_row(len(segments), label_id, False, score))
@@ -197,35 +187,30 @@ def post_process_panoptic_segmentation(
     for class_logits, mask_logits, target in _images(outputs, target_sizes, resized_sizes):
         scores, label_ids, queries = confident_queries(class_logits, threshold)
         if not len(queries):
-            empty = mask_logits.new_full(target or _MASK_SIZE, -1)
-            results.append({"segmentation": empty, "segments_info": []})
+            results.append({"segmentation": mask_logits.new_full(target, -1), "segments_info": []})
             continue
         probs = mask_logits[queries].sigmoid()  # (N, 384, 384)
-        size = target or _MASK_SIZE
-        owner, best = torch.zeros(size, dtype=torch.int64, device=probs.device), probs.new_zeros(size)
-        mask_areas = torch.zeros_like(label_ids)
-        for part in chunks(len(probs), size[0] * size[1]):
-            resized = probs[part] if target is None else bilinear(probs[part], target)
-            weighted = resized * scores[part].view(-1, 1, 1)
-            keep_largest(best, owner, weighted, part.start)
-            mask_areas[part] = (weighted >= mask_threshold).flatten(1).sum(1)
-        segmentation, segments = panoptic_map(
-            owner=owner,
-            mask_areas=mask_areas,
-            scores=scores,
-            labels=label_ids,
+        parts = chunks(len(probs), target[0] * target[1])
+        maps = (((part, slice(1)), bilinear(probs[part], target)[:, None]) for part in parts)
+        segmentation, segments = panoptic_segments(
+            maps,
+            scores,
+            label_ids,
+            shape=(1, *target),
+            num_classes=class_logits.shape[1] - 1,
+            mask_threshold=mask_threshold,
             overlap_mask_area_threshold=overlap_mask_area_threshold,
-            label_ids_to_fuse=check_fuse(label_ids_to_fuse, class_logits.shape[1] - 1),
+            label_ids_to_fuse=label_ids_to_fuse,
             distinct_ids=False,
         )
-        results.append({"segmentation": segmentation, "segments_info": segments})
+        results.append({"segmentation": segmentation[0], "segments_info": segments})
     return results
 
 
 def _images(
     outputs: SegmentationOutputs, target_sizes: Sizes | None, resized_sizes: Sizes | None
-) -> Iterator[tuple[Tensor, Tensor, Size | None]]:
-    """Of each image: class logits (Q, K+1), mask logits (Q, 384, 384) without padding and the target size."""
+) -> Iterator[tuple[Tensor, Tensor, Size]]:
+    """Of each image: class logits (Q, K+1), mask logits (Q, 384, 384) without padding and the size of the result."""
     class_logits, mask_logits = check_outputs(outputs)
     if mask_logits.ndim == 5:
         if mask_logits.shape[2] != 1:
@@ -234,24 +219,14 @@ def _images(
                 "use the post_process_video_* functions"
             )
         mask_logits = mask_logits[:, :, 0]
-    B, (h, w) = len(class_logits), mask_logits.shape[2:]
-    padded = (MASK_STRIDE * h, MASK_STRIDE * w)
-    resized = [padded] * B if resized_sizes is None else check_sizes("resized_sizes", resized_sizes, B)
-    targets = [None] * B if target_sizes is None else check_sizes("target_sizes", target_sizes, B)
-    for index, target in enumerate(targets):
-        check_within(resized[index], padded)
-        check_finite(mask_logits[index])
-        yield class_logits[index], _without_padding(mask_logits[index], padded, resized[index]), target
-
-
-def _without_padding(mask_logits: Tensor, padded: Size, resized: Size) -> Tensor:
-    """(Q, h, w) as (Q, 384, 384) of the part that the image fills: all of it in one resize, as transformers does."""
-    if resized == padded:
-        return bilinear(mask_logits, _MASK_SIZE)
-    height, width = resized
-    # one query at a time: they are large here
-    masks = [bilinear(bilinear(mask[None], padded)[:, :height, :width], _MASK_SIZE) for mask in mask_logits]
-    return torch.cat(masks)
+    sizes = geometries(mask_logits, target_sizes, resized_sizes, default=_MASK_SIZE)
+    for classes, masks, (padded, resized, target) in zip(class_logits, mask_logits, sizes, strict=True):
+        check_finite(masks)
+        if resized == padded:
+            logits = bilinear(masks, _MASK_SIZE)  # in one resize, as transformers does
+        else:
+            logits = resize_masks(masks[:, None], padded, resized, _MASK_SIZE)[:, 0]
+        yield classes, logits, target
 
 
 def _run_lengths(mask: Tensor) -> list[int]:

@@ -36,7 +36,7 @@ def _as_method(function: Callable[P, R]) -> "Callable[Concatenate[VideoProcessor
     signature = inspect.signature(function)
 
     @wraps(function)
-    def method(self: "VideoProcessor", *args: P.args, **kwargs: P.kwargs) -> R:
+    def method(self: "VideoProcessor", /, *args: P.args, **kwargs: P.kwargs) -> R:
         call = signature.bind(*args, **kwargs)
         call.apply_defaults()
         given = call.arguments

@@ -3,9 +3,9 @@
 Shape letters: B batch, Q queries, K classes, N selected queries, T frames, h w size of the mask logits.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -18,6 +18,14 @@ Sizes = Sequence[Size] | Tensor | np.ndarray
 MASK_STRIDE = 4  # pixels of the model's input per mask logit
 CHUNK_PIXELS = 2**24
 """Of resized maps alive at a time, where a single one has no more: 64 MiB in float32."""
+
+
+class Geometry(NamedTuple):
+    """The sizes that masks pass through: the model's input, the frames in it before padding, the result."""
+
+    padded: Size
+    resized: Size
+    target: Size
 
 
 class SegmentationOutputs(Protocol):
@@ -74,13 +82,37 @@ def check_sizes(name: str, sizes: Sizes, count: int) -> list[Size]:
     return [(int(height), int(width)) for height, width in array]
 
 
-def check_within(resized: Size, padded: Size) -> None:
-    """Raise ValueError where a resized size is larger than the model's input that should hold it."""
+def check_geometry(padded: Size, resized: Size, target: Size) -> Geometry:
+    """The three sizes; ValueError where the resized one is larger than the model's input that should hold it."""
     if resized[0] > padded[0] or resized[1] > padded[1]:
         raise ValueError(
             f"resized size {resized} does not fit the padded size {padded} of the model's input; "
             "pass as resized_sizes the (height, width) the frames had before padding"
         )
+    return Geometry(padded, resized, target)
+
+
+def geometries(
+    mask_logits: Tensor, target_sizes: Sizes | None, resized_sizes: Sizes | None, default: Size | None = None
+) -> list[Geometry]:
+    """The sizes of each item of mask logits (B, ..., h, w).
+
+    Args:
+        mask_logits: of a batch.
+        target_sizes: (H, W) of each result; None takes `default`, or the resized size where that is None.
+        resized_sizes: (height, width) of each item in the model's input, without its padding; None: no padding.
+        default: (H, W) of a result without a target size.
+
+    Raises:
+        ValueError: there is not one size per item, or it does not fit.
+    """
+    B, (h, w) = len(mask_logits), mask_logits.shape[-2:]
+    padded = (MASK_STRIDE * h, MASK_STRIDE * w)
+    resized = [padded] * B if resized_sizes is None else check_sizes("resized_sizes", resized_sizes, B)
+    targets = resized if default is None else [default] * B
+    if target_sizes is not None:
+        targets = check_sizes("target_sizes", target_sizes, B)
+    return [check_geometry(padded, *sizes) for sizes in zip(resized, targets, strict=True)]
 
 
 def check_thresholds(**thresholds: float) -> None:
@@ -94,18 +126,6 @@ def check_finite(mask_logits: Tensor) -> None:
     """Raise ValueError where a mask logit is NaN or infinite: interpolation would spread it."""
     if not mask_logits.isfinite().all():
         raise ValueError("mask logits hold NaN or infinite values; check the model's weights and input")
-
-
-def check_fuse(label_ids: AbstractSet[int] | None, num_classes: int) -> frozenset[int]:
-    """The classes to fuse, none by default.
-
-    Raises:
-        ValueError: one is not a class index.
-    """
-    fuse = frozenset(label_ids or ())
-    if unknown := sorted(fuse - set(range(num_classes))):
-        raise ValueError(f"label_ids_to_fuse has {unknown[0]}; the classes are 0 to {num_classes - 1}")
-    return fuse
 
 
 def bilinear(maps: Tensor, size: Size) -> Tensor:
@@ -153,29 +173,49 @@ def confident_queries(class_logits: Tensor, threshold: float) -> tuple[Tensor, T
     return scores[queries], labels[queries], queries
 
 
-def panoptic_map(
-    owner: Tensor,
-    mask_areas: Tensor,
+def panoptic_segments(
+    maps: Iterable[tuple[tuple[slice, slice], Tensor]],
     scores: Tensor,
     labels: Tensor,
+    *,
+    shape: tuple[int, ...],
+    num_classes: int,
+    mask_threshold: float,
     overlap_mask_area_threshold: float,
-    label_ids_to_fuse: frozenset[int],
+    label_ids_to_fuse: AbstractSet[int] | None,
     distinct_ids: bool,
 ) -> tuple[Tensor, list[dict[str, Any]]]:
-    """Drop queries that own too little of their mask and number the others from 1 in query order.
+    """Give each pixel to the query with the largest score times mask probability, and number the queries from 1.
 
     Args:
-        owner: per pixel, any shape, the index in [0, N) of the query it belongs to; zeros where N = 0.
-        mask_areas: (N,) pixels of each query's own mask.
+        maps: slices of the queries and frames with their mask probabilities (n, t, H, W), which are overwritten; those
+            of all queries follow each other for each slice of frames.
         scores: (N,).
         labels: (N,) class indices.
+        shape: (T, H, W).
+        num_classes: K.
+        mask_threshold: a query's own mask is where score times probability reaches this.
         overlap_mask_area_threshold: a query stays if it owns a larger part of its mask than this.
-        label_ids_to_fuse: classes whose queries share one id.
+        label_ids_to_fuse: classes whose queries share one id, none by default.
         distinct_ids: a new segment's id follows the largest so far; otherwise the last used one, which may be taken.
 
     Returns:
-        Ids in `owner`'s shape, int32, 0 for dropped queries; and a row per query that stays.
+        Ids (T, H, W), int32, 0 for pixels of dropped queries; and a row per query that stays.
+
+    Raises:
+        ValueError: a class to fuse is none.
     """
+    fuse = frozenset(label_ids_to_fuse or ())
+    if unknown := sorted(fuse - set(range(num_classes))):
+        raise ValueError(f"label_ids_to_fuse has {unknown[0]}; the classes are 0 to {num_classes - 1}")
+    owner = torch.zeros(shape, dtype=torch.int64, device=scores.device)  # stays zeros where N = 0
+    mask_areas = torch.zeros_like(labels)  # of each query's own mask
+    for (queries, frames), probs in maps:
+        weighted = probs.mul_(scores[queries].view(-1, 1, 1, 1))
+        if queries.start == 0:
+            best = weighted.new_zeros(weighted.shape[1:])
+        keep_largest(best, owner[frames], weighted, queries.start)
+        mask_areas[queries] += (weighted >= mask_threshold).flatten(1).sum(1)
     owned_areas = owner.flatten().bincount(minlength=len(scores))[: len(scores)]  # (N,)
     # a float32 quotient held against a double, as transformers does: 4/5 counts as above 0.8
     owned_part = (owned_areas.float() / mask_areas.float()).double()
@@ -188,10 +228,10 @@ def panoptic_map(
         label = int(labels[index])
         segment_id = fused_ids.get(label, last_id + 1)
         last_id = max(last_id, segment_id) if distinct_ids else segment_id
-        if label in label_ids_to_fuse:
+        if label in fuse:
             fused_ids[label] = segment_id
         ids[index] = segment_id
-        segments.append(segment_row(segment_id, label, label in label_ids_to_fuse, float(scores[index])))
+        segments.append(segment_row(segment_id, label, label in fuse, float(scores[index])))
     return ids.to(owner.device)[owner], segments
 
 

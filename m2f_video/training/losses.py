@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from m2f_video.config import ConfigError
-from m2f_video.inference.postprocess import MASK_STRIDE
+from m2f_video.inference.segments import MASK_STRIDE
 from m2f_video.modeling.transformer_decoder import Prediction
 from m2f_video.modeling.video_mask2former import VideoMask2FormerOutput
 from m2f_video.training.matcher import Match, assign, at_least_float32, matching_cost

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from m2f_video.inference import segments
-from m2f_video.inference.postprocess import (
+from m2f_video.inference.postprocess_image import (
     post_process_instance_segmentation,
     post_process_panoptic_segmentation,
     post_process_semantic_segmentation,

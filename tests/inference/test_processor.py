@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from m2f_video.config import PreprocessingConfig, VideoMask2FormerConfig
-from m2f_video.inference import postprocess
+from m2f_video.inference import postprocess, postprocess_image
 from m2f_video.inference.processor import VideoProcessor
 
 LABELS = ("cat", "dog", "bus", "cow", "owl")
@@ -334,18 +334,33 @@ def test_image_targets_that_do_not_make_this_input_name_resized_sizes(kind: str)
     method(outputs_for(64, 96, frames=1), target_sizes=[(300, 900)], resized_sizes=[(48, 66)])
 
 
-def test_an_image_that_was_resized_alone_may_become_any_size() -> None:
-    ours = processor(fit="resize")
+@pytest.mark.parametrize("target", [(30, 41), (500, 700), (55, 80), (65, 96)])
+def test_an_image_that_was_resized_alone_may_become_any_size_of_its_aspect(target: tuple[int, int]) -> None:
+    ours = processor(fit="resize", shortest_edge=400, longest_edge=1300)  # than these outputs' input, of 64 x 96
     outputs = outputs_for(64, 96, frames=1)
-    result = ours.post_process_semantic_segmentation(outputs, target_sizes=[(300, 900)])[0]
-    assert torch.equal(result, postprocess.post_process_semantic_segmentation(outputs, target_sizes=[(300, 900)])[0])
+    result = ours.post_process_semantic_segmentation(outputs, target_sizes=[target])[0]
+    expected = postprocess_image.post_process_semantic_segmentation(outputs, target_sizes=[target])[0]
+    assert torch.equal(result, expected)
+
+
+@pytest.mark.parametrize("kind", IMAGE_KINDS)
+def test_an_item_of_a_padded_batch_does_not_count_as_an_image_that_fills_its_input(kind: str) -> None:
+    ours = processor(fit="resize")
+    sizes = [(30, 41), (30, 90)]
+    batch = ours([video(1, *size) for size in sizes])["pixel_values"]
+    outputs = outputs_for(*batch.shape[-2:], frames=1)  # of the first item, say
+    method = getattr(ours, f"post_process_{kind}_segmentation")
+    with pytest.raises(ValueError, match="resized_sizes"):
+        method(outputs, target_sizes=sizes[:1])
+    method(outputs, target_sizes=sizes[:1], resized_sizes=[ours.resized_size(*sizes[0])])
+    method(outputs, target_sizes=sizes[1:])
 
 
 def test_image_methods_are_the_free_functions() -> None:
     outputs = outputs_for(64, 96, frames=1)
     for kind in ("instance", "panoptic"):
         name = f"post_process_{kind}_segmentation"
-        ours, free = (getattr(holder, name)(outputs, threshold=0.3)[0] for holder in (processor(), postprocess))
+        ours, free = (getattr(holder, name)(outputs, threshold=0.3)[0] for holder in (processor(), postprocess_image))
         assert torch.equal(ours["segmentation"], free["segmentation"])
     label_map = processor().post_process_semantic_segmentation(outputs, target_sizes=[(20, 30)])[0]
     assert label_map.shape == (20, 30)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from m2f_video.inference.segments import check_sizes, panoptic_map
+from m2f_video.inference.segments import check_sizes, panoptic_segments
 
 
 @pytest.mark.parametrize(
@@ -43,15 +43,21 @@ def test_bad_sizes_name_the_argument(sizes: Any) -> None:
 def test_the_owned_part_is_a_float32_that_must_exceed_the_threshold(
     owned: int, area: int, threshold: float, stays: bool
 ) -> None:
-    owner = torch.tensor([0] * owned + [1] * 3)  # 4/5 and 3/5 in float32 are a little more than 0.8 and 0.6
-    ids, segments = panoptic_map(
-        owner=owner,
-        mask_areas=torch.tensor([area, 3]),
-        scores=torch.tensor([0.9, 0.8]),
+    # 4/5 and 3/5 in float32 are a little more than 0.8 and 0.6
+    maps = torch.zeros(2, 1, 1, area + 3)
+    maps[0, ..., :area] = 0.9
+    maps[1, ..., owned:] = 1
+    ids, segments = panoptic_segments(
+        [((slice(0, 2), slice(0, 1)), maps)],
+        scores=torch.tensor([0.9, 0.9]),
         labels=torch.tensor([1, 2]),
+        shape=(1, 1, area + 3),
+        num_classes=3,
+        mask_threshold=0.5,
         overlap_mask_area_threshold=threshold,
-        label_ids_to_fuse=frozenset(),
+        label_ids_to_fuse=None,
         distinct_ids=True,
     )
-    assert ids.tolist() == ([1] * owned + [2] * 3 if stays else [0] * owned + [1] * 3)
+    second = 2 if stays else 1
+    assert ids.flatten().tolist() == [1 if stays else 0] * owned + [second] * (area + 3 - owned)
     assert [segment["label_id"] for segment in segments] == ([1, 2] if stays else [2])
