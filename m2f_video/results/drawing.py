@@ -4,39 +4,30 @@ Shape letters: N tracks, H height, W width. Frames are RGB, uint8, (H, W, 3).
 """
 
 import colorsys
-import dataclasses
-import os
-from collections.abc import Callable, Sequence
-from fractions import Fraction
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-
-from m2f_video.video.reader import VideoError, VideoReader, VideoSource, VideoWriter, as_frame_rate, open_video
-
-if TYPE_CHECKING:
-    from m2f_video.results.tracks import Track, VideoSegmentation
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels; right and bottom lie outside
 
 _GOLDEN_RATIO = (5**0.5 - 1) / 2
-_FILLED_AT_ONCE = 2**22  # pixels, whose numbers and products take several times the memory of the frame
 _TONES = ((0.80, 1.00), (0.55, 1.00), (0.85, 0.82))  # saturation and value: vivid, light, deep
 
 
-def track_colors(n: int) -> np.ndarray:
-    """Colours 0 to n-1, uint8 RGB (n, 3): bright, and each clearly unlike the ones before and after it.
+def track_colors(numbers: Iterable[int]) -> np.ndarray:
+    """The colours of these numbers, uint8 RGB (N, 3): bright, and each clearly unlike that of the next numbers.
 
-    A colour depends on its number alone, not on `n`. Hues advance by the golden ratio, which spreads any run of
-    them evenly over the circle, and saturation and brightness alternate.
-
-    Raises:
-        ValueError: n is negative.
+    Hues advance by the golden ratio, which spreads any run of them evenly over the circle, and saturation and
+    brightness alternate.
     """
-    if n < 0:
-        raise ValueError(f"the number of colours must not be negative, got {n}")
-    return np.array([_color(index) for index in range(n)], np.uint8).reshape(n, 3)
+    colors = []
+    for number in numbers:
+        saturation, value = _TONES[number % len(_TONES)]
+        rgb = colorsys.hsv_to_rgb((0.56 + number * _GOLDEN_RATIO) % 1.0, saturation, value)
+        colors.append([round(255 * channel) for channel in rgb])
+    return np.array(colors, np.uint8).reshape(-1, 3)
 
 
 def draw_tracks(
@@ -68,78 +59,6 @@ def draw_tracks(
     return _draw_tags(image, tops, colors, texts)
 
 
-def render_overlay(
-    segmentation: "VideoSegmentation",
-    video: VideoReader | VideoSource,
-    path: str | os.PathLike[str],
-    min_score: float = 0.0,
-    progress: Callable[[int, int], None] | None = None,
-) -> None:
-    """Write a video of the segmented frames with their tracks drawn in.
-
-    Higher scores are drawn on top. Of tracks with one query's masks only the best label is drawn. Where frames were
-    skipped the frame rate is divided accordingly, so that the overlay plays as long as the source does. There is no
-    sound. The file appears when it is complete, and not at all when anything fails.
-
-    Args:
-        segmentation: the tracks.
-        video: the video they were found in; it is read again, one frame in memory at a time.
-        path: of the file to write; .mp4 plays everywhere.
-        min_score: draw only tracks of at least this score.
-        progress: called with (frames drawn, frames in all) after each frame.
-
-    Raises:
-        VideoError: the video differs in size from what was segmented, or ends before the last segmented frame.
-        OSError: the file cannot be written.
-    """
-    reader = video if isinstance(video, VideoReader) else open_video(video)
-    if (reader.width, reader.height) != (segmentation.width, segmentation.height):
-        raise VideoError(
-            f"{reader.source}: the video is {reader.width}x{reader.height} but the segmented one was "
-            f"{segmentation.width}x{segmentation.height}; give the video that was segmented"
-        )
-    drawn = dataclasses.replace(segmentation, tracks=_tracks_to_draw(segmentation, min_score))
-    colors = np.array([_color(track.id) for track in drawn.tracks], np.uint8).reshape(-1, 3)
-    texts = [f"{track.label} {track.score:.2f}" for track in drawn.tracks]
-    total, position = len(segmentation.frames), 0
-    with VideoWriter(path, _overlay_rate(segmentation), reader.width, reader.height) as writer:
-        for read, frame in enumerate(reader):
-            if reader.frame_index(read) != segmentation.frames[position]:
-                continue
-            writer.write(draw_tracks(frame, drawn.masks(position), colors, texts))
-            position += 1
-            if progress is not None:
-                progress(position, total)
-            if position == total:
-                return
-        raise VideoError(
-            f"{reader.source}: frame {segmentation.frames[position]} was segmented but the video does not give it; "
-            "give the video that was segmented, and the same frames of it"
-        )
-
-
-def _tracks_to_draw(segmentation: "VideoSegmentation", min_score: float) -> tuple["Track", ...]:
-    """Tracks of at least `min_score`, best first, one per query."""
-    best: dict[int, Track] = {}
-    for track in segmentation.tracks:
-        if track.score >= min_score:
-            best.setdefault(track.query_id, track)
-    return tuple(best.values())
-
-
-def _overlay_rate(segmentation: "VideoSegmentation") -> Fraction:
-    rate, frames = as_frame_rate(segmentation.fps), segmentation.frames
-    if len(frames) > 1:
-        rate = rate * (len(frames) - 1) / (frames[-1] - frames[0])
-    return max(rate, Fraction(1, 3600))  # the encoder takes none that are much slower
-
-
-def _color(index: int) -> tuple[int, int, int]:
-    saturation, value = _TONES[index % len(_TONES)]
-    red, green, blue = colorsys.hsv_to_rgb((0.56 + index * _GOLDEN_RATIO) % 1.0, saturation, value)
-    return round(255 * red), round(255 * green), round(255 * blue)
-
-
 def _top(mask: np.ndarray) -> tuple[int, int, int] | None:
     """Where a tag points to: x of the top of a mask, its first row, and the row after its last; None if empty.
 
@@ -169,16 +88,11 @@ def _largest_piece(mask: np.ndarray, grid: int = 4) -> np.ndarray:
 
 def _fill(frame: np.ndarray, owner: np.ndarray, colors: np.ndarray, alpha: float) -> np.ndarray:
     """The frame with each owned pixel mixed with its owner's colour."""
-    image = frame.copy()
-    weight = round(256 * alpha)
-    tint = colors.astype(np.uint16) * weight + 128  # 255 * 256 still fits
-    pixels, owners = image.reshape(-1, 3), owner.reshape(-1)
-    for start in range(0, len(owners), _FILLED_AT_ONCE):
-        part = slice(start, start + _FILLED_AT_ONCE)
-        covered = np.flatnonzero(owners[part])
-        mixed = pixels[part][covered] * np.uint16(256 - weight) + tint[owners[part][covered] - 1]
-        pixels[part][covered] = mixed >> 8
-    return image
+    from PIL import Image
+
+    color_of = np.concatenate([np.zeros((1, 3), np.uint8), colors])
+    painted = np.where(owner[..., None] > 0, color_of[owner], frame)
+    return np.array(Image.blend(Image.fromarray(frame), Image.fromarray(painted), alpha))
 
 
 def _outline(image: np.ndarray, owner: np.ndarray, colors: np.ndarray) -> None:

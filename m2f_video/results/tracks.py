@@ -7,14 +7,16 @@ import json
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from m2f_video.files import atomic_path, check_regular, made_directory, read_json
+from m2f_video.results.drawing import track_colors
 from m2f_video.results.masks import Rle, check_picture_size, check_rle, decode_mask, mask_area, plain_rle
+from m2f_video.results.overlay import write_overlay
 from m2f_video.video.reader import VideoReader, VideoSource
 
 TRACKS_FILE = "tracks.json"
@@ -160,6 +162,7 @@ class VideoSegmentation:
     ) -> None:
         """Write `tracks.json` and, with `overlay`, the video with its tracks drawn in, `overlay.mp4`.
 
+        Higher scores are drawn on top. Of tracks with one query's masks only the best label is drawn.
         The directory is made if it is missing. When anything fails nothing half-written remains: files of an
         earlier run stay as they were, and a directory that was made is removed.
 
@@ -182,9 +185,18 @@ class VideoSegmentation:
         with made_directory(Path(directory)) as folder, atomic_path(folder / TRACKS_FILE) as file:
             file.write_text(text, encoding="utf-8")
             if overlay and self.video is not None:
-                from m2f_video.results.drawing import render_overlay
-
-                render_overlay(self, self.video, folder / OVERLAY_FILE, min_score=min_score, progress=progress)
+                drawn = replace(self, tracks=self._tracks_to_draw(min_score))
+                write_overlay(
+                    folder / OVERLAY_FILE,
+                    self.video,
+                    size=(self.height, self.width),
+                    fps=self.fps,
+                    frames=self.frames,
+                    masks=drawn.masks,
+                    colors=track_colors(track.id for track in drawn.tracks),
+                    texts=[f"{track.label} {track.score:.2f}" for track in drawn.tracks],
+                    progress=progress,
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """What `tracks.json` holds; `results` are rows of a YouTubeVIS submission with `category` added."""
@@ -273,6 +285,14 @@ class VideoSegmentation:
             labels=tuple(labels),
             tracks=tuple(tracks),
         )
+
+    def _tracks_to_draw(self, min_score: float) -> tuple[Track, ...]:
+        """Tracks of at least `min_score`, best first, one per query."""
+        best: dict[int, Track] = {}
+        for track in self.tracks:
+            if track.score >= min_score:
+                best.setdefault(track.query_id, track)
+        return tuple(best.values())
 
     def _check(self, track: Track) -> None:
         if not 0 <= track.label_id < len(self.labels) or self.labels[track.label_id] != track.label:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from pycocotools import mask as coco
 
-from m2f_video.results import drawing as visualize
+from m2f_video.results import masks, overlay
 from m2f_video.results import tracks as results
 from m2f_video.results.masks import encode_mask
 from m2f_video.results.tracks import Track, VideoSegmentation
@@ -81,7 +81,7 @@ def test_what_is_no_mask(mask: np.ndarray) -> None:
 @given(arrays(bool, st.tuples(st.integers(1, 60), st.integers(1, 60)), elements=st.booleans()))
 def test_run_lengths_are_read_as_pycocotools_writes_them(mask: np.ndarray) -> None:
     counts = coco.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode()
-    runs = results._run_lengths(counts)
+    runs = masks._run_lengths(counts)
     assert runs is not None
     values = np.resize([False, True], len(runs))
     np.testing.assert_array_equal(np.repeat(values, runs), mask.ravel(order="F"))
@@ -91,7 +91,7 @@ def test_run_lengths_of_large_masks() -> None:
     for index in (0, 1, 5_000_000, 9_999_999):
         mask = np.zeros(10_000_000, np.uint8)
         mask[index] = 1
-        runs = results._run_lengths(
+        runs = masks._run_lengths(
             coco.encode(np.asfortranarray(mask.reshape(4000, 2500, order="F")))["counts"].decode()
         )
         assert runs is not None
@@ -239,7 +239,7 @@ def test_a_failing_overlay_leaves_nothing_half_written(
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(visualize.VideoWriter, "write", full)
+    monkeypatch.setattr(overlay.VideoWriter, "write", full)
     with pytest.raises(OSError, match="No space left"):
         make_segmentation().save(out)
     if existed:
@@ -381,7 +381,7 @@ def test_any_counts_are_refused_or_decode_to_a_full_mask(counts: str) -> None:
         results.check_rle(rle, 3, 4)
     except ValueError:
         return
-    runs = results._run_lengths(counts)
+    runs = masks._run_lengths(counts)
     assert runs is not None
     assert results.decode_mask(rle).sum() == runs[1::2].sum()
 
