@@ -22,13 +22,13 @@ from torch import Tensor
 from m2f_video.config import PreprocessingConfig, VideoMask2FormerConfig
 from m2f_video.inference import postprocess, postprocess_image
 from m2f_video.inference.segments import MASK_STRIDE, SegmentationOutputs, Size, Sizes, check_outputs, check_sizes
+from m2f_video.video.arrays import ArrayVideo
 
 if TYPE_CHECKING:
     from m2f_video.hub import ConfigSource
 
 P = ParamSpec("P")
 R = TypeVar("R")
-Frames = np.ndarray[Any, np.dtype[np.uint8]]  # (T, H, W, 3)
 
 
 def _as_method(function: Callable[P, R]) -> "Callable[Concatenate[VideoProcessor, P], R]":
@@ -125,7 +125,7 @@ class VideoProcessor:
             raise ValueError(
                 f"videos of one batch must have the same number of frames, got {lengths}; cut or split them"
             )
-        H, W = self._batch_size([self.resized_size(*video.shape[1:3]) for video in batch])
+        H, W = self._batch_size([self.resized_size(*video.size) for video in batch])
         pixel_values = torch.zeros(len(batch), lengths[0], 3, H, W)
         for index, video in enumerate(batch):
             self._write(video, pixel_values[index])
@@ -143,8 +143,8 @@ class VideoProcessor:
         Raises:
             ValueError: not uint8 RGB frames, or none.
         """
-        video = _as_video(frames)
-        pixel_values = torch.zeros(len(video), 3, *self.padded_size(*video.shape[1:3]))
+        video = ArrayVideo(frames)
+        pixel_values = torch.zeros(len(video), 3, *self.padded_size(*video.size))
         self._write(video, pixel_values)
         return pixel_values
 
@@ -220,11 +220,11 @@ class VideoProcessor:
         heights, widths = zip(*resized_sizes, strict=True)
         return self._round_up((max(heights), max(widths)))
 
-    def _write(self, frames: Frames, pixel_values: Tensor) -> None:
+    def _write(self, frames: ArrayVideo, pixel_values: Tensor) -> None:
         """Resize and normalise frames into the top left of zeros (T, 3, H', W')."""
         from PIL import Image
 
-        height, width = self.resized_size(*frames.shape[1:3])
+        height, width = self.resized_size(*frames.size)
         # in 0..255, as the original does: the same numbers to the last bit
         mean = torch.tensor([255 * value for value in self.config.image_mean]).view(3, 1, 1)
         std = torch.tensor([255 * value for value in self.config.image_std]).view(3, 1, 1)
@@ -258,40 +258,10 @@ def _transformers_size(height: int, width: int, shortest: int, longest: int) -> 
     return (other, edge) if width < height else (edge, other)
 
 
-def _as_batch(videos: Any) -> list[Frames]:
-    """One video or a list of them as a list of uint8 (T, H, W, 3)."""
+def _as_batch(videos: Any) -> list[ArrayVideo]:
+    """One video or a list of them as a list."""
+    if isinstance(videos, str | os.PathLike):
+        raise ValueError(f"{os.fspath(videos)!r:.100} is a path, the frames are needed: read_video(path) gives them")
     first = videos[0] if isinstance(videos, list | tuple) and videos else None
     is_list_of_videos = isinstance(first, list | tuple) or getattr(first, "ndim", 0) == 4
-    return [_as_video(video) for video in videos] if is_list_of_videos else [_as_video(videos)]
-
-
-def _as_video(frames: Any) -> Frames:
-    """One video, or a list of its frames, as uint8 (T, H, W, 3)."""
-    if isinstance(frames, list | tuple):
-        arrays = [_as_array(frame) for frame in frames]
-        if len({array.shape for array in arrays}) > 1:
-            raise ValueError(f"frames of one video must have one shape, got {sorted({a.shape for a in arrays})}")
-        array = np.stack(arrays) if arrays else np.empty((0, 0, 0, 3), np.uint8)
-    else:
-        array = _as_array(frames)
-    if array.dtype != np.uint8:
-        raise ValueError(f"frames must be uint8 RGB in 0..255, got {array.dtype}; scale and convert them first")
-    if array.ndim != 4 or array.shape[3] != 3:
-        raise ValueError(f"a video must be (T, H, W, 3) with RGB channels last, got shape {array.shape}")
-    if 0 in array.shape:
-        raise ValueError(f"the video is empty: shape {array.shape}; it needs a frame of at least one pixel")
-    return array
-
-
-def _as_array(frames: Any) -> Frames:
-    """An array, tensor or PIL image as an array."""
-    if isinstance(frames, Tensor):
-        return frames.detach().cpu().numpy()
-    if isinstance(frames, np.ndarray):
-        return frames
-    mode = getattr(frames, "mode", None)  # of a PIL image
-    if mode is None:
-        raise ValueError(f"frames must be arrays, tensors or PIL images, got {type(frames).__name__}")
-    if mode != "RGB":
-        raise ValueError(f"a PIL frame must be RGB, got mode {mode!r}; call .convert('RGB') on it")
-    return np.asarray(frames)
+    return [ArrayVideo(video) for video in (videos if is_list_of_videos else [videos])]

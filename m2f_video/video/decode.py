@@ -1,6 +1,6 @@
 """Decoding a video file with PyAV: its frames upright and in RGB, and whether the file is whole.
 
-`video_io` is the public face of this; here is all that knows FFmpeg's ways of reading.
+`reader` is the public face of this; here is all that knows FFmpeg's ways of reading.
 """
 
 import contextlib
@@ -29,33 +29,6 @@ class VideoError(ValueError):
     """A video that cannot be read or written as asked; the message names it and the remedy."""
 
 
-@contextlib.contextmanager
-def open_container(path: str) -> Iterator[Any]:
-    """Open a video file as a PyAV container, whatever its name looks like to FFmpeg; closed when the block ends.
-
-    Raises:
-        VideoError: FFmpeg does not recognise the file, or it is a text, a playlist, a pipe or a device.
-    """
-    import av
-
-    check_file(path)
-    with contextlib.ExitStack() as stack:
-        try:
-            # FFmpeg would take a name with a colon for an address, and one with a percent sign for a pattern.
-            file = stack.enter_context(open(path, "rb"))
-            container = av.open(file, options=_OPTIONS, metadata_errors="replace")
-        except PermissionError as error:
-            raise VideoError(f"{path}: no permission to read the file") from error
-        except (av.error.FFmpegError, OSError) as error:
-            raise VideoError(
-                f"{path}: not a video FFmpeg can read, or its beginning or index is missing: {error.strerror}"
-            ) from error
-        stack.enter_context(container)
-        if container.format.name in _REFUSED_FORMATS:
-            raise VideoError(f"{path}: not a video file, but {container.format.long_name} ({container.format.name})")
-        yield container
-
-
 def check_file(path: str) -> None:
     """Refuse what may block for ever.
 
@@ -80,75 +53,121 @@ def check_pixels(name: str, height: int, width: int, most: int = MAX_PIXELS) -> 
         )
 
 
-def video_stream(container: Any, path: str) -> Any:
-    """The main video stream of a container, set up to decode.
+@contextlib.contextmanager
+def open_decoder(path: str) -> Iterator["Decoder"]:
+    """Open a video file, whatever its name looks like to FFmpeg; closed when the block ends.
 
     Raises:
-        VideoError: there is none (a cover picture is none), no decoder for it, or its frames are too large.
+        VideoError: FFmpeg does not recognise the file; it is a text, a playlist, a pipe or a device; it has no video
+            stream (a cover picture is none) or none that can be decoded; or its frames are too large.
     """
     import av
 
-    stream = container.streams.best("video")
-    if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
-        raise VideoError(f"{path}: the file has no video stream (it reads as {container.format.long_name})")
-    if stream.codec_context is None:
-        raise VideoError(f"{path}: there is no decoder for its video stream; re-encode it, for example to h264")
-    check_pixels(f"{path}: its picture", stream.codec_context.height, stream.codec_context.width)
-    stream.codec_context.options = _DECODER_OPTIONS
-    stream.thread_type = "SLICE"  # frame threads are faster, but hide errors and drop frames beside them
-    return stream
+    check_file(path)
+    with contextlib.ExitStack() as stack:
+        try:
+            # FFmpeg would take a name with a colon for an address, and one with a percent sign for a pattern.
+            file = stack.enter_context(open(path, "rb"))
+            container = av.open(file, options=_OPTIONS, metadata_errors="replace")
+        except PermissionError as error:
+            raise VideoError(f"{path}: no permission to read the file") from error
+        except (av.error.FFmpegError, OSError) as error:
+            raise VideoError(
+                f"{path}: not a video FFmpeg can read, or its beginning or index is missing: {error.strerror}"
+            ) from error
+        stack.enter_context(container)
+        if container.format.name in _REFUSED_FORMATS:
+            raise VideoError(f"{path}: not a video file, but {container.format.long_name} ({container.format.name})")
+        yield Decoder(container, path)
 
 
-def stated_num_frames(container: Any, stream: Any) -> int | None:
-    """Number of frames by what the container states, None where it states nothing; a hint only."""
-    if stream.frames:
-        return int(stream.frames)
-    end = _stated_end(container)
-    if end is None or not stream.average_rate:
-        return None
-    return round((end - _start(container)) * stream.average_rate)
+class Decoder:
+    """Decodes the video of a file to its end, once and past errors, and judges by what the file states what is missing.
 
-
-class DamageLog:
-    """What goes wrong while a file is decoded, judged by what its container states.
+    Iterating yields PyAV frames, each with its display matrix (3, 3). That of the first holds for those that have none:
+    an animated PNG states it once.
 
     Attributes:
-        num_frames: frames decoded.
-        num_broken: packets that did not decode and frames that decoded with errors.
-        demux_error: the error that ended reading the container early, if one did.
+        stream: the main video stream, PyAV's.
+        num_frames: frames decoded so far.
     """
 
-    def __init__(self, container: Any, stream: Any) -> None:
+    def __init__(self, container: Any, path: str) -> None:
+        import av
+
+        stream = container.streams.best("video")
+        if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
+            raise VideoError(f"{path}: the file has no video stream (it reads as {container.format.long_name})")
+        if stream.codec_context is None:
+            raise VideoError(f"{path}: there is no decoder for its video stream; re-encode it, for example to h264")
+        check_pixels(f"{path}: its picture", stream.codec_context.height, stream.codec_context.width)
+        stream.codec_context.options = _DECODER_OPTIONS
+        stream.thread_type = "SLICE"  # frame threads are faster, but hide errors and drop frames beside them
+        self.stream = stream
         self.num_frames = 0
-        self.num_broken = 0
-        self.demux_error: str | None = None
-        self._container, self._stream = container, stream
+        self._container = container
+        self._num_broken = 0  # packets that did not decode and frames that decoded with errors
+        self._demux_error: str | None = None
         self._end = _start(container)
         self._last_time: Fraction | None = None
         self._longest_frame = Fraction(0)
 
-    def saw_packet(self, packet: Any) -> None:
-        """Note how far the data reaches. A time code track (data) claims the full length in one packet."""
-        if packet.pts is not None and packet.stream.type != "data":
-            self._end = max(self._end, (packet.pts + (packet.duration or 0)) * packet.time_base)
+    def __iter__(self) -> Iterator[tuple[Any, np.ndarray | None]]:
+        import av
 
-    def saw_frame(self, frame: Any) -> None:
-        """Note a decoded frame."""
-        self.num_frames += 1
-        self.num_broken += frame.is_corrupt
-        if frame.pts is not None and frame.time_base is not None:
-            time = frame.pts * frame.time_base
-            if self._last_time is not None:
-                self._longest_frame = max(self._longest_frame, time - self._last_time)
-            self._last_time = time
+        seen_keyframe, first_matrix = False, None
+        for packet in self._packets():
+            if packet.stream.index != self.stream.index:
+                continue
+            seen_keyframe |= packet.is_keyframe
+            try:
+                frames = packet.decode()
+            except av.error.FFmpegError:
+                # A recording that starts between keyframes is sound: what precedes the first one cannot be decoded.
+                self._num_broken += seen_keyframe
+                continue
+            for frame in frames:
+                matrix = _display_matrix(frame)
+                if self.num_frames == 0:
+                    first_matrix = matrix
+                self.num_frames += 1
+                self._num_broken += frame.is_corrupt
+                if frame.pts is not None and frame.time_base is not None:
+                    time = frame.pts * frame.time_base
+                    if self._last_time is not None:
+                        self._longest_frame = max(self._longest_frame, time - self._last_time)
+                    self._last_time = time
+                yield frame, first_matrix if matrix is None else matrix
 
-    def describe(self) -> str | None:
+    def _packets(self) -> Iterator[Any]:
+        """Packets of all streams, since the file ends where the last of them ends."""
+        import av
+
+        try:
+            for packet in self._container.demux():
+                # A time code track (data) claims the full length in one packet.
+                if packet.pts is not None and packet.stream.type != "data":
+                    self._end = max(self._end, (packet.pts + (packet.duration or 0)) * packet.time_base)
+                yield packet
+        except (av.error.FFmpegError, OSError) as error:
+            self._demux_error = error.strerror
+
+    def stated_num_frames(self) -> int | None:
+        """Number of frames by what the file states, None where it states nothing; a hint only."""
+        if self.stream.frames:
+            return int(self.stream.frames)
+        end = _stated_end(self._container)
+        if end is None or not self.stream.average_rate:
+            return None
+        return round((end - _start(self._container)) * self.stream.average_rate)
+
+    def damage(self) -> str | None:
         """Why the file is damaged, None when it is sound; to be asked when decoding has ended."""
         reasons = []
-        if self.demux_error:
-            reasons.append(f"reading stopped at an error ({self.demux_error})")
-        if self.num_broken:
-            reasons.append(f"{self.num_broken} of its packets or frames are broken")
+        if self._demux_error:
+            reasons.append(f"reading stopped at an error ({self._demux_error})")
+        if self._num_broken:
+            reasons.append(f"{self._num_broken} of its packets or frames are broken")
         if (missing := self._missing_seconds()) is not None:
             reasons.append(f"the last {float(missing):.2f} s of the length it states are missing")
         if _gif_without_end(self._container):
@@ -164,48 +183,11 @@ class DamageLog:
         slack, and at a variable rate the longest frame seen, cover rounding and a last frame without duration.
         """
         stated = _stated_end(self._container)
-        rate = self._stream.average_rate
+        rate = self.stream.average_rate
         if stated is None or not rate:
             return None
         missing = stated - self._end
         return missing if missing > max(3 / Fraction(rate), self._longest_frame) else None
-
-
-def decode(container: Any, stream: Any, damage: DamageLog) -> Iterator[tuple[Any, np.ndarray | None]]:
-    """Decode a stream to its end, past errors, which are noted in `damage`.
-
-    Yields:
-        PyAV frames, each with its display matrix (3, 3). That of the first holds for those that have none: an animated
-        PNG states it once.
-    """
-    import av
-
-    seen_keyframe, first_matrix = False, None
-    packets = container.demux()  # all streams: the file ends where the last of them ends
-    while True:
-        try:
-            packet = next(packets, None)
-        except (av.error.FFmpegError, OSError) as error:
-            damage.demux_error = error.strerror
-            return
-        if packet is None:
-            return
-        damage.saw_packet(packet)
-        if packet.stream.index != stream.index:
-            continue
-        seen_keyframe |= packet.is_keyframe
-        try:
-            frames = packet.decode()
-        except av.error.FFmpegError:
-            # A recording that starts between keyframes is sound: what precedes the first one cannot be decoded.
-            damage.num_broken += seen_keyframe
-            continue
-        for frame in frames:
-            matrix = _display_matrix(frame)
-            if damage.num_frames == 0:
-                first_matrix = matrix
-            damage.saw_frame(frame)
-            yield frame, first_matrix if matrix is None else matrix
 
 
 def upright_rgb(frame: Any, matrix: np.ndarray | None) -> np.ndarray:

@@ -17,17 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from m2f_video.video.decode import (
-    MAX_PIXELS,
-    DamageLog,
-    VideoError,
-    check_pixels,
-    decode,
-    open_container,
-    stated_num_frames,
-    upright_rgb,
-    video_stream,
-)
+from m2f_video.video.arrays import ArrayVideo, one_size
+from m2f_video.video.decode import MAX_PIXELS, VideoError, open_decoder, upright_rgb
 from m2f_video.video.pictures import (
     OTHER_SUFFIXES,
     PICTURE_SUFFIXES,
@@ -109,17 +100,13 @@ class VideoReader(ABC):
 
 
 class _ArrayReader(VideoReader):
-    def __init__(self, video: Sequence[Any] | np.ndarray, fps: Fraction, frames: slice) -> None:
+    def __init__(self, video: ArrayVideo, fps: Fraction, frames: slice) -> None:
         self._video = video
-        size = _check_frame(video[0], 0).shape[:2]
-        for index in range(1, len(video)):
-            if (other := _check_frame(video[index], index).shape[:2]) != size:
-                raise VideoError(_size_message(f"frame {index}", other, "frame 0", size))
-        super().__init__(ARRAY_SOURCE, size, fps, len(video), _within(frames, len(video), "the video"))
+        super().__init__(ARRAY_SOURCE, video.size, fps, len(video), _within(frames, len(video), "the video"))
 
     def __iter__(self) -> Iterator[np.ndarray]:
         for index in self.frame_indices(self.num_frames_hint or 0):
-            yield _check_frame(self._video[index], index)
+            yield self._video[index]
 
 
 class _FolderReader(VideoReader):
@@ -127,15 +114,11 @@ class _FolderReader(VideoReader):
         files = _frame_files(Path(folder))
         frames = _within(frames, len(files), folder)
         self._files = files[frames]
-        size = image_size(self._files[0])
-        for file in self._files[1:]:
-            if (other := image_size(file)) != size:
-                raise VideoError(_size_message(str(file), other, self._files[0].name, size))
+        size = one_size((str(file), image_size(file)) for file in self._files)
         super().__init__(folder, size, fps, len(files), frames)
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        for file in self._files:
-            yield read_image(file)
+        return map(read_image, self._files)
 
 
 class _PartialReader(VideoReader):
@@ -147,21 +130,24 @@ class _PartialReader(VideoReader):
         super().__init__(path, size, fps, count, frames)
         self._strict = strict
 
-    def _fits(self, image: np.ndarray, position: int) -> bool:
-        """Whether a frame has the size of those before it; where not, they are the video."""
-        if image.shape[:2] == (self.height, self.width):
-            return True
-        index = self.frame_index(position)
-        self._report(
-            f"frame {index} is {image.shape[1]}x{image.shape[0]} but those before it are {self.width}x{self.height}; "
-            f"the video ends there, what follows is a video of its own: --frames {index}:",
-            stacklevel=4,
-        )
-        return False
+    def __iter__(self) -> Iterator[np.ndarray]:
+        for position, image in enumerate(self._images()):
+            if image.shape[:2] != (self.height, self.width):
+                index = self.frame_index(position)
+                self._report(
+                    f"frame {index} is {image.shape[1]}x{image.shape[0]} but those before it are "
+                    f"{self.width}x{self.height}; the video ends there, what follows is a video of its own: "
+                    f"--frames {index}:",
+                    stacklevel=3,
+                )
+                return
+            yield image
 
-    def _report(self, reason: str | None, stacklevel: int = 3) -> None:
-        if reason is None:
-            return
+    @abstractmethod
+    def _images(self) -> Iterator[np.ndarray]:
+        """The selected frames, of any size."""
+
+    def _report(self, reason: str, stacklevel: int = 4) -> None:
         if self._strict:
             raise VideoError(f"{self.source}: {reason}")
         warnings.warn(f"{self.source}: {reason}", TruncatedVideoWarning, stacklevel=stacklevel)
@@ -172,35 +158,30 @@ class _SequenceReader(_PartialReader):
         count, size, rate = sequence_shape(path, frames)
         super().__init__(path, size, fps or rate or DEFAULT_FPS, count, _within(frames, count, path), strict)
 
-    def __iter__(self) -> Iterator[np.ndarray]:
-        indices = self.frame_indices(self.num_frames_hint or 0)
-        pictures = read_sequence(self.source, indices)
-        for position in range(len(indices)):
-            try:
-                image = next(pictures)
-            except VideoError as error:
-                if position == 0:
-                    raise
-                reason = str(error).removeprefix(f"{self.source}: ")
-                self._report(f"the file is cut off or damaged, {position} frames were decoded: {reason}")
-                return
-            if not self._fits(image, position):
-                return
-            yield image
+    def _images(self) -> Iterator[np.ndarray]:
+        count = 0
+        try:
+            for image in read_sequence(self.source, self.frame_indices(self.num_frames_hint or 0)):
+                yield image
+                count += 1
+        except VideoError as error:
+            if not count:
+                raise
+            reason = str(error).removeprefix(f"{self.source}: ")
+            self._report(f"the file is cut off or damaged, {count} frames were decoded: {reason}")
 
 
 class _FileReader(_PartialReader):
     def __init__(self, path: str, fps: Fraction | None, frames: slice, strict: bool) -> None:
-        if _negative(frames.start) or _negative(frames.stop):
+        if min(frames.start or 0, frames.stop or 0) < 0:
             raise VideoError(
                 f"{path}: negative frame numbers need a length that is known before decoding, which a video file "
                 "does not have; give frame numbers counted from the start"
             )
-        with open_container(path) as container:
-            stream = video_stream(container, path)
+        with open_decoder(path) as decoder:
+            stream = decoder.stream
             # The size may change before the first frame selected.
-            decoded = islice(decode(container, stream, DamageLog(container, stream)), (frames.start or 0) + 1)
-            first = deque(decoded, maxlen=1)
+            first = deque(islice(decoder, (frames.start or 0) + 1), maxlen=1)
             if not first:
                 raise VideoError(
                     f"{path}: no frame could be decoded ({stream.codec_context.name}): the file is empty, cut off "
@@ -211,29 +192,25 @@ class _FileReader(_PartialReader):
             except VideoError as error:
                 raise VideoError(f"{path}: {error}") from error
             rate = fps or _sound_rate(stream.average_rate, stream.guessed_rate)
-            count = stated_num_frames(container, stream)
-        super().__init__(path, size, rate, count, frames, strict)
+            super().__init__(path, size, rate, decoder.stated_num_frames(), frames, strict)
 
-    def __iter__(self) -> Iterator[np.ndarray]:
+    def _images(self) -> Iterator[np.ndarray]:
         start, stop, step = self._frames.start or 0, self._frames.stop, self._frames.step or 1
-        with open_container(self.source) as container:
-            stream = video_stream(container, self.source)
-            damage = DamageLog(container, stream)
-            for index, (frame, matrix) in enumerate(decode(container, stream, damage)):
+        with open_decoder(self.source) as decoder:
+            for index, (frame, matrix) in enumerate(decoder):
                 if index >= start and (index - start) % step == 0:
                     try:
                         image = upright_rgb(frame, matrix)
                     except VideoError as error:
                         self._report(f"the video ends before frame {index}, whose {error}")
                         return
-                    if not self._fits(image, (index - start) // step):
-                        return
                     yield image
                 if index + 1 == stop:
                     return
-            self._report(damage.describe())
-            if damage.num_frames <= start:
-                raise _nothing_selected(self.source, self._frames, damage.num_frames)
+            if damage := decoder.damage():
+                self._report(damage)
+            if decoder.num_frames <= start:
+                raise _nothing_selected(self.source, self._frames, decoder.num_frames)
 
 
 def open_video(
@@ -270,7 +247,7 @@ def open_video(
     selected = _check_slice(frames if frames is not None else slice(None))
     rate = None if fps is None else as_frame_rate(fps)
     if not isinstance(source, str | os.PathLike):
-        return _ArrayReader(_check_array(source), rate or DEFAULT_FPS, selected)
+        return _ArrayReader(ArrayVideo(source), rate or DEFAULT_FPS, selected)
     path = os.fspath(source)
     if not os.path.exists(path):
         raise VideoNotFoundError(f"{path}: there is no such video file or folder of frames")
@@ -343,40 +320,6 @@ def _natural_order(name: str) -> list[str | int]:
     return [int(part) if odd % 2 else part for odd, part in enumerate(re.split(r"([0-9]+)", name))]
 
 
-def _check_array(video: Any) -> Any:
-    """An array or sequence of frames, a tensor as an array; the frames are checked one by one later."""
-    if isinstance(video, torch.Tensor):
-        video = video.detach().cpu().numpy()
-    if not isinstance(video, np.ndarray | Sequence) or isinstance(video, bytes | bytearray):
-        raise VideoError(f"a video is a path, an array or a list of frames, got {type(video).__name__}")
-    if isinstance(video, np.ndarray) and video.ndim != 4:
-        raise VideoError(
-            f"a video array must be (T, H, W, 3), got shape {video.shape}; one frame needs a time axis, frame[None]"
-        )
-    if len(video) == 0:
-        raise VideoError("the video holds no frames")
-    return video
-
-
-def _check_frame(frame: Any, index: int) -> np.ndarray:
-    """One frame as uint8 (H, W, 3), or an error that names the remedy."""
-    image = frame.detach().cpu().numpy() if isinstance(frame, torch.Tensor) else np.asarray(frame)
-    if image.dtype.kind == "f":
-        raise VideoError(
-            f"frame {index} is {image.dtype}, frames are uint8 RGB: if they are in [0, 1], convert with "
-            "(frames * 255).round().astype('uint8')"
-        )
-    if image.ndim == 3 and image.shape[0] == 3 != image.shape[2]:
-        raise VideoError(
-            f"frame {index} has shape {image.shape}, channels first, frames are (H, W, 3): move the channels last, "
-            "video.permute(0, 2, 3, 1) for a tensor, video.transpose(0, 2, 3, 1) for an array"
-        )
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
-        raise VideoError(f"frame {index} has shape {image.shape} and type {image.dtype}, frames are uint8 (H, W, 3)")
-    check_pixels(f"frame {index}", *image.shape[:2])
-    return image
-
-
 def _check_slice(frames: slice) -> slice:
     if not isinstance(frames, slice):
         raise VideoError(f"frames must be a slice, such as slice(0, 100, 2), got {frames!r}")
@@ -386,7 +329,7 @@ def _check_slice(frames: slice) -> slice:
     start, stop, step = parts
     if step is not None and step < 1:
         raise VideoError(f"frames {_show(frames)}: the step must be at least 1")
-    if stop is not None and _negative(stop) == _negative(start) and stop <= (start or 0):
+    if stop is not None and (stop < 0) == ((start or 0) < 0) and stop <= (start or 0):
         raise VideoError(f"frames {_show(frames)} select nothing: the stop must be larger than the start")
     return frames
 
@@ -401,17 +344,6 @@ def _within(frames: slice, count: int, source: str) -> slice:
 
 def _nothing_selected(source: str, frames: slice, count: int) -> VideoError:
     return VideoError(f"{source}: frames {_show(frames)} select nothing, the video has only {count} frames")
-
-
-def _size_message(name: str, size: tuple[int, ...], first: str, expected: tuple[int, ...]) -> str:
-    return (
-        f"{name} is {size[1]}x{size[0]} but {first} is {expected[1]}x{expected[0]}; all frames of a video must have "
-        "one size"
-    )
-
-
-def _negative(part: int | None) -> bool:
-    return part is not None and part < 0
 
 
 def _show(frames: slice) -> str:

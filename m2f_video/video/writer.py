@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -75,38 +76,28 @@ class VideoWriter:
         self.fps = as_frame_rate(fps)
         self.width, self.height, self.codec, self.crf = width, height, codec, crf
         self.num_frames = 0
-        self._cleanup: contextlib.ExitStack | None = None
+        self._block: contextlib.AbstractContextManager[None] | None = None
 
     def __enter__(self) -> "VideoWriter":
         if not self.path.parent.is_dir():
             raise FileNotFoundError(f"{self.path}: the folder {self.path.parent} does not exist, create it first")
-        with contextlib.ExitStack() as stack:
-            temporary = stack.enter_context(atomic_path(self.path))
-            self._container = self._open(temporary)
-            stack.push(self._close)
-            self._stream = self._add_stream()
-            self._cleanup = stack.pop_all()
+        block = self._writing()
+        block.__enter__()
+        self._block = block
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        stack, self._cleanup = self._cleanup, None
-        if stack is None:
-            return
-        if kind is not None:
-            stack.__exit__(kind, error, traceback)
-            return
-        with stack:
-            if not self.num_frames:
-                raise VideoError(f"{self.path}: no frame was written, a video needs at least one")
-            self._encode(None)
+        block, self._block = self._block, None
+        if block is not None:
+            block.__exit__(kind, error, traceback)
 
     def write(self, frame: np.ndarray) -> None:
         """Append one frame, uint8 RGB (H, W, 3)."""
         import av
 
-        if self._cleanup is None:
+        if self._block is None:
             raise VideoError(f"{self.path}: write inside `with VideoWriter(...) as writer:`")
         if frame.shape != (self.height, self.width, 3) or frame.dtype != np.uint8:
             raise VideoError(
@@ -135,6 +126,25 @@ class VideoWriter:
                 f"{error.strerror}"
             ) from error
 
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        import av
+
+        with atomic_path(self.path) as temporary:
+            self._container = self._open(temporary)
+            try:
+                self._stream = self._add_stream()
+                yield
+                if not self.num_frames:
+                    raise VideoError(f"{self.path}: no frame was written, a video needs at least one")
+                self._encode(None)
+            except BaseException:
+                # Closing often fails for the same reason then (a full disk); the first error is the one to see.
+                with contextlib.suppress(av.error.FFmpegError):
+                    self._container.close()
+                raise
+            self._container.close()
+
     def _open(self, temporary: Path) -> Any:
         import av
 
@@ -148,13 +158,6 @@ class VideoWriter:
             return av.open(f"file:{temporary}", "w", options=options)
         except ValueError as error:
             raise VideoError(f"{self.path}: FFmpeg knows no container {self.path.suffix!r}; use .mp4") from error
-
-    def _close(self, kind: type[BaseException] | None, *_: object) -> None:
-        import av
-
-        # After an error closing often fails for the same reason (a full disk); the first error is the one to see.
-        with contextlib.suppress(*((av.error.FFmpegError,) if kind is not None else ())):
-            self._container.close()
 
     def _add_stream(self) -> Any:
         options = {"crf": str(self.crf), "preset": "veryfast"}

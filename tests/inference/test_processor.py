@@ -1,4 +1,5 @@
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
@@ -374,21 +375,22 @@ def test_image_methods_are_the_free_functions() -> None:
     [
         (video(2, 30, 40).astype(np.float32), "uint8"),
         ([torch.rand(30, 40, 3)], "uint8"),
-        (video(2, 30, 40)[..., :2], "channels last"),
+        (video(2, 30, 40)[..., :2], r"\(H, W, 3\)"),
         (video(2, 30, 40).transpose(0, 3, 1, 2), "channels last"),
         (video(30, 40), "T, H, W, 3"),
         (video(2, 2, 30, 40), "T, H, W, 3"),
-        (video(0, 30, 40), "empty"),
-        (video(2, 0, 40), "empty"),
-        (video(2, 30, 0), "empty"),
-        ([], "empty"),
-        ([[]], "empty"),
-        ([video(30, 40), video(30, 41)], "one shape"),
+        (video(0, 30, 40), "no frames"),
+        (video(2, 0, 40), r"\(H, W, 3\)"),
+        (video(2, 30, 0), r"\(H, W, 3\)"),
+        ([], "no frames"),
+        ([[]], "no frames"),
+        ([video(30, 40), video(30, 41)], "one size"),
         ([video(2, 30, 40), video(3, 30, 40)], "same number of frames"),
         ([Image.new("L", (40, 30))], "convert"),
-        ("video.mp4", "str"),
+        ("video.mp4", "read_video"),
+        (Path("video.mp4"), "read_video"),
         (None, "NoneType"),
-        (["frame.png"], "str"),
+        (["frame.png"], r"\(H, W, 3\)"),
         (video(1, 1, 3000), "elongated"),
     ],
 )
