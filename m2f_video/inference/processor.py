@@ -125,11 +125,7 @@ class VideoProcessor:
             raise ValueError(
                 f"videos of one batch must have the same number of frames, got {lengths}; cut or split them"
             )
-        H, W = self._batch_size([self.resized_size(*video.size) for video in batch])
-        pixel_values = torch.zeros(len(batch), lengths[0], 3, H, W)
-        for index, video in enumerate(batch):
-            self._write(video, pixel_values[index])
-        return {"pixel_values": pixel_values}
+        return {"pixel_values": self._pixel_values(batch)}
 
     def process_frames(self, frames: Any) -> Tensor:
         """Model input of some frames of a video: each frame's result depends on that frame alone.
@@ -143,10 +139,7 @@ class VideoProcessor:
         Raises:
             ValueError: not uint8 RGB frames, or none.
         """
-        video = ArrayVideo(frames)
-        pixel_values = torch.zeros(len(video), 3, *self.padded_size(*video.size))
-        self._write(video, pixel_values)
-        return pixel_values
+        return self._pixel_values([ArrayVideo(frames)])[0]
 
     def resized_size(self, height: int, width: int) -> Size:
         """(height, width) a frame of this size is resized to, before padding.
@@ -220,19 +213,22 @@ class VideoProcessor:
         heights, widths = zip(*resized_sizes, strict=True)
         return self._round_up((max(heights), max(widths)))
 
-    def _write(self, frames: ArrayVideo, pixel_values: Tensor) -> None:
-        """Resize and normalise frames into the top left of zeros (T, 3, H', W')."""
+    def _pixel_values(self, videos: Sequence[ArrayVideo]) -> Tensor:
+        """Videos of T frames each, resized and normalised into the top left of zeros (B, T, 3, H', W')."""
         from PIL import Image
 
-        height, width = self.resized_size(*frames.size)
+        sizes = [self.resized_size(*video.size) for video in videos]
+        pixel_values = torch.zeros(len(videos), len(videos[0]), 3, *self._batch_size(sizes))
         # in 0..255, as the original does: the same numbers to the last bit
         mean = torch.tensor([255 * value for value in self.config.image_mean]).view(3, 1, 1)
         std = torch.tensor([255 * value for value in self.config.image_std]).view(3, 1, 1)
-        for frame, out in zip(frames, pixel_values, strict=True):
-            # PIL, not torch: its antialiased uint8 resize is off by one in up to a quarter of the values
-            image = Image.fromarray(frame).resize((width, height), Image.Resampling.BILINEAR)
-            pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (height, width, 3) -> (3, height, width)
-            out[:, :height, :width] = (pixels - mean) / std
+        for video, (height, width), outs in zip(videos, sizes, pixel_values, strict=True):
+            for frame, out in zip(video, outs, strict=True):
+                # PIL, not torch: its antialiased uint8 resize is off by one in up to a quarter of the values
+                image = Image.fromarray(frame).resize((width, height), Image.Resampling.BILINEAR)
+                pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (height, width, 3) -> (3, height, width)
+                out[:, :height, :width] = (pixels - mean) / std
+        return pixel_values
 
 
 def _original_size(height: int, width: int, shortest: int, longest: int) -> Size:

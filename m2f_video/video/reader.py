@@ -1,4 +1,4 @@
-"""Reading videos: files, folders of frames and arrays, one frame in memory at a time; and writing them.
+"""Reading videos: files, folders of frames and arrays, one frame in memory at a time.
 
 Shape letters: T frames, H height, W width. Frames are RGB, uint8, (H, W, 3).
 """
@@ -80,12 +80,20 @@ class VideoReader(ABC):
             says may be off by a few, and by more when it is cut off.
     """
 
-    def __init__(self, source: str, size: tuple[int, int], fps: Fraction, count: int | None, frames: slice) -> None:
+    def __init__(
+        self,
+        source: str,
+        size: tuple[int, int],
+        fps: Fraction,
+        count: int | None,
+        frames: slice,
+        strict: bool = False,
+    ) -> None:
         self.source = source
         self.height, self.width = size
         self.fps = fps
         self.num_frames_hint = None if count is None else len(range(*frames.indices(count)))
-        self._frames = frames
+        self._frames, self._strict = frames, strict
 
     @abstractmethod
     def __iter__(self) -> Iterator[np.ndarray]: ...
@@ -123,12 +131,6 @@ class _FolderReader(VideoReader):
 
 class _PartialReader(VideoReader):
     """A file: what is wrong with it is found on the way, when its first frames may have been worked on for long."""
-
-    def __init__(
-        self, path: str, size: tuple[int, int], fps: Fraction, count: int | None, frames: slice, strict: bool
-    ) -> None:
-        super().__init__(path, size, fps, count, frames)
-        self._strict = strict
 
     def __iter__(self) -> Iterator[np.ndarray]:
         for position, image in enumerate(self._images()):
