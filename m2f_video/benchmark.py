@@ -30,7 +30,7 @@ from m2f_video.files import atomic_path
 from m2f_video.inference.processor import VideoProcessor
 from m2f_video.inference.whole import Progress, segment_video
 from m2f_video.modeling.video_mask2former import VideoMask2Former
-from m2f_video.video.reader import VideoWriter
+from m2f_video.video import VideoWriter
 
 Part = Callable[[], object]
 Compile = Literal["auto", "kernels", "model", "none"]

@@ -21,7 +21,7 @@ from m2f_video.data.annotations import (
 from m2f_video.data.segmentation import compress_segmentation
 from m2f_video.files import check_regular
 from m2f_video.results.masks import mask_area
-from m2f_video.video.reader import image_size
+from m2f_video.video import image_size
 
 Progress = Callable[[int, int], None]
 """Called with (videos and annotations done, videos and annotations in all)."""

@@ -31,7 +31,7 @@ from m2f_video.data.annotations import (
 from m2f_video.data.clip import Clip, check_frame_indices
 from m2f_video.data.segmentation import decode_segmentation
 from m2f_video.files import check_regular
-from m2f_video.video.reader import read_image
+from m2f_video.video import read_image
 
 
 @dataclass(frozen=True, kw_only=True)

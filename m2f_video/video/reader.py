@@ -28,24 +28,7 @@ from m2f_video.video.pictures import (
     read_sequence,
     sequence_shape,
 )
-from m2f_video.video.writer import VideoWriter, as_frame_rate
-
-__all__ = [
-    "ARRAY_SOURCE",
-    "DEFAULT_FPS",
-    "TruncatedVideoWarning",
-    "VideoError",
-    "VideoNotFoundError",
-    "VideoReader",
-    "VideoSource",
-    "VideoWriter",
-    "as_frame_rate",
-    "image_size",
-    "open_video",
-    "parse_frames",
-    "read_image",
-    "read_video",
-]
+from m2f_video.video.writer import as_frame_rate
 
 VideoSource = str | os.PathLike[str] | np.ndarray | torch.Tensor | Sequence[Any]
 """A video file, a folder of frames, a uint8 array (T, H, W, 3), or a sequence of uint8 frames (H, W, 3)."""

@@ -20,7 +20,7 @@ from m2f_video import VideoMask2Former, VideoSegmentation, read_video
 from m2f_video.acceleration import cpu_kernels
 from m2f_video.cli.data import DATA_COMMANDS
 from m2f_video.cli.main import COMMANDS, main
-from m2f_video.video.reader import VideoWriter
+from m2f_video.video import VideoWriter
 from tests.conftest import synthetic_frames
 from weights_convert import from_native, hf_config_from_native, write_checkpoint
 

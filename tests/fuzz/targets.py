@@ -28,7 +28,7 @@ from m2f_video.modeling.video_mask2former import VideoMask2Former
 from m2f_video.results.tracks import VideoSegmentation
 from m2f_video.training import TrainConfig
 from m2f_video.training.checkpoint import load_latest_checkpoint, save_checkpoint
-from m2f_video.video.reader import VideoWriter, open_video
+from m2f_video.video import VideoWriter, open_video
 from tests.evaluation.builders import random_case
 from tests.fuzz.mutations import mutate_bytes, mutate_json, random_pickle
 from tests.training.tiny_run import CONFIG, MODEL

@@ -19,7 +19,7 @@ from m2f_video import (
 from m2f_video.inference import segments
 from m2f_video.inference import whole as inference
 from m2f_video.inference.postprocess import resize_masks
-from m2f_video.video.reader import VideoError
+from m2f_video.video import VideoError
 from tests.conftest import synthetic_frames
 
 

@@ -18,7 +18,7 @@ from m2f_video.results import masks, overlay
 from m2f_video.results import tracks as results
 from m2f_video.results.masks import encode_mask
 from m2f_video.results.tracks import Track, VideoSegmentation
-from m2f_video.video.reader import VideoError, open_video, read_video
+from m2f_video.video import VideoError, open_video, read_video
 
 H, W, T = 32, 48, 4
 LABELS = ("person", "dog", "train")

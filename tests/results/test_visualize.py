@@ -14,7 +14,7 @@ from PIL import Image
 from m2f_video.results.drawing import draw_tracks, track_colors
 from m2f_video.results.masks import encode_mask
 from m2f_video.results.tracks import OVERLAY_FILE, Track, VideoSegmentation
-from m2f_video.video.reader import VideoError, VideoWriter, open_video, read_video
+from m2f_video.video import VideoError, VideoWriter, open_video, read_video
 
 H, W, T = 96, 128, 6
 GREY = 100

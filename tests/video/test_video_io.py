@@ -22,16 +22,9 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from m2f_video.video import decode as video_decode
-from m2f_video.video.reader import (
-    TruncatedVideoWarning,
-    VideoError,
-    VideoReader,
-    VideoWriter,
-    as_frame_rate,
-    open_video,
-    parse_frames,
-    read_video,
-)
+from m2f_video.video.decode import VideoError
+from m2f_video.video.reader import TruncatedVideoWarning, VideoReader, open_video, parse_frames, read_video
+from m2f_video.video.writer import VideoWriter, as_frame_rate
 
 H, W, T = 48, 64, 12
 
