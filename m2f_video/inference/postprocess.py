@@ -106,7 +106,8 @@ def post_process_video_instance_segmentation(
     Args:
         outputs: the model's outputs for B clips.
         target_sizes: (H, W) of each result; None leaves the resized size.
-        resized_sizes: (height, width) of each video in the model's input, without its padding; None: no padding.
+        resized_sizes: (height, width) of each video in the model's input, without its padding; None: no padding, but
+            `VideoProcessor` computes them from target_sizes.
         top_k: (query, class) pairs per video; the original takes 10.
         score_threshold: pairs that score less are left out.
         labels: class names by index; without them a `label` is the class index as text.
@@ -158,7 +159,8 @@ def post_process_video_semantic_segmentation(
     Args:
         outputs: the model's outputs for B clips.
         target_sizes: (H, W) of each result; None leaves the resized size.
-        resized_sizes: (height, width) of each video in the model's input, without its padding; None: no padding.
+        resized_sizes: (height, width) of each video in the model's input, without its padding; None: no padding, but
+            `VideoProcessor` computes them from target_sizes.
 
     Returns:
         Per video (T, H, W) int64 class indices; no-object is not among them.
@@ -202,7 +204,8 @@ def post_process_video_panoptic_segmentation(
         overlap_mask_area_threshold: the part of its mask that a query must own, over all frames.
         label_ids_to_fuse: classes ("stuff") whose queries become one segment each.
         target_sizes: (H, W) of each result; None leaves the resized size.
-        resized_sizes: (height, width) of each video in the model's input, without its padding; None: no padding.
+        resized_sizes: (height, width) of each video in the model's input, without its padding; None: no padding, but
+            `VideoProcessor` computes them from target_sizes.
         labels: class names by index; without them a `label` is the class index as text.
 
     Returns:

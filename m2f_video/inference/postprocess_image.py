@@ -59,7 +59,7 @@ def post_process_semantic_segmentation(
         target_sizes: (H, W) of each result; None leaves 384 x 384.
         return_segmentation_scores: also return the scores the classes were chosen from.
         resized_sizes: (height, width) of each image in the model's input, before padding, which is cropped; None for
-            images that fill it. transformers takes every image for one that does.
+            images that fill it, as transformers takes all to do, but `VideoProcessor` computes them from target_sizes.
 
     Returns:
         Per image (H, W) int64 class indices, or a `SemanticSegmentation` with the scores.
@@ -103,7 +103,7 @@ def post_process_instance_segmentation(
         return_coco_annotation: run lengths instead of a map: one list for each value in it, -1 first where it occurs.
         return_binary_maps: one mask per instance instead of a map; only these can show overlaps.
         resized_sizes: (height, width) of each image in the model's input, before padding, which is cropped; None for
-            images that fill it. transformers takes every image for one that does.
+            images that fill it, as transformers takes all to do, but `VideoProcessor` computes them from target_sizes.
 
     Returns:
         Per image a dict: `segmentation`, (H, W) float32 segment ids from 0 and -1 where there is none (or run lengths
@@ -169,7 +169,7 @@ def post_process_panoptic_segmentation(
         label_ids_to_fuse: classes ("stuff") whose queries become one segment each.
         target_sizes: (H, W) of each result; None leaves 384 x 384.
         resized_sizes: (height, width) of each image in the model's input, before padding, which is cropped; None for
-            images that fill it. transformers takes every image for one that does.
+            images that fill it, as transformers takes all to do, but `VideoProcessor` computes them from target_sizes.
 
     Returns:
         Per image a dict: `segmentation`, (H, W) int32 segment ids from 1, 0 where there is none (float32, all -1, where

@@ -31,13 +31,13 @@ def track_colors(numbers: Iterable[int]) -> np.ndarray:
 
 
 def draw_tracks(
-    frame: np.ndarray, masks: np.ndarray, colors: np.ndarray, texts: Sequence[str], alpha: float = 0.45
+    frame: np.ndarray, masks: Iterable[np.ndarray], colors: np.ndarray, texts: Sequence[str], alpha: float = 0.45
 ) -> np.ndarray:
     """Draw tracks on a frame: filled and outlined masks, each with a tag at its top. The first track is on top.
 
     Args:
         frame: uint8 RGB (H, W, 3); not changed.
-        masks: bool (N, H, W); an empty one draws nothing.
+        masks: N of bool (H, W), one in memory at a time if they come so; an empty one draws nothing.
         colors: uint8 RGB (N, 3).
         texts: what the N tags say; an empty one draws no tag.
         alpha: opacity of the fill, from 0 to 1.
@@ -48,14 +48,24 @@ def draw_tracks(
     Raises:
         ValueError: shapes, types, counts or alpha are not as above.
     """
-    _check_drawing(frame, masks, colors, texts, alpha)
-    owner = np.zeros(frame.shape[:2], np.min_scalar_type(len(masks)))  # the topmost track of a pixel, from 1; 0: none
-    for index in reversed(range(len(masks))):
-        owner[masks[index]] = index + 1
+    _check_drawing(frame, colors, texts, alpha)
+    owner = np.zeros(frame.shape[:2], np.min_scalar_type(len(texts)))  # the topmost track of a pixel, from 1; 0: none
+    tops = []
+    for number, mask in enumerate(masks, 1):
+        if mask.shape != owner.shape or mask.dtype != np.bool_:
+            raise ValueError(
+                f"a mask of this frame is bool {owner.shape}, got shape {mask.shape} and type {mask.dtype}"
+            )
+        if number > len(texts):
+            raise ValueError(f"there are more masks than the {len(texts)} texts")
+        seen = mask & (owner == 0)
+        owner[seen] = number
+        # A tag belongs at the top of what is seen of its track; one hidden altogether keeps a tag, at its own top.
+        tops.append(_top(seen) or _top(mask))
+    if len(tops) < len(texts):
+        raise ValueError(f"there are {len(tops)} masks but {len(texts)} texts")
     image = _fill(frame, owner, colors, alpha)
     _outline(image, owner, colors)
-    # A tag belongs at the top of what is seen of its track; one hidden altogether keeps a tag, at its own top.
-    tops = [_top(owner == index + 1) or _top(mask) for index, mask in enumerate(masks)]
     return _draw_tags(image, tops, colors, texts)
 
 
@@ -183,19 +193,13 @@ def _font(size: int) -> Any:
     return ImageFont.load_default(size)
 
 
-def _check_drawing(
-    frame: np.ndarray, masks: np.ndarray, colors: np.ndarray, texts: Sequence[str], alpha: float
-) -> None:
+def _check_drawing(frame: np.ndarray, colors: np.ndarray, texts: Sequence[str], alpha: float) -> None:
     if frame.ndim != 3 or frame.shape[2] != 3 or frame.dtype != np.uint8 or frame.size == 0:
         raise ValueError(f"a frame is uint8 RGB (H, W, 3), got shape {frame.shape} and type {frame.dtype}")
-    if masks.ndim != 3 or masks.shape[1:] != frame.shape[:2] or masks.dtype != np.bool_:
+    if colors.shape != (len(texts), 3) or colors.dtype != np.uint8:
         raise ValueError(
-            f"masks are bool (N, {frame.shape[0]}, {frame.shape[1]}) for this frame, got shape {masks.shape} and type "
-            f"{masks.dtype}"
+            f"colors are uint8 ({len(texts)}, 3) for {len(texts)} texts, got shape {colors.shape} and type "
+            f"{colors.dtype}"
         )
-    if colors.shape != (len(masks), 3) or colors.dtype != np.uint8:
-        raise ValueError(f"colors are uint8 ({len(masks)}, 3), got shape {colors.shape} and type {colors.dtype}")
-    if len(texts) != len(masks):
-        raise ValueError(f"there are {len(masks)} masks but {len(texts)} texts")
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must be from 0 to 1, got {alpha}")

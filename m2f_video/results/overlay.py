@@ -4,7 +4,7 @@ Shape letters: N tracks, H height, W width.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 
 import numpy as np
@@ -22,7 +22,7 @@ def write_overlay(
     size: tuple[int, int],
     fps: float,
     frames: Sequence[int],
-    masks: Callable[[int], np.ndarray],
+    masks: Callable[[int], Iterable[np.ndarray]],
     colors: np.ndarray,
     texts: Sequence[str],
     progress: Callable[[int, int], None] | None = None,
@@ -38,7 +38,7 @@ def write_overlay(
         size: (H, W) that it must have.
         fps: frame rate of the source, before frames are skipped.
         frames: numbers in the source, from 0, of the frames to draw; rising, at least one.
-        masks: gives, by position in `frames`, the masks in that frame, bool (N, H, W).
+        masks: gives, by position in `frames`, the N masks in that frame, each bool (H, W).
         colors: uint8 RGB (N, 3).
         texts: what the N tags say.
         progress: called with (frames drawn, frames in all) after each frame.

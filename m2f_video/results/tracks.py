@@ -6,8 +6,9 @@ Shape letters: T frames of the result, N tracks, H height, W width.
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -126,11 +127,7 @@ class VideoSegmentation:
             raise ValueError(
                 f"width, height and fps must be positive, got {self.width}x{self.height} at {self.fps} fps"
             )
-        if (
-            not self.frames
-            or self.frames[0] < 0
-            or any(b <= a for a, b in zip(self.frames, self.frames[1:], strict=False))
-        ):
+        if not self.frames or self.frames[0] < 0 or any(b <= a for a, b in pairwise(self.frames)):
             raise ValueError(f"frames must be rising numbers from 0, at least one, got {_shorten(self.frames)}")
         if len({track.id for track in self.tracks}) != len(self.tracks):
             raise ValueError(f"track ids must differ, got {_shorten(sorted(track.id for track in self.tracks))}")
@@ -148,10 +145,14 @@ class VideoSegmentation:
         """
         _check_position(frame, len(self.frames))
         masks = np.zeros((len(self.tracks), self.height, self.width), bool)
-        for mask, track in zip(masks, self.tracks, strict=True):
-            if (rle := track.segmentations[frame]) is not None:
-                mask[:] = decode_mask(rle)
+        for mask, decoded in zip(masks, self._each_mask(frame), strict=True):
+            mask[:] = decoded
         return masks
+
+    def _each_mask(self, frame: int) -> Iterator[np.ndarray]:
+        for track in self.tracks:
+            rle = track.segmentations[frame]
+            yield np.zeros((self.height, self.width), bool) if rle is None else decode_mask(rle)
 
     def save(
         self,
@@ -192,7 +193,7 @@ class VideoSegmentation:
                     size=(self.height, self.width),
                     fps=self.fps,
                     frames=self.frames,
-                    masks=drawn.masks,
+                    masks=drawn._each_mask,
                     colors=track_colors(track.id for track in drawn.tracks),
                     texts=[f"{track.label} {track.score:.2f}" for track in drawn.tracks],
                     progress=progress,

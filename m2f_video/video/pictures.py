@@ -1,6 +1,6 @@
 """Reading picture files with Pillow: upright and in RGB, one to a file or, where a file is a sequence, one by one.
 
-`video_io` is the public face of this; here is all that knows Pillow's ways of reading.
+`reader` is the public face of this; here is all that knows Pillow's ways of reading.
 """
 
 import contextlib

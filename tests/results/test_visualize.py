@@ -153,6 +153,12 @@ def test_any_size_and_any_text_can_be_drawn(height: int, width: int, count: int,
     assert image.dtype == np.uint8
 
 
+def test_masks_may_come_one_by_one() -> None:
+    masks = np.stack([box_mask(30, 30), box_mask(40, 45)])
+    one_by_one = draw_tracks(FRAME, iter(masks), COLORS, ["dog", "cat"])
+    np.testing.assert_array_equal(one_by_one, draw_tracks(FRAME, masks, COLORS, ["dog", "cat"]))
+
+
 def test_more_tracks_than_a_byte_counts() -> None:
     masks = np.zeros((300, H, W), bool)
     masks[:, 50, 50] = True
@@ -166,12 +172,14 @@ def test_more_tracks_than_a_byte_counts() -> None:
     [
         ({"frame": FRAME[..., 0]}, "a frame is uint8 RGB"),
         ({"frame": FRAME / 255}, "a frame is uint8 RGB"),
-        ({"masks": np.zeros((1, W, H), bool)}, "masks are bool"),
-        ({"masks": np.zeros((H, W), bool)}, "masks are bool"),
-        ({"masks": np.full((1, H, W), np.nan)}, "masks are bool"),
+        ({"masks": np.zeros((1, W, H), bool)}, "a mask of this frame is bool"),
+        ({"masks": np.zeros((H, W), bool)}, "a mask of this frame is bool"),
+        ({"masks": np.full((1, H, W), np.nan)}, "a mask of this frame is bool"),
+        ({"masks": np.zeros((2, H, W), bool)}, "more masks than the 1 texts"),
+        ({"masks": []}, "0 masks but 1 texts"),
         ({"colors": COLORS}, "colors are uint8"),
         ({"colors": COLORS[:1] / 255}, "colors are uint8"),
-        ({"texts": []}, "1 masks but 0 texts"),
+        ({"texts": []}, r"colors are uint8 \(0, 3\) for 0 texts"),
         ({"alpha": 1.5}, "alpha"),
         ({"alpha": float("nan")}, "alpha"),
     ],
