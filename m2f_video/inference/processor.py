@@ -21,7 +21,7 @@ from torch import Tensor
 
 from m2f_video.config import PreprocessingConfig, VideoMask2FormerConfig
 from m2f_video.inference import postprocess, postprocess_image
-from m2f_video.inference.segments import MASK_STRIDE, SegmentationOutputs, Size, Sizes, check_outputs, check_sizes
+from m2f_video.inference.segments import SegmentationOutputs, Size, Sizes, check_outputs, geometries
 from m2f_video.video.arrays import ArrayVideo
 
 if TYPE_CHECKING:
@@ -184,9 +184,8 @@ class VideoProcessor:
         """The given sizes, or those the videos of `target_sizes` were resized to when they became this input."""
         if resized_sizes is not None or target_sizes is None:
             return resized_sizes
-        mask_logits = check_outputs(outputs)[1]
-        targets = check_sizes("target_sizes", target_sizes, len(mask_logits))
-        actual = (MASK_STRIDE * mask_logits.shape[-2], MASK_STRIDE * mask_logits.shape[-1])
+        items = geometries(check_outputs(outputs)[1], target_sizes, None)
+        actual, targets = items[0].padded, [item.target for item in items]
         sizes = [self.resized_size(*size) for size in targets]
         expected = self._batch_size(sizes)
         if actual == expected:
