@@ -6,9 +6,10 @@ Every dataset here is a sequence of annotated videos; a video gives any of its f
 Shape letters: N instances, T frames of a clip, H height, W width.
 """
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -218,7 +219,13 @@ class ClipDataset(torch.utils.data.Dataset[Clip]):
         return len(self.videos)
 
     def __getitem__(self, key: int | tuple[int, int]) -> Clip:
-        index, draw = key if isinstance(key, tuple) else (key, int(torch.randint(2**62, ())))
+        pair: tuple[Any, ...] = key if isinstance(key, tuple) else (key, torch.randint(2**62, ()))
+        try:
+            index, draw = map(operator.index, pair)
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"a clip is asked for by the number of its video, or by (video, draw), got {key!r:.60}"
+            ) from error
         if not 0 <= index < len(self):
             raise IndexError(f"there is no video {index}, the dataset has {len(self)}")
         random = np.random.default_rng((self.seed, draw, index))

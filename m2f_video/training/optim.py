@@ -12,6 +12,7 @@ from m2f_video.config import CheckedConfig, ConfigError
 _NORMS = (
     nn.LayerNorm,
     nn.GroupNorm,
+    nn.RMSNorm,
     nn.modules.batchnorm._NormBase,  # batch and instance norms of timm backbones
 )
 
@@ -64,18 +65,25 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, ob
     """The paper's groups: backbone or not, decayed or not.
 
     Parameters of norms, of `nn.Embedding` and relative position bias tables are not decayed; biases of other layers and
-    the pixel decoder's level embedding (a plain parameter) are, as in the original.
+    the pixel decoder's level embedding (a plain parameter) are, as in the original. A parameter that several modules
+    share is what the first of them makes of it.
+
+    Args:
+        model: as it is, compiled, or wrapped, as by `DistributedDataParallel`.
+        config: weight decay and learning rates.
 
     Returns:
         For an optimiser: up to four groups with `params`, `weight_decay`, `lr`, and `lr_factor`, the learning rate of
         the group over the run's.
     """
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    grouped: set[nn.Parameter] = set()
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if not parameter.requires_grad:
+            if not parameter.requires_grad or parameter in grouped:
                 continue
-            in_backbone = prefix == "backbone" or prefix.startswith("backbone.")
+            grouped.add(parameter)
+            in_backbone = "backbone" in prefix.split(".")  # wrappers put names of their own before and after
             decayed = not isinstance(module, (*_NORMS, nn.Embedding)) and name != "relative_position_bias_table"
             groups.setdefault((in_backbone, decayed), []).append(parameter)
     return [

@@ -70,7 +70,8 @@ class Trainer:
             folder `best/` with the weights of the best evaluation, and `final/`.
         validation: videos to evaluate on; None evaluates never.
         worker: this process; see `join_workers`.
-        resume: go on from the latest checkpoint in `output`; where there is none, begin.
+        resume: go on from the latest checkpoint in `output`, whatever `init` and `init_backbone` are; where there is
+            none, begin.
         init: weights to begin with, as `VideoMask2Former.from_pretrained` takes them; None begins with random ones. A
             classifier of other labels begins with random weights.
         init_backbone: weights of the backbone to begin with, as `load_backbone` takes them, instead of `init`.
@@ -164,6 +165,8 @@ class Trainer:
         if resume:
             begun = f"resume after step {self.steps_done}" if state else "there is no checkpoint yet; begin"
             self.log.say(f"{output}: {begun}")
+        if state is not None and (given := init or init_backbone):
+            self.log.say(f"{given} is not loaded: the run goes on from its checkpoint")
         if state is not None and state["workers"] != self.worker.world_size:
             self.log.say(
                 f"{output}: there were {state['workers']} workers and are now {self.worker.world_size}, so that other "

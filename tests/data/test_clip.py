@@ -123,6 +123,19 @@ def test_clips_that_do_not_exist():
         ClipDataset(dataset().videos, seed=-1)
 
 
+@pytest.mark.parametrize("key", ["one", 1.5, None, slice(2), (0,), (0, 1, 2), (0, "one")], ids=repr)
+def test_a_key_that_is_no_number_is_named(key):
+    with pytest.raises(TypeError, match=r"by the number of its video, or by \(video, draw\), got .") as raised:
+        dataset()[key]
+    assert repr(key) in str(raised.value)
+
+
+def test_any_kind_of_integer_is_a_key():
+    clip = dataset()[1, 2]
+    for key in ((np.int64(1), np.int32(2)), (torch.tensor(1), 2)):
+        assert torch.equal(dataset()[key].frames, clip.frames)
+
+
 def test_instances_in_no_frame_are_left_out_and_others_keep_their_place():
     clip = make_clip()
     masks = clip.masks.clone()

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -69,16 +70,48 @@ def test_groups_of_a_timm_backbone() -> None:
 
 def test_other_norms_and_frozen_parameters() -> None:
     model = nn.ModuleDict(
-        {"instance": nn.InstanceNorm2d(3, affine=True), "sync": nn.SyncBatchNorm(3), "backbone_like": nn.Linear(2, 2)}
+        {
+            "instance": nn.InstanceNorm2d(3, affine=True),
+            "rms": nn.RMSNorm(3),
+            "sync": nn.SyncBatchNorm(3),
+            "backbone_like": nn.Linear(2, 2),
+        }
     )
     model["backbone_like"].bias.requires_grad_(False)
     assert grouped(model) == {
         "instance.weight": (0.0, 1.0),
         "instance.bias": (0.0, 1.0),
+        "rms.weight": (0.0, 1.0),
         "sync.weight": (0.0, 1.0),
         "sync.bias": (0.0, 1.0),
         "backbone_like.weight": (0.3, 1.0),
     }
+
+
+def test_a_parameter_of_two_modules_is_in_one_group() -> None:
+    model = nn.ModuleDict({"first": nn.Linear(2, 2), "norm": nn.RMSNorm(2), "second": nn.Linear(2, 2)})
+    model["second"].weight = model["first"].weight
+    model["norm"].weight = model["first"].bias
+    assert grouped(model) == dict.fromkeys(("first.weight", "first.bias", "second.bias"), (0.3, 1.0))
+    build_optimizer(model, CONFIG)  # PyTorch takes none that repeats
+
+
+class Wrapper(nn.Module):
+    """Keeps a model under another name, as `DistributedDataParallel` does."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.module = model
+
+
+@pytest.mark.parametrize("wrap", [Wrapper, torch.compile, lambda model: Wrapper(torch.compile(model))])
+def test_a_wrapped_model_has_the_same_groups(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    model = VideoMask2Former(MODEL)
+    expected = parameter_groups(model, CONFIG)
+    assert parameter_groups(wrap(model), CONFIG) == expected
+    model.backbone.compile()
+    model.backbone = torch.compile(model.backbone)
+    assert [group["lr_factor"] for group in parameter_groups(model, CONFIG)] == [0.2, 0.2, 1.0, 1.0]
 
 
 def test_the_optimizer_has_the_groups_and_takes_rates() -> None:

@@ -462,6 +462,16 @@ def test_a_run_killed_before_its_first_checkpoint_keeps_what_it_began_with(other
     assert final_weights(tmp_path / "killed") == final_weights(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("option", ["init", "init_backbone"])
+def test_a_resumed_run_says_that_it_does_not_begin_anew(
+    option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_until(2, tmp_path)
+    made = Trainer(CONFIG, VIDEOS, tmp_path, resume=True, **{option: "nowhere"})
+    assert "\nnowhere is not loaded: the run goes on from its checkpoint\n" in capsys.readouterr().out
+    made.close()
+
+
 # Evaluation
 
 
