@@ -81,7 +81,8 @@ def train_command(argv: Sequence[str] = ()) -> Callable[..., int]:
         """
         from m2f_video.data.source import is_synthetic, open_dataset
         from m2f_video.distributed import join_workers
-        from m2f_video.training.trainer import BEST_FOLDER, CONFIG_FILE, FINAL_FOLDER, Trainer
+        from m2f_video.training.folder import BEST_FOLDER, CONFIG_FILE, FINAL_FOLDER
+        from m2f_video.training.trainer import Trainer
 
         if preset is None and config is None and not (resume and (output / CONFIG_FILE).exists()):
             missing = f"there is no run to resume in {output}; " if resume else ""
@@ -139,7 +140,7 @@ def _defaults(argv: Sequence[str]) -> TrainConfig:
     if given.config is not None:
         return TrainConfig.from_file(given.config)
     if given.preset is None and given.resume and given.output is not None:
-        from m2f_video.training.trainer import CONFIG_FILE
+        from m2f_video.training.folder import CONFIG_FILE
 
         if (given.output / CONFIG_FILE).exists():
             return TrainConfig.from_file(given.output / CONFIG_FILE)

@@ -33,10 +33,6 @@ _KINDS: dict[str, tuple[type, ...]] = {
 }
 
 
-class _NewerFormatError(ValueError):
-    """A checkpoint that a newer version wrote, whose run must not go on from an earlier one."""
-
-
 class CheckpointWarning(UserWarning):
     """A checkpoint is damaged, and an earlier one is used."""
 
@@ -49,6 +45,11 @@ def list_checkpoints(output: Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), path) for match, path in matches if match)
 
 
+def checkpoint_file(output: Path, step: int) -> Path:
+    """Where the checkpoint after `step` steps of a run is kept."""
+    return output / FOLDER / f"step-{step:08d}.pt"
+
+
 def save_checkpoint(output: Path, step: int, state: dict[str, Any], keep: int) -> Path:
     """Write the state after `step` steps, then remove all but the latest `keep` checkpoints up to this one.
 
@@ -59,12 +60,11 @@ def save_checkpoint(output: Path, step: int, state: dict[str, Any], keep: int) -
     Raises:
         OSError: the file cannot be written.
     """
-    folder = output / FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(".step-*"):
+    path = checkpoint_file(output, step)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in path.parent.glob(".step-*"):
         if not leftover.is_dir():
             leftover.unlink()
-    path = folder / f"step-{step:08d}.pt"
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         try:
             torch.save({"format": FORMAT, "step": step, **state}, file)
@@ -95,18 +95,14 @@ def load_latest_checkpoint(output: Path) -> dict[str, Any] | None:
     checkpoints = list_checkpoints(output)
     for step, path in reversed(checkpoints):
         try:
-            state = read_torch_file(path)
-            format = state.get("format") if isinstance(state, dict) else None
-            if isinstance(format, int) and format > FORMAT:
-                raise _NewerFormatError(
-                    f"{path} has format {format}, not {FORMAT}; a newer m2f-video wrote it: upgrade"
-                )
-            return _checked(state, step)
-        except _NewerFormatError:
-            raise
+            state = _checked(read_torch_file(path), step)
         except ValueError as error:
             reason = str(error).removeprefix(f"{path}: ").removeprefix(f"{path} ")
             warnings.warn(f"{path} is damaged and passed over ({reason:.120})", CheckpointWarning, stacklevel=2)
+            continue
+        if state["format"] > FORMAT:  # whose run must not go on from an earlier one
+            raise ValueError(f"{path} has format {state['format']}, not {FORMAT}; a newer m2f-video wrote it: upgrade")
+        return state
     if checkpoints:
         raise ValueError(
             f"none of the {len(checkpoints)} checkpoints in {output / FOLDER} can be read; start a new run"
@@ -117,11 +113,15 @@ def load_latest_checkpoint(output: Path) -> dict[str, Any] | None:
 def _checked(state: object, step: int) -> dict[str, Any]:
     """A state with all that a run needs to go on, each of its kind; whether it fits the run is for the trainer to say.
 
+    What a newer version wrote may have another form.
+
     Raises:
         ValueError: something is missing or of another kind.
     """
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+    if not isinstance(state, dict) or not isinstance(state.get("format"), int) or state["format"] < FORMAT:
         raise ValueError("it is no checkpoint of a run")
+    if state["format"] > FORMAT:
+        return state
     if state.get("step") != step:
         raise ValueError(f"it holds step {state.get('step')!r:.20}")
     for name, kinds in _KINDS.items():

@@ -6,12 +6,10 @@ never stopped, bit for bit where the device computes deterministically (CPUs do,
 """
 
 import copy
-import errno
-import os
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, closing
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -19,40 +17,36 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from m2f_video.backbone_weights import load_backbone
-from m2f_video.config import ConfigError, VideoMask2FormerConfig
 from m2f_video.data.augment import Augmentation
 from m2f_video.data.clip import AnnotatedVideos, ClipDataset
 from m2f_video.distributed import Worker, mean_over_workers, share_buffers
 from m2f_video.evaluation.annotations import GroundTruth
 from m2f_video.evaluation.predict import evaluate_model, prepare_ground_truth
-from m2f_video.files import atomic_path, made_directory, remove_leftovers
-from m2f_video.hub import in_words, load_checkpoint, load_state_dict_strictly, other_function
+from m2f_video.files import atomic_path, remove_leftovers
 from m2f_video.modeling.pixel_decoder import DeformableEncoderLayer
 from m2f_video.modeling.swin import SwinBlock
 from m2f_video.modeling.transformer_decoder import DecoderLayer
 from m2f_video.modeling.video_mask2former import VideoMask2Former
 from m2f_video.training.batches import Batch, ClipBatches, ClipOrder, Collate, load_batches, lost_process
-from m2f_video.training.checkpoint import FOLDER, list_checkpoints, load_latest_checkpoint, save_checkpoint
+from m2f_video.training.checkpoint import checkpoint_file, save_checkpoint
 from m2f_video.training.config import TrainConfig
-from m2f_video.training.log import (
-    EVALUATIONS_FILE,
-    LOGGED_PARTS,
-    STEPS_FILE,
-    TENSORBOARD_FOLDER,
-    TrainingLog,
+from m2f_video.training.folder import (
+    BEST_FOLDER,
+    CONFIG_FILE,
+    FINAL_FOLDER,
+    check_unused,
+    held_folder,
+    state_to_resume,
 )
-from m2f_video.training.losses import LossNorms, NonFinitePredictionError, VideoMask2FormerLoss, loss_norms
+from m2f_video.training.initial_weights import load_initial_weights
+from m2f_video.training.log import LOGGED_PARTS, TrainingLog
+from m2f_video.training.losses import NonFinitePredictionError, VideoMask2FormerLoss, loss_norms
 from m2f_video.training.optim import build_optimizer, learning_rate, set_learning_rate, update_average
-
-FINAL_FOLDER, BEST_FOLDER, CONFIG_FILE = "final", "best", "train.json"
-LOCK_FILE = ".lock"
-"""That is there while a run is at work in its folder, and after one that was killed; it means nothing by itself."""
 
 _PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -112,8 +106,24 @@ class Trainer:
             )
         with ExitStack() as held:
             if self.worker.is_main:
-                held.enter_context(_held(output))
-            self._prepare(videos, held, resume, init, init_backbone, tensorboard)
+                held.enter_context(held_folder(output))
+            if not resume:
+                check_unused(output)
+            state = state_to_resume(output, config, self._data, self._held_out) if resume else None
+            self.worker.check_same(
+                "the run to go on with", (config.to_json(), self._data, None if state is None else state["step"])
+            )
+            self._truth = self._prepare_truth()
+            said = self._build(state, init, init_backbone)
+            self._batches = self._load_batches(videos)
+            held.callback(self._batches.close)  # and the processes behind it
+            self.log = TrainingLog(output, self.worker, config.steps, self.steps_done, config.log_every, tensorboard)
+            held.callback(self.log.close)
+            if resume:
+                begun = f"resume after step {self.steps_done}" if state else "there is no checkpoint yet; begin"
+                self.log.say(f"{output}: {begun}")
+            for line in said:
+                self.log.say(line)
             self._resources = held.pop_all()
         if self.worker.is_main and config.optim.warmup_steps > config.steps:
             warnings.warn(
@@ -122,27 +132,23 @@ class Trainer:
                 stacklevel=2,
             )
 
-    def _prepare(
-        self,
-        videos: AnnotatedVideos,
-        held: ExitStack,
-        resume: bool,
-        init: str | None,
-        init_backbone: str | None,
-        tensorboard: bool,
-    ) -> None:
-        """Begin or resume; what has to be closed at the end is put on `held`."""
-        config, output = self.config, self.output
-        state = _checked_state(output, config, (self._data, self._held_out), resume)
-        self.worker.check_same(
-            "the run to go on with", (config.to_json(), self._data, None if state is None else state["step"])
-        )
-        self._truth = self._prepare_truth()
-
+    def _build(self, state: dict[str, Any] | None, init: str | None, init_backbone: str | None) -> list[str]:
+        """Make all that has a state, as it is at the beginning or was saved; gives what there is to say about it."""
+        config, said = self.config, []
         torch.manual_seed(config.seed)
         model = VideoMask2Former(config.model)
-        knows_classes = init is None or state is not None or load_initial_weights(model, init)
-        begins_with = load_backbone(model, init_backbone) if init_backbone is not None and state is None else None
+        if state is not None:
+            if given := init or init_backbone:
+                said.append(f"{given} is not loaded: the run goes on from its checkpoint")
+            if state["workers"] != self.worker.world_size:
+                said.append(
+                    f"{self.output}: there were {state['workers']} workers and are now {self.worker.world_size}, so "
+                    "that other random numbers are drawn than in an uninterrupted run"
+                )
+        elif init is not None and not load_initial_weights(model, init):
+            said.append(f"{init} knows other classes: the classifier begins with random weights")
+        elif init_backbone is not None:
+            said.append(str(load_backbone(model, init_backbone)))
         self.model = model.to(self.worker.device).train()
         self.average = copy.deepcopy(self.model).eval().requires_grad_(False) if config.optim.ema_decay else None
         if config.activation_checkpointing:
@@ -154,28 +160,7 @@ class Trainer:
         self.best: dict[str, float] | None = None
         if state is not None:
             self._restore(state)
-
-        self._batches = self._load_batches(videos)
-        held.callback(self._batches.close)  # and the processes behind it
-        if self.worker.is_main:
-            for name in (FINAL_FOLDER, BEST_FOLDER):  # which may not be written again
-                remove_leftovers(output / name / name)
-        self.log = TrainingLog(output, self.worker, config.steps, self.steps_done, config.log_every, tensorboard)
-        held.callback(self.log.close)
-        if resume:
-            begun = f"resume after step {self.steps_done}" if state else "there is no checkpoint yet; begin"
-            self.log.say(f"{output}: {begun}")
-        if state is not None and (given := init or init_backbone):
-            self.log.say(f"{given} is not loaded: the run goes on from its checkpoint")
-        if state is not None and state["workers"] != self.worker.world_size:
-            self.log.say(
-                f"{output}: there were {state['workers']} workers and are now {self.worker.world_size}, so that other "
-                "random numbers are drawn than in an uninterrupted run"
-            )
-        if begins_with is not None:
-            self.log.say(str(begins_with))
-        if not knows_classes:
-            self.log.say(f"{init} knows other classes: the classifier begins with random weights")
+        return said
 
     @property
     def result(self) -> VideoMask2Former:
@@ -232,6 +217,8 @@ class Trainer:
         """Leave what a run needs to be resumed from its beginning, or make up for what a kill has kept from it."""
         if not self.worker.is_main:
             return
+        for name in (FINAL_FOLDER, BEST_FOLDER):  # which may not be written again
+            remove_leftovers(self.output / name / name)
         if self.steps_done == 0:  # initial weights included
             self._save()
         with atomic_path(self.output / CONFIG_FILE) as file:
@@ -254,7 +241,13 @@ class Trainer:
     def _gradients(self, model: Callable[..., Any], step: int, parts: list[Batch]) -> Tensor:
         """Add up the gradients of a step's parts; gives the losses `loss` and `LOGGED_PARTS`."""
         config, device = self.config, self.worker.device
-        norms = self._norms(parts)
+        norms = loss_norms(
+            [target for _, targets in parts for target in targets],
+            num_queries=config.model.transformer_decoder.num_queries,
+            num_labels=config.model.num_labels,
+            no_object_weight=config.loss.no_object_weight,
+            device=device,
+        )
         losses = torch.zeros(1 + len(LOGGED_PARTS), dtype=torch.float64)
         for number, (frames, targets) in enumerate(parts):
             generator = self._seed(step, number)
@@ -271,15 +264,6 @@ class Trainer:
             values = [result.total, *(result.parts[name] for name in LOGGED_PARTS)]
             losses += torch.stack(values).detach().cpu()
         return losses
-
-    def _norms(self, parts: list[Batch]) -> LossNorms:
-        return loss_norms(
-            [target for _, targets in parts for target in targets],
-            num_queries=self.config.model.transformer_decoder.num_queries,
-            num_labels=self.config.model.num_labels,
-            no_object_weight=self.config.loss.no_object_weight,
-            device=self.worker.device,
-        )
 
     def _seed(self, step: int, part: int) -> torch.Generator:
         """Seed what a part of a step draws: points by the generator, what is dropped by the global ones."""
@@ -334,9 +318,11 @@ class Trainer:
         return True
 
     def _save(self) -> None:
-        if not self.worker.is_main:
-            return
-        state = {
+        if self.worker.is_main:
+            save_checkpoint(self.output, self.steps_done, self._state(), self.config.keep_checkpoints)
+
+    def _state(self) -> dict[str, Any]:
+        return {
             "config": self.config.to_json(),
             "data": self._data,
             "validation": self._held_out,
@@ -347,42 +333,29 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             "best": self.best,
         }
-        save_checkpoint(self.output, self.steps_done, state, self.config.keep_checkpoints)
 
     def _restore(self, state: dict[str, Any]) -> None:
-        moments, groups = _moments(state), self.optimizer.state_dict()["param_groups"]  # which the config says all of
-        best, average = state.get("best"), self.average
-        expected = {
-            "model": self.model.state_dict(),
-            "average": None if average is None else average.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "best": None if best is None else {"step": 0, "AP": 0.0},
-        }
-        wrong = [name for name, own in expected.items() if not _is_like(state.get(name), own)]
-        if wrong or not self._are_moments(moments):
-            raise ValueError(
-                f"{_checkpoint_file(self.output, state)} does not fit its run: {(*wrong, 'optimizer')[0]} is not what "
-                "was saved there; remove it to resume from the one before"
-            )
-        self.steps_done = state["step"]
-        self.best = best
-        self.model.load_state_dict(state["model"])
-        if average is not None:
-            average.load_state_dict(state["average"])
-        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
-        self.scaler.load_state_dict(state["scaler"])
-
-    def _are_moments(self, moments: Any) -> bool:
-        """Whether this is what AdamW keeps of parameters, by their number."""
+        own, moments = self._state(), state["optimizer"]["state"]
+        optimizer = own["optimizer"] | {"state": moments}  # the config says all of the rest
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        return isinstance(moments, dict) and all(
-            isinstance(number, int)
-            and 0 <= number < len(parameters)
-            and _is_like(
-                kept, {"step": torch.zeros(()), **dict.fromkeys(("exp_avg", "exp_avg_sq"), parameters[number])}
+        kept = {
+            number: {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
+            for number, parameter in enumerate(parameters)
+            if number in moments
+        }
+        pairs = {name: (state[name], own[name]) for name in ("model", "average", "scaler")}
+        pairs["optimizer"] = moments, kept
+        if wrong := [name for name, (found, expected) in pairs.items() if _form(found) != _form(expected)]:
+            raise ValueError(
+                f"{checkpoint_file(self.output, state['step'])} does not fit its run: {wrong[0]} is not what was saved "
+                "there; remove it to resume from the one before"
             )
-            for number, kept in moments.items()
-        )
+        self.steps_done, self.best = state["step"], state["best"]
+        self.model.load_state_dict(state["model"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(optimizer)
+        self.scaler.load_state_dict(state["scaler"])
 
     def _load_batches(self, videos: AnnotatedVideos) -> Generator[Batch]:
         config = self.config
@@ -411,130 +384,8 @@ def recompute_activations(model: nn.Module) -> None:
             module.forward = partial(checkpoint, module.forward, use_reentrant=False)  # type: ignore[method-assign]
 
 
-def load_initial_weights(model: VideoMask2Former, source: str) -> bool:
-    """Load a checkpoint's weights into a model; a classifier of other labels keeps the weights it has.
-
-    Warns where the checkpoint was made for another temporal mode or other frames, as one of an image model is.
-
-    Returns:
-        Whether the classifier was loaded too.
-
-    Raises:
-        ConfigError: its weights would compute something else in this model, as with other numbers of heads.
-        weights_convert.ConversionError: other weights are missing, left over, or of other shapes.
-        FileNotFoundError: no such checkpoint.
-    """
-    config, weights = load_checkpoint(source, config=_config_for_bare_file(source, model.config))
-    head = {name: own for name, own in model.state_dict().items() if name.startswith("transformer_decoder.class_head.")}
-    fits = all(name not in weights or weights[name].shape == own.shape for name, own in head.items())
-    knows_classes = config.labels == model.config.labels and fits  # a bare file says how many by its shapes alone
-    changed = other_function(config, model.config)
-    asked = {name: both for name, both in changed.items() if name == "temporal" or name.startswith("preprocessing.")}
-    if other := {name: both for name, both in changed.items() if name not in asked and name != "labels"}:
-        raise ConfigError(
-            f"{source:.80} would compute something else here than what it was trained for: {in_words(other)}; train "
-            "with its own config, or without its weights"
-        )
-    if asked:
-        warnings.warn(f"{source:.80} was trained for other frames: {in_words(asked)}", stacklevel=4)
-    load_state_dict_strictly(model, weights if knows_classes else weights | head, source)
-    return knows_classes
-
-
-def _config_for_bare_file(source: str, config: VideoMask2FormerConfig) -> VideoMask2FormerConfig | None:
-    """A weight file without a config beside it is taken to be of this model."""
-    path = Path(source)
-    return config if path.is_file() and not (path.parent / "config.json").exists() else None
-
-
-@contextmanager
-def _held(output: Path) -> Iterator[None]:
-    """Hold the folder of a run, made where missing, so that no other run writes there; the system ends that in a kill.
-
-    Raises:
-        ValueError: another run holds it.
-        OSError: it cannot be written, or files and folders are in each other's place.
-    """
-    for path in (output, *(output / name for name in (FOLDER, FINAL_FOLDER, BEST_FOLDER, TENSORBOARD_FOLDER))):
-        if os.path.lexists(path) and not path.is_dir():
-            raise NotADirectoryError(
-                f"{path} is a file, where a training run needs a folder; move it, or write elsewhere"
-            )
-    for path in (output / name for name in (CONFIG_FILE, STEPS_FILE, EVALUATIONS_FILE, LOCK_FILE)):
-        if path.is_dir():
-            raise IsADirectoryError(
-                f"{path} is a folder, where a training run needs a file; move it, or write elsewhere"
-            )
-    with made_directory(output):
-        lock = FileLock(output / LOCK_FILE, thread_local=False)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout as error:
-            raise ValueError(
-                f"another training run is at work in {output}; wait for its end, or write elsewhere"
-            ) from error
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
-                raise
-            warnings.warn(f"{output} cannot be locked: let no second run write there ({error.strerror})", stacklevel=2)
-        try:
-            yield
-        finally:
-            with suppress(OSError):  # Windows lets nobody remove what is open
-                (output / LOCK_FILE).unlink()  # while it is locked: who has it open will look for a new one
-            lock.release()
-
-
-def _checkpoint_file(output: Path, state: dict[str, Any]) -> Path:
-    return dict(list_checkpoints(output))[state["step"]]
-
-
-def _moments(state: dict[str, Any]) -> Any:
-    optimizer = state.get("optimizer")
-    return optimizer.get("state") if isinstance(optimizer, dict) else None
-
-
-def _is_like(found: Any, own: Any) -> bool:
-    """Whether a part of a checkpoint has the form of what it is to replace: keys, and types and shapes of values."""
-    if isinstance(own, Tensor):
-        if not isinstance(found, Tensor) or found.is_nested or found.layout != torch.strided:
-            return False
-        return (found.shape, found.dtype, found.device.type) == (own.shape, own.dtype, "cpu")
-    if isinstance(own, dict):
-        return (
-            isinstance(found, dict)
-            and found.keys() == own.keys()
-            and all(_is_like(found[key], own[key]) for key in own)
-        )
-    return type(found) is type(own)
-
-
-def _checked_state(
-    output: Path, config: TrainConfig, data: tuple[str, str | None], resume: bool
-) -> dict[str, Any] | None:
-    """The state to resume from; None to begin. `data` is of the training and of the validation videos."""
-    if not resume:
-        traces = (FINAL_FOLDER, BEST_FOLDER, CONFIG_FILE, STEPS_FILE, EVALUATIONS_FILE)
-        if list_checkpoints(output) or any((output / name).exists() for name in traces):
-            raise ValueError(f"{output} holds a training run already; go on with it by resume, or write elsewhere")
-        return None
-    state = load_latest_checkpoint(output)
-    if state is None:
-        return None
-    file = _checkpoint_file(output, state)
-    try:
-        before = TrainConfig.from_json(state["config"])
-    except ConfigError as error:
-        raise ConfigError(f"{file}: {error}") from error
-    if names := before.differences(config):
-        raise ValueError(
-            f"the run in {output} has another {', '.join(names[:5])}; resume it with the config it began with "
-            f"({output / CONFIG_FILE})"
-        )
-    for kind, was, now in zip(("training", "validation"), (state["data"], state["validation"]), data, strict=True):
-        if was != now:
-            raise ValueError(
-                f"the {kind} videos are not those that the run in {output} began with (another dataset, or its "
-                "annotations, labels or videos have changed); give or restore them, or start a new run"
-            )
-    return state
+def _form(part: object) -> object:
+    """What has to be equal in a part of a checkpoint and in what it replaces: keys, shapes and types of values."""
+    if isinstance(part, dict):
+        return {key: _form(value) for key, value in part.items()}
+    return (part.shape, part.dtype) if isinstance(part, Tensor) else type(part)
