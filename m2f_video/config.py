@@ -64,6 +64,18 @@ def _require_range(config: object, **most: int) -> None:
         _require(value <= limit, f"{path} must be at most {limit}, got {shown(value)}")
 
 
+def check_fields(config: object, requirement: str, holds: Callable[[Any], bool], *names: str) -> None:
+    """Check fields of a config by what their values, or all values of a tuple, must be, such as "must be positive".
+
+    Raises:
+        ConfigError: for one of them `holds` is not true; the message names it.
+    """
+    for name in names:
+        value = getattr(config, name)
+        good = all(map(holds, value)) if isinstance(value, tuple) else holds(value)
+        _require(good, f"{type(config).__name__}.{name} {requirement}, got {shown(value)}")
+
+
 def shown(value: object) -> str:
     """A value, whatever its length and depth, as a message can show it."""
     try:

@@ -13,6 +13,11 @@ from torch import nn
 from m2f_video.hub import parse_device
 
 
+def num_workers() -> int:
+    """How many processes work together by `torch.distributed`; 1 where it is not there or not initialised."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
 @dataclass(frozen=True)
 class Worker:
     """This process among those that work together; alone, it is number 0 of 1.
@@ -38,7 +43,7 @@ class Worker:
         Raises:
             ValueError: they have not; raised by all of them.
         """
-        if dist.is_available() and dist.is_initialized():
+        if num_workers() > 1:
             values: list[object] = [None] * self.world_size
             dist.all_gather_object(values, value)
             if any(other != values[0] for other in values):
@@ -84,15 +89,15 @@ def join_workers(device: str | torch.device | None = None) -> Iterator[Worker]:
 
 def mean_over_workers(values: torch.Tensor) -> torch.Tensor:
     """The average of a tensor over all workers, on each of them; alone, the tensor itself."""
-    if dist.is_available() and dist.is_initialized():
+    if (workers := num_workers()) > 1:
         values = values.clone()
         dist.all_reduce(values)
-        values /= dist.get_world_size()
+        values /= workers
     return values
 
 
 def share_buffers(model: nn.Module) -> None:
     """Give every worker the first one's buffers, as batch norms gather running statistics of a worker's own clips."""
-    if dist.is_available() and dist.is_initialized():
+    if num_workers() > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, src=0)

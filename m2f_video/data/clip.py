@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from m2f_video.config import CheckedConfig, check_fields
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Clip:
@@ -139,7 +141,7 @@ def check_frame_indices(frame_indices: Sequence[int], num_frames: int, name: str
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClipSampling:
+class ClipSampling(CheckedConfig):
     """Which frames of a video make a clip.
 
     Raises:
@@ -151,11 +153,9 @@ class ClipSampling:
     frame_range: int = 20
     """Farthest that a frame may be from the reference frame."""
 
-    def __post_init__(self) -> None:
-        if self.num_frames < 1:
-            raise ValueError(f"ClipSampling.num_frames must be positive, got {self.num_frames}")
-        if self.frame_range < 0:
-            raise ValueError(f"ClipSampling.frame_range must not be negative, got {self.frame_range}")
+    def _check(self) -> None:
+        check_fields(self, "must be positive", lambda value: value > 0, "num_frames")
+        check_fields(self, "must not be negative", lambda value: value >= 0, "frame_range")
 
 
 def sample_frames(video_length: int, sampling: ClipSampling, random: np.random.Generator) -> tuple[int, ...]:

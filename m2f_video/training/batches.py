@@ -6,6 +6,8 @@ B clips, T frames, N instances, H W height and width, padded to what the model t
 import os
 import signal
 from collections.abc import Generator, Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ Batch = tuple[Tensor, list[ClipTarget]]
 """Frames (B, T, 3, H, W), normalised and padded, and the target of each clip."""
 
 
+@dataclass
 class ClipOrder:
     """The clips of every step, as the keys of a `ClipDataset`: an iterable of one worker's lists, step by step.
 
@@ -42,32 +45,24 @@ class ClipOrder:
         ValueError: there are no videos, or a batch cannot be divided evenly.
     """
 
-    def __init__(
-        self,
-        num_videos: int,
-        *,
-        batch_size: int,
-        steps: tuple[int, int],
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-        parts: int = 1,
-    ) -> None:
-        if num_videos < 1:
+    num_videos: int
+    _: KW_ONLY
+    batch_size: int
+    steps: tuple[int, int]
+    seed: int
+    rank: int = 0
+    world_size: int = 1
+    parts: int = 1
+
+    def __post_init__(self) -> None:
+        if self.num_videos < 1:
             raise ValueError("there are no videos to train on")
-        if batch_size % (world_size * parts):
+        divisor = self.world_size * self.parts
+        if self.batch_size % divisor:
             raise ValueError(
-                f"batch_size={batch_size} cannot be divided among {world_size} workers and {parts} parts; "
-                f"make it a multiple of {world_size * parts}"
+                f"batch_size={self.batch_size} cannot be divided among {self.world_size} workers and {self.parts} "
+                f"parts; make it a multiple of {divisor}"
             )
-        self.num_videos = num_videos
-        self.batch_size = batch_size
-        self.steps = steps
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
-        self.parts = parts
-        self._epoch: tuple[int, np.ndarray] | None = None
 
     def __len__(self) -> int:
         return (self.steps[1] - self.steps[0]) * self.parts
@@ -82,11 +77,15 @@ class ClipOrder:
     def _key(self, number: int) -> tuple[int, int]:
         """Video and draw of the clip that has this number in the whole run."""
         epoch, position = divmod(number, self.num_videos)
-        if self._epoch is None or self._epoch[0] != epoch:
-            self._epoch = (epoch, np.random.default_rng((self.seed, epoch)).permutation(self.num_videos))
-        return int(self._epoch[1][position]), epoch
+        return int(_shuffled(self.num_videos, self.seed, epoch)[position]), epoch
 
 
+@lru_cache(maxsize=1)
+def _shuffled(num_videos: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(num_videos)
+
+
+@dataclass(frozen=True)
 class Collate:
     """Makes a batch of clips: frames are normalised and padded as `VideoProcessor` does, instances become targets.
 
@@ -96,10 +95,9 @@ class Collate:
         label_source: see `prepare_target`.
     """
 
-    def __init__(self, preprocessing: PreprocessingConfig, num_labels: int, label_source: LabelSource) -> None:
-        self.preprocessing = preprocessing
-        self.num_labels = num_labels
-        self.label_source = label_source
+    preprocessing: PreprocessingConfig
+    num_labels: int
+    label_source: LabelSource
 
     def __call__(self, clips: Sequence[Clip]) -> Batch:
         """Clips of as many frames each, of any sizes, to frames of one size and targets."""
@@ -125,6 +123,7 @@ class Collate:
         return F.pad(normalised, (0, width - frames.shape[-1], 0, height - frames.shape[-2]))
 
 
+@dataclass(frozen=True)
 class ClipBatches(Dataset[Batch | Exception]):
     """Batches by the lists of a `ClipOrder`, for a `DataLoader` without batching of its own.
 
@@ -136,9 +135,8 @@ class ClipBatches(Dataset[Batch | Exception]):
         collate: makes them a batch.
     """
 
-    def __init__(self, clips: ClipDataset, collate: Collate) -> None:
-        self.clips = clips
-        self.collate = collate
+    clips: ClipDataset
+    collate: Collate
 
     def __getitem__(self, keys: list[tuple[int, int]]) -> Batch | Exception:
         try:

@@ -69,7 +69,8 @@ def save_checkpoint(output: Path, step: int, state: dict[str, Any], keep: int) -
         try:
             torch.save({"format": FORMAT, "step": step, **state}, file)
         except RuntimeError as error:  # so PyTorch ends when only a part could be written
-            raise OSError(f"{path} cannot be written, the disk may be full: {_first_line(error)}") from error
+            reason = str(error).partition("\n")[0]
+            raise OSError(f"{path} cannot be written, the disk may be full: {reason:.120}") from error
         file.flush()
         os.fsync(file.fileno())
     kept = [old for number, old in list_checkpoints(output) if number <= step][-keep:]
@@ -157,8 +158,3 @@ def _checked(state: object, step: int) -> dict[str, Any]:
 def _is_whole(value: object) -> bool:
     """Whether this is a tensor that holds as many numbers as it claims: a stride of 0 makes any number of one."""
     return isinstance(value, Tensor) and value.nbytes <= value.untyped_storage().nbytes()
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:120] if lines else type(error).__name__

@@ -17,6 +17,7 @@ from m2f_video.config import (
     TransformerDecoderConfig,
     VideoMask2FormerConfig,
     build_config,
+    check_fields,
     flatten,
     read_config_file,
 )
@@ -78,12 +79,9 @@ class TrainConfig(CheckedConfig):
     """Processes that prepare clips; 0 prepares them in the training process."""
 
     def _check(self) -> None:
-        for name in ("steps", "batch_size", "accumulation", "checkpoint_every", "keep_checkpoints", "log_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"TrainConfig.{name} must be positive, got {getattr(self, name)}")
-        for name in ("seed", "evaluate_every", "num_workers"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"TrainConfig.{name} must not be negative, got {getattr(self, name)}")
+        positive = ("steps", "batch_size", "accumulation", "checkpoint_every", "keep_checkpoints", "log_every")
+        check_fields(self, "must be positive", lambda value: value > 0, *positive)
+        check_fields(self, "must not be negative", lambda value: value >= 0, "seed", "evaluate_every", "num_workers")
         if self.batch_size % self.accumulation:
             raise ConfigError(
                 f"TrainConfig.batch_size={self.batch_size} is not divisible by accumulation={self.accumulation}"

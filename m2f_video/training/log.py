@@ -1,7 +1,5 @@
 """What a run tells while it goes: lines on the console, CSV files, TensorBoard."""
 
-import csv
-import io
 import warnings
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -67,35 +65,40 @@ class TrainingLog:
                 print(text, flush=True)
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
-        """Log a step, counted from 1; `values` holds `loss`, `seconds` and what else there is, always the same."""
+        """Log a step, counted from 1: a value for each column of `log.csv` but the first."""
         if not self.enabled:
             return
-        _append_row(self.output / STEPS_FILE, {"step": step, **values})
-        self._show("train", step, values)
+        self._record(STEPS_FILE, "train", step, values)
         self._recent.append(values)
         if step % self.every == 0 or step == self.num_steps:
             self._print(step)
+            self._tensorboard("flush")  # a killed run has lost no more than its last lines
 
     def evaluation(self, step: int, stats: Mapping[str, float]) -> None:
         """Log an evaluation after a step; numbers are fractions, -1 where there is nothing to measure by."""
         if not self.enabled:
             return
-        _append_row(self.output / EVALUATIONS_FILE, {"step": step, **stats})
-        self._show("evaluation", step, stats)
+        self._record(EVALUATIONS_FILE, "evaluation", step, stats)
         shown = "  ".join(f"{name} {100 * stats[name]:.1f}" for name in ("AP", "AP50", "AP75", "AR10"))
         self.say(f"evaluation after step {step}:  {shown}")
 
     def close(self) -> None:
         """Write out what is still in memory."""
-        if self._writer is not None:
-            with naming(self.output / TENSORBOARD_FOLDER):
-                self._writer.close()
+        self._tensorboard("close")
 
-    def _show(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+    def _record(self, name: str, kind: str, step: int, values: Mapping[str, float]) -> None:
+        """Add a row to a file in one write; the first brings the header along."""
+        path, (_, *columns) = self.output / name, _COLUMNS[name]
+        header = "" if path.exists() and path.stat().st_size else f"{','.join(_COLUMNS[name])}\n"
+        with naming(path), path.open("a", encoding="utf-8") as file:
+            file.write(f"{header}{step},{','.join(str(values[column]) for column in columns)}\n")
+        for column in columns:
+            self._tensorboard("add_scalar", f"{kind}/{column}", values[column], step)
+
+    def _tensorboard(self, method: str, *arguments: object) -> None:
         if self._writer is not None:
             with naming(self.output / TENSORBOARD_FOLDER):
-                for name, value in values.items():
-                    self._writer.add_scalar(f"{kind}/{name}", value, step)
+                getattr(self._writer, method)(*arguments)
 
     def _print(self, step: int) -> None:
         mean = {name: sum(row[name] for row in self._recent) / len(self._recent) for name in self._recent[0]}
@@ -108,9 +111,6 @@ class TrainingLog:
             f"step {step}/{self.num_steps}  {losses}  lr {rate:.2e}  gradient {norm:.1f}  "
             f"{seconds:.2f} s/step  {left} left{memory}"
         )
-        if self._writer is not None:
-            with naming(self.output / TENSORBOARD_FOLDER):
-                self._writer.flush()  # so that a killed run has lost no more than its last lines
 
 
 def _summary_writer(folder: Path, first_step: int) -> Any:
@@ -119,17 +119,6 @@ def _summary_writer(folder: Path, first_step: int) -> Any:
     except ImportError as error:
         raise ImportError("TensorBoard is not installed: pip install 'm2f-video[train]'") from error
     return SummaryWriter(str(folder), purge_step=first_step + 1)
-
-
-def _append_row(path: Path, row: Mapping[str, float]) -> None:
-    """Add a row in one write; the first brings the header along."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(row), lineterminator="\n")
-    if not path.exists() or not path.stat().st_size:
-        writer.writeheader()
-    writer.writerow(row)
-    with naming(path), path.open("a", encoding="utf-8") as file:
-        file.write(text.getvalue())
 
 
 def _keep_rows(path: Path, columns: Sequence[str], last_step: int) -> None:

@@ -4,17 +4,16 @@ B clips, Q queries, K classes, T frames, h w size of the mask logits, H W size o
 instances of the batch, R = N*T masks (instances outermost, then frames), P points or pixels of a mask.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from m2f_video.config import ConfigError
+from m2f_video.config import CheckedConfig, ConfigError, check_fields
+from m2f_video.distributed import mean_over_workers, num_workers
 from m2f_video.inference.segments import MASK_STRIDE
 from m2f_video.modeling.transformer_decoder import Prediction
 from m2f_video.modeling.video_mask2former import VideoMask2FormerOutput
@@ -30,7 +29,7 @@ class NonFinitePredictionError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LossConfig:
+class LossConfig(CheckedConfig):
     """How predictions are matched and what is minimised; the defaults are the published ones.
 
     Raises:
@@ -57,31 +56,14 @@ class LossConfig:
     """Whether the mask losses compare `points`, most of them uncertain ones, or all of the `masks` (at the input's
     resolution), which takes several times the memory."""
 
-    def __post_init__(self) -> None:
-        """Check every field."""
-        weights = {"class_weight": self.class_weight, "mask_weight": self.mask_weight, "dice_weight": self.dice_weight}
-        for name, weight in weights.items():
-            _require(0 <= weight < math.inf, f"{name} must be finite and not negative, got {weight}")
-        _require(any(weights.values()), f"one of {', '.join(weights)} must be positive, all are 0")
-        _require(
-            0 < self.no_object_weight < math.inf,
-            f"no_object_weight must be finite and positive, got {self.no_object_weight}",
-        )
-        _require(
-            type(self.num_points) is int and self.num_points > 0,
-            f"num_points must be a positive integer, got {self.num_points!r}",
-        )
-        _require(
-            1 <= self.oversample_ratio < math.inf,
-            f"oversample_ratio must be finite and at least 1, got {self.oversample_ratio}",
-        )
-        _require(
-            0 <= self.importance_sample_ratio <= 1,
-            f"importance_sample_ratio must be in [0, 1], got {self.importance_sample_ratio}",
-        )
-        for name, value in (("matching", self.matching), ("mask_loss", self.mask_loss)):
-            choices = get_args(MaskComparison)
-            _require(value in choices, f"{name} must be one of {choices}, got {value!r}")
+    def _check(self) -> None:
+        weights = ("class_weight", "mask_weight", "dice_weight")
+        check_fields(self, "must not be negative", lambda value: value >= 0, *weights)
+        if not any(getattr(self, name) for name in weights):
+            raise ConfigError(f"one of LossConfig's {', '.join(weights)} must be positive, all are 0")
+        check_fields(self, "must be positive", lambda value: value > 0, "no_object_weight", "num_points")
+        check_fields(self, "must be at least 1", lambda value: value >= 1, "oversample_ratio")
+        check_fields(self, "must be in [0, 1]", lambda value: 0 <= value <= 1, "importance_sample_ratio")
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,14 +161,11 @@ def loss_norms(
     count = sum(len(target.labels) for target in targets)
     known = sum(min(int((target.labels < num_labels).sum()), num_queries) for target in targets)
     unknown = len(targets) * num_queries - known
-    totals = torch.tensor([count, known + unknown * no_object_weight], dtype=torch.float64)
-    workers = 1
-    if dist.is_available() and dist.is_initialized():
-        workers = dist.get_world_size()
-        totals = totals.to(device)
-        dist.all_reduce(totals)
-    num_instances, class_weight = totals.tolist()
-    return LossNorms(max(num_instances, 1.0) / workers, class_weight / workers)
+    norms = torch.tensor([count, known + unknown * no_object_weight], dtype=torch.float64)
+    if (workers := num_workers()) > 1:
+        norms = mean_over_workers(norms.to(device))
+    num_instances, class_weight = norms.tolist()
+    return LossNorms(max(num_instances, 1 / workers), class_weight)
 
 
 class VideoMask2FormerLoss:
@@ -356,8 +335,3 @@ def _on_canvas(targets: Sequence[ClipTarget], prediction: Prediction) -> list[Cl
         masks = target.masks.to(at_least_float32(logits[:0]))  # once, not at every depth
         padded.append(ClipTarget(target.labels.to(logits.device), F.pad(masks, (0, W - width, 0, H - height))))
     return padded
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(f"LossConfig.{message}")

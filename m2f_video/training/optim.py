@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from m2f_video.config import CheckedConfig, ConfigError
+from m2f_video.config import CheckedConfig, check_fields
 
 _NORMS = (
     nn.LayerNorm,
@@ -46,19 +46,11 @@ class OptimConfig(CheckedConfig):
     average. Where there is one, it is what is evaluated and what is left at the end."""
 
     def _check(self) -> None:
-        checks = {
-            "learning_rate": self.learning_rate > 0,
-            "backbone_factor": self.backbone_factor >= 0,
-            "weight_decay": self.weight_decay >= 0,
-            "clip_norm": self.clip_norm >= 0,
-            "milestones": all(step > 0 for step in self.milestones),
-            "gamma": 0 < self.gamma <= 1,
-            "warmup_steps": self.warmup_steps >= 0,
-            "ema_decay": 0 <= self.ema_decay < 1,
-        }
-        for name, good in checks.items():
-            if not good:
-                raise ConfigError(f"OptimConfig.{name} is out of its range: {getattr(self, name)!s:.60}")
+        check_fields(self, "must be positive", lambda value: value > 0, "learning_rate", "milestones")
+        not_negative = ("backbone_factor", "weight_decay", "clip_norm", "warmup_steps")
+        check_fields(self, "must not be negative", lambda value: value >= 0, *not_negative)
+        check_fields(self, "must be in (0, 1]", lambda value: 0 < value <= 1, "gamma")
+        check_fields(self, "must be in [0, 1)", lambda value: 0 <= value < 1, "ema_decay")
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, object]]:

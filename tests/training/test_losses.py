@@ -341,12 +341,14 @@ def test_defaults_are_the_published_ones() -> None:
 )
 def test_bad_values_are_named(bad: dict[str, Any]) -> None:
     (name,) = bad
-    with pytest.raises(ConfigError, match=rf"LossConfig\.{name} must be"):
+    with pytest.raises(ConfigError, match=rf"LossConfig\.{name} must"):
         LossConfig(**bad)
 
 
 def test_a_loss_of_nothing_is_refused() -> None:
-    with pytest.raises(ConfigError, match="one of class_weight, mask_weight, dice_weight must be positive"):
+    with pytest.raises(
+        ConfigError, match="one of LossConfig's class_weight, mask_weight, dice_weight must be positive"
+    ):
         LossConfig(class_weight=0, mask_weight=0, dice_weight=0)
     with pytest.raises(ConfigError, match="num_labels must be positive, got 0"):
         VideoMask2FormerLoss(LossConfig(), 0)

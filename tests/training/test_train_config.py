@@ -73,7 +73,7 @@ def test_fields_left_out_keep_their_defaults() -> None:
         ({"precision": "float64"}, "precision must be .*float64"),
         ({"label_source": "first_frame"}, "label_source must be"),
         ({"activation_checkpointing": 1}, "activation_checkpointing must be bool"),
-        ({"optim": {"learning_rate": 0}}, "learning_rate is out of its range: 0"),
+        ({"optim": {"learning_rate": 0}}, "OptimConfig.learning_rate must be positive, got 0"),
         ({"optim": {"milestones": 4000}}, "optim.milestones must be"),
         ({"optim": {"learning_rate": float("nan")}}, "learning_rate must be a finite float"),
         ({"loss": {"dice_weight": -1}}, "LossConfig.dice_weight"),

@@ -163,6 +163,7 @@ def test_workers_that_would_go_on_from_different_steps_are_stopped(
         values[:] = [mine, theirs]
 
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(dist, "all_gather_object", gather)
     worker = Worker(0, 2, torch.device("cpu"))
     expected = pytest.raises(ValueError, match="the workers differ in the run") if differ else nullcontext()

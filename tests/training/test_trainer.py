@@ -34,7 +34,7 @@ from m2f_video.training import (
     trainer,
 )
 from m2f_video.training.checkpoint import list_checkpoints, load_latest_checkpoint
-from m2f_video.training.log import TrainingLog
+from m2f_video.training.log import LOGGED_PARTS, TrainingLog
 from m2f_video.training.optim import learning_rate
 from tests.tolerances import identical
 from tests.training.tiny_run import (
@@ -280,7 +280,7 @@ def full(*_: object, **__: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-NUMBERS = dict.fromkeys(("loss", "seconds", "learning_rate", "grad_norm"), 1.0)
+NUMBERS = dict.fromkeys(("loss", *LOGGED_PARTS, "learning_rate", "grad_norm", "seconds"), 1.0)
 
 
 @pytest.mark.parametrize("call", ["open", "add_scalar", "flush", "close", "print"])
