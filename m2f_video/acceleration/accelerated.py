@@ -42,8 +42,10 @@ def accelerated(model: Model, plain: bool = False) -> Iterator[Model]:
         model = in_evaluation_mode(model)
     twins = () if plain else _twins(model)
     with _LOCK:
-        before = {module for module in model.modules() if isinstance(module, Fused)} - _users.keys()
-        mine = [twin for twin in fuse(model, twins) if twin not in before] if twins else []
+        mine: list[nn.Module] = [module for module in model.modules() if module in _users]
+        if twins and not mine:
+            before = {module for module in model.modules() if isinstance(module, Fused)}  # prepared: they stay
+            mine = [twin for twin in fuse(model, twins) if twin not in before]
         for twin in mine:
             _users[twin] = _users.get(twin, 0) + 1
     try:

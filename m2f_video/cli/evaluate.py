@@ -57,8 +57,8 @@ class ModelOptions:
     """with --data: such as cpu, cuda or cuda:1; by default cuda where there is one, else cpu."""
     dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32"
     """with --data: floating-point type the model runs in."""
-    prepare: bool = False
-    """with --data: pack weights and compile kernels first: faster on a CPU, and equal to rounding."""
+    plain: bool = False
+    """with --data: run the model as it is written, without the accelerated twins of its modules."""
     top_k: int = 10
     """with --data: how many (query, class) pairs of a video become results; the published evaluation takes 10."""
     frames_per_chunk: int | None = None
@@ -162,6 +162,7 @@ def _evaluate_checkpoint(
             videos,
             top_k=options.top_k,
             frames_per_chunk=options.frames_per_chunk,
+            plain=options.plain,
             journal=journal,
         )
         if not worker.is_main:
@@ -205,10 +206,9 @@ def _saying_what_was_done(journal: Path, progress: Progress) -> Progress:
 def _load_model(checkpoint: str, options: ModelOptions, device: torch.device) -> VideoMask2Former:
     if load_config(checkpoint, config=options.config, temporal=options.temporal).temporal != "joint":
         raise ValueError(f"{checkpoint} is an image model; --temporal joint reads it as a video model")
-    model = VideoMask2Former.from_pretrained(
+    return VideoMask2Former.from_pretrained(
         checkpoint, config=options.config, temporal=options.temporal, device=device, dtype=options.dtype
     )
-    return model.prepare_for_inference() if options.prepare else model
 
 
 def _describe(videos: YouTubeVis | SyntheticVideos, split: str) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from m2f_video.acceleration import accelerated
 from m2f_video.data.clip import AnnotatedVideo, AnnotatedVideos
 from m2f_video.data.write import youtube_vis_annotations
 from m2f_video.data.youtube_vis import YouTubeVis
@@ -36,6 +37,7 @@ def predict_videos(
     processor: VideoProcessor | None = None,
     top_k: int = 10,
     frames_per_chunk: int | None = None,
+    plain: bool = False,
     rank: int = 0,
     world_size: int = 1,
     journal: str | os.PathLike[str] | None = None,
@@ -49,6 +51,7 @@ def predict_videos(
         processor: other preprocessing than the model's own.
         top_k: how many (query, class) pairs of a video become rows, as the published evaluation takes 10.
         frames_per_chunk: frames encoded at a time; None is 1 on a CPU and 8 elsewhere.
+        plain: run the model as it is written, without accelerated twins.
         rank: which share of the videos: `rank`, `rank + world_size`, ...
         world_size: number of shares.
         journal: file (`.jsonl`) that keeps each video as soon as it is finished. With the same journal a run that was
@@ -82,26 +85,32 @@ def predict_videos(
             raise ValueError(f"{journal}: the rows of video {index} are damaged; delete the file to start anew")
     if progress is not None:
         progress("videos", len(rows_of), len(share))
-    for index in share:
-        if index in rows_of:
-            continue
-        video = videos[index]
-        segmentation = segment_video(
-            model, _VideoFrames(video), processor=processor, top_k=top_k, frames_per_chunk=frames_per_chunk
-        )
-        rows_of[index] = [
-            {
-                "video_id": video.video_id,
-                "category_id": category_ids[track.label],
-                "score": track.score,
-                "segmentations": list(track.segmentations),
-            }
-            for track in segmentation.tracks
-        ]
-        if kept is not None:
-            kept.add(index, rows_of[index])
-        if progress is not None:
-            progress("videos", len(rows_of), len(share))
+    with accelerated(model, plain) as fast:
+        for index in share:
+            if index in rows_of:
+                continue
+            video = videos[index]
+            segmentation = segment_video(
+                fast,
+                _VideoFrames(video),
+                processor=processor,
+                top_k=top_k,
+                frames_per_chunk=frames_per_chunk,
+                plain=plain,
+            )
+            rows_of[index] = [
+                {
+                    "video_id": video.video_id,
+                    "category_id": category_ids[track.label],
+                    "score": track.score,
+                    "segmentations": list(track.segmentations),
+                }
+                for track in segmentation.tracks
+            ]
+            if kept is not None:
+                kept.add(index, rows_of[index])
+            if progress is not None:
+                progress("videos", len(rows_of), len(share))
     return [row for index in share for row in rows_of[index]]
 
 
@@ -112,6 +121,7 @@ def predict_on_all_ranks(
     processor: VideoProcessor | None = None,
     top_k: int = 10,
     frames_per_chunk: int | None = None,
+    plain: bool = False,
     journal: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> list[Row]:
@@ -123,6 +133,7 @@ def predict_on_all_ranks(
         processor: see `predict_videos`.
         top_k: see `predict_videos`.
         frames_per_chunk: see `predict_videos`.
+        plain: see `predict_videos`.
         journal: see `predict_videos`; another file for each rank.
         progress: see `predict_videos`; it counts the rank's own share.
 
@@ -140,6 +151,7 @@ def predict_on_all_ranks(
         processor=processor,
         top_k=top_k,
         frames_per_chunk=frames_per_chunk,
+        plain=plain,
         rank=rank,
         world_size=world_size,
         journal=journal,
@@ -160,6 +172,7 @@ def evaluate_model(
     processor: VideoProcessor | None = None,
     top_k: int = 10,
     frames_per_chunk: int | None = None,
+    plain: bool = False,
     ground_truth: GroundTruth | None = None,
     progress: Progress | None = None,
 ) -> VideoAPResult:
@@ -171,6 +184,7 @@ def evaluate_model(
         processor: see `predict_videos`.
         top_k: see `predict_videos`.
         frames_per_chunk: see `predict_videos`.
+        plain: see `predict_videos`.
         ground_truth: what `prepare_ground_truth` gives for these videos, which spares making it in every call. Only
             rank 0 uses it.
         progress: see `predict_videos`; it counts the rank's own share.
@@ -187,7 +201,13 @@ def evaluate_model(
         if ground_truth is None:
             raise ValueError("the dataset has no annotations: there is no truth to measure by")
     rows = predict_on_all_ranks(
-        model, videos, processor=processor, top_k=top_k, frames_per_chunk=frames_per_chunk, progress=progress
+        model,
+        videos,
+        processor=processor,
+        top_k=top_k,
+        frames_per_chunk=frames_per_chunk,
+        plain=plain,
+        progress=progress,
     )
     measured: list[Any] = [None]
     if rank == 0 and ground_truth is not None:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from m2f_video.ops.cpu_kernels import KernelError
+from m2f_video.acceleration.cpu_kernels import KernelError
 from tests.fuzz.targets import TARGETS
 
 EXPECTED = (ValueError, OSError, ImportError, KernelError)

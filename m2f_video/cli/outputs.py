@@ -1,0 +1,42 @@
+"""What commands that segment share: types of their options, checks of their output folder, the table of tracks."""
+
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from rich.table import Table
+
+from m2f_video.cli.console import print_table
+from m2f_video.files import check_replaceable
+from m2f_video.results.tracks import VideoSegmentation
+
+Source = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
+DtypeName = Literal["float32", "float64", "bfloat16", "float16"]
+
+
+def check_output(folder: Path, *files: str) -> None:
+    """Fail before the work where these files could not be written to the folder after it."""
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not existing.is_dir():
+        raise NotADirectoryError(f"{existing} is a file; give --output a folder")
+    if not os.access(existing, os.W_OK):
+        raise PermissionError(f"{existing} is not writable; give --output another folder")
+    for name in files:
+        check_replaceable(folder / name)
+
+
+def print_tracks(segmentation: VideoSegmentation, min_score: float = 0.0) -> None:
+    """Print a table of the tracks that score enough."""
+    count = len(segmentation.frames)
+    tracks = [track for track in segmentation.tracks if track.score >= min_score]
+    if not tracks:
+        print(f"{segmentation.source}: {count} frames, no track reaches the --score-threshold")
+        return
+    print(f"{segmentation.source}: {count} frames, {len(tracks)} tracks")
+    table = Table("id", "label", "score", "frames", "mean area, px")
+    for track in tracks:
+        visible = track.num_frames_visible
+        area = sum(track.area(frame) for frame in range(count)) / max(visible, 1)
+        table.add_row(str(track.id), track.label, f"{track.score:.3f}", f"{visible}/{count}", f"{area:.0f}")
+    print_table(table)

@@ -1,0 +1,104 @@
+"""`m2f-video segment`."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from m2f_video.cli.console import one_line, progress_bars
+from m2f_video.cli.outputs import DtypeName, Source, check_output, print_tracks
+from m2f_video.hub import load_config
+from m2f_video.modeling.video_mask2former import VideoMask2Former
+from m2f_video.results.tracks import OVERLAY_FILE, TRACKS_FILE
+
+
+def segment(
+    source: Source,
+    /,
+    checkpoint: str,
+    output: Path,
+    config: str | None = None,
+    temporal: Literal["joint"] | None = None,
+    revision: str | None = None,
+    device: str | None = None,
+    dtype: DtypeName = "float32",
+    frames: str | None = None,
+    top_k: int = 10,
+    score_threshold: float = 0.0,
+    shortest_edge: int | None = None,
+    frames_per_chunk: int | None = None,
+    plain: bool = False,
+    strict: bool = False,
+    overlay: bool = True,
+) -> int:
+    """Segment and track the objects of a video; write tracks.json and overlay.mp4.
+
+    Example: m2f-video segment cars.mp4 --checkpoint facebook/video-mask2former-swin-tiny-youtubevis-2019-instance
+    --output out --score-threshold 0.3
+
+    Args:
+        source: video file, or a folder of frames (jpg, png, tif, ...), one picture each.
+        checkpoint: hub name, folder (config.json and weights; this project's or transformers' format) or weight file.
+        output: folder to write to; made where missing.
+        config: for a weight file without a config.json beside it: a preset such as swin_tiny_youtubevis_2019, or a
+            config.json.
+        temporal: read an image checkpoint, whose frames are decoded alone, as a video model (joint). Its identities
+            then hold across frames, though it was not trained for that.
+        revision: branch, tag or commit of a checkpoint on the hub.
+        device: such as cpu, cuda or cuda:1; by default cuda where there is one, else cpu.
+        dtype: floating-point type the model runs in.
+        frames: which frames, START:STOP or START:STOP:STEP, counted from 0, such as 10:50:2.
+        top_k: how many (query, class) pairs become tracks; the published evaluation takes 10.
+        score_threshold: leave out tracks that score less. 0 keeps all top-k, as the published evaluation does; 0.3
+            suits most videos.
+        shortest_edge: resize frames to this shorter side, in pixels, instead of the checkpoint's.
+        frames_per_chunk: frames encoded at a time; by default 1 on a CPU and 8 elsewhere.
+        plain: run the model as it is written, without the accelerated twins of its modules; for those who doubt them.
+        strict: fail on a video that is damaged or changes its size, instead of segmenting what comes before.
+        overlay: write overlay.mp4.
+    """
+    from m2f_video.inference.processor import VideoProcessor
+    from m2f_video.inference.whole import segment_video
+    from m2f_video.video.reader import open_video, parse_frames
+    from m2f_video.video.writer import MAX_SIDE
+
+    reader = open_video(source, None if frames is None else parse_frames(frames), strict=strict)
+    check_output(output, TRACKS_FILE, *([OVERLAY_FILE] if overlay else []))
+    if overlay and max(reader.width, reader.height) > MAX_SIDE:
+        raise ValueError(
+            f"{source} is {reader.width}x{reader.height}, and an overlay has at most {MAX_SIDE} pixels on a side; give "
+            "--no-overlay"
+        )
+    if Path(source).resolve() == (output / OVERLAY_FILE).resolve():
+        raise ValueError(f"{source} is what --output would overwrite; give --output another folder")
+    if load_config(checkpoint, config=config, temporal=temporal, revision=revision).temporal != "joint":
+        raise ValueError(f"{checkpoint} is an image model; --temporal joint reads it as a video model")
+    model = VideoMask2Former.from_pretrained(
+        checkpoint,
+        config=config,
+        temporal=temporal,
+        revision=revision,
+        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        dtype=dtype,
+    )
+    preprocessing = model.config.preprocessing
+    if shortest_edge is not None:
+        longest_edge = max(preprocessing.longest_edge, shortest_edge)
+        preprocessing = replace(preprocessing, shortest_edge=shortest_edge, longest_edge=longest_edge, fixed_size=None)
+    processor = VideoProcessor(preprocessing, model.config.labels)
+    with progress_bars(unit="frame") as update:
+        segmentation = segment_video(
+            model,
+            reader,
+            processor=processor,
+            top_k=top_k,
+            score_threshold=score_threshold,
+            frames_per_chunk=frames_per_chunk,
+            plain=plain,
+            progress=update,
+        )
+        segmentation.save(output, overlay, progress=lambda done, total: update("overlay", done, total))
+    print_tracks(segmentation)
+    print(one_line(f"written to {output}: {TRACKS_FILE}{f', {OVERLAY_FILE}' if overlay else ''}"))
+    return 0
