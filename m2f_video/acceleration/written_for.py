@@ -64,7 +64,7 @@ def _add_method(kind: type, name: str, found: dict[str, Function]) -> None:
         return
     title = f"{base.__module__}.{base.__qualname__}.{name}"
     function = _plain_function(vars(base)[name])
-    if title in found or (function is None and name != "forward"):
+    if title in found or not (function is not None or name == "forward" or _is_written_down(title)):
         return
     found[title] = Function(vars(base), name, vars(base)[name], title)
     if base.__module__.startswith(_OURS) and function is not None:
@@ -74,17 +74,23 @@ def _add_method(kind: type, name: str, found: dict[str, Function]) -> None:
 
 
 def _add_functions(function: FunctionType, found: dict[str, Function]) -> None:
-    """Add all functions of ours, and constants, that one names, and those that these name."""
+    """Add all functions of ours, and constants, that one names, and those that these name.
+
+    They are called by where they are named: what somebody put there instead need not be a function of ours.
+    """
+    place = function.__globals__
     for name in _names(function.__code__):
-        value = function.__globals__.get(name)
-        if isinstance(value, FunctionType) and (value.__module__ or "").startswith(_OURS):
-            title = f"{value.__module__}.{value.__qualname__}"
-            if title not in found:
-                found[title] = Function(function.__globals__, name, value, title)
+        value, title = place.get(name), f"{place['__name__']}.{name}"
+        is_ours = isinstance(value, FunctionType) and (value.__module__ or "").startswith(_OURS)
+        is_constant = isinstance(value, int | float | str) and not name.startswith("__")
+        if title not in found and (is_ours or is_constant or _is_written_down(title)):
+            found[title] = Function(place, name, value, title)
+            if isinstance(value, FunctionType):
                 _add_functions(value, found)
-        elif isinstance(value, int | float | str) and not name.startswith("__"):
-            title = f"{function.__module__}.{name}"
-            found[title] = Function(function.__globals__, name, value, title)
+
+
+def _is_written_down(title: str) -> bool:
+    return title.removeprefix("m2f_video.") in _written_for()
 
 
 def _names(code: CodeType) -> Iterator[str]:

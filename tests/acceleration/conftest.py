@@ -1,0 +1,43 @@
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from m2f_video import VideoMask2Former
+from m2f_video.acceleration import cpu_kernels
+from m2f_video.config import PixelDecoderConfig, SwinConfig, TransformerDecoderConfig, VideoMask2FormerConfig
+from m2f_video.parity import random_model
+
+IN_LANES = VideoMask2FormerConfig(  # of widths that the compiled kernels know
+    backbone=SwinConfig(embed_dim=32, depths=(1, 2, 1, 1), num_heads=(1, 2, 4, 8), window_size=3, drop_path_rate=0.0),
+    pixel_decoder=PixelDecoderConfig(hidden_dim=64, mask_dim=64, num_layers=1, ffn_dim=64, num_heads=4, num_points=4),
+    transformer_decoder=TransformerDecoderConfig(hidden_dim=64, num_queries=5, num_layers=3, num_heads=4, ffn_dim=64),
+    labels=("cat", "dog"),
+)
+BACKBONES = {"swin": IN_LANES, "timm": IN_LANES.replace(backbone="timm:test_resnet")}
+
+
+@pytest.fixture(scope="session")
+def build() -> Callable[[str], VideoMask2Former]:
+    """Makes a new model, the same each time."""
+    models = {name: random_model(config, 0).eval() for name, config in BACKBONES.items()}
+    return lambda backbone="swin": copy.deepcopy(models[backbone])
+
+
+@pytest.fixture
+def model(build: Callable[[str], VideoMask2Former]) -> VideoMask2Former:
+    return build("swin")
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The kernels that have been called."""
+    names: list[str] = []
+    call = cpu_kernels.call
+    monkeypatch.setattr(cpu_kernels, "call", lambda name, *args: (names.append(name), call(name, *args))[1])
+    return names
+
+
+def clip(frames: int = 2, height: int = 64, width: int = 96) -> torch.Tensor:
+    return torch.randn(1, frames, 3, height, width, generator=torch.Generator().manual_seed(0))

@@ -1,0 +1,323 @@
+"""What a module's `forward` says is what runs: whatever anybody changes takes effect in every mode and on every way.
+
+No speed-up may break this. The modules are found, not listed: a new one is tested from its first day.
+"""
+
+import dataclasses
+import inspect
+import json
+import pkgutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from types import MethodType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.utils import parametrizations, prune
+
+import m2f_video.modeling
+from m2f_video import VideoMask2Former, segment_video
+from m2f_video.acceleration import accelerated, written_for
+from m2f_video.acceleration.swap import Fused
+from m2f_video.acceleration.twins import TWINS
+from m2f_video.modeling import swin, transformer_decoder
+from m2f_video.modeling.pixel_decoder import MSDeformAttnPixelDecoder
+from m2f_video.modeling.timm_backbone import TimmBackbone
+from m2f_video.modeling.transformer_decoder import Level
+from tests.acceleration.conftest import clip
+from tests.tolerances import relative_error
+
+Build = Callable[[str], VideoMask2Former]
+
+TOLERANCE = 1e-4
+VIDEO = np.random.default_rng(0).integers(0, 256, (2, 48, 64, 3), np.uint8)
+
+
+def public_modules() -> list[type[nn.Module]]:
+    found = []
+    for info in pkgutil.iter_modules(m2f_video.modeling.__path__):
+        module = import_module(f"m2f_video.modeling.{info.name}")
+        for name, value in vars(module).items():
+            is_ours = inspect.isclass(value) and issubclass(value, nn.Module) and value.__module__ == module.__name__
+            if is_ours and not name.startswith("_") and value.forward is not nn.Module.forward:
+                found.append(value)
+    return found
+
+
+MODULES = public_modules()
+GIVE_DATACLASSES = (MSDeformAttnPixelDecoder, transformer_decoder.MaskedTransformerDecoder, VideoMask2Former)
+"""For which PyTorch calls no backward hooks: they are for tensors and tuples of them."""
+
+
+def changed(value: Any) -> Any:
+    """The same structure with other numbers, that no norm takes back."""
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value * 1.25 + torch.linspace(-0.5, 0.5, value.shape[-1], dtype=value.dtype)
+    if isinstance(value, tuple | list):
+        return type(value)(changed(item) for item in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.replace(value, **{name: changed(item) for name, item in vars(value).items()})
+    return value
+
+
+def first_of(model: nn.Module, kind: type[nn.Module]) -> nn.Module:
+    return next(m for m in model.modules() if (m.plain if isinstance(m, Fused) else type(m)) is kind)
+
+
+def subclass(module: nn.Module, kind: type[nn.Module]) -> None:
+    forward = kind.forward
+    methods = {"forward": lambda self, *args, **kwargs: changed(forward(self, *args, **kwargs))}
+    module.__class__ = type("Changed", (kind,), methods)
+
+
+def patch_instance(module: nn.Module, kind: type[nn.Module]) -> None:
+    forward = kind.forward
+    module.forward = MethodType(lambda self, *args, **kwargs: changed(forward(self, *args, **kwargs)), module)
+
+
+def hook(module: nn.Module, kind: type[nn.Module]) -> None:
+    module.register_forward_hook(lambda _, args, output: changed(output))
+
+
+def pre_hook(module: nn.Module, kind: type[nn.Module]) -> None:
+    module.register_forward_pre_hook(lambda _, args: changed(args))
+
+
+def nothing(module: nn.Module, kind: type[nn.Module]) -> None:
+    """What is changed is the class."""
+
+
+WAYS = {"subclass": subclass, "instance": patch_instance, "hook": hook, "pre-hook": pre_hook, "class": nothing}
+
+
+@contextmanager
+def class_patched(kind: type[nn.Module], way: str) -> Iterator[None]:
+    forward = kind.forward
+    if way == "class":
+        kind.forward = lambda self, *args, **kwargs: changed(forward(self, *args, **kwargs))
+    try:
+        yield
+    finally:
+        kind.forward = forward
+
+
+def predict(model: VideoMask2Former) -> Tensor:
+    output = model(clip())
+    assert output.masks_queries_logits is not None
+    return torch.cat([output.class_queries_logits.flatten(), output.masks_queries_logits.flatten()]).detach()
+
+
+def scores(model: VideoMask2Former, plain: bool) -> list[float]:
+    return [track.score for track in segment_video(model, VIDEO, top_k=6, plain=plain).tracks]
+
+
+def cases() -> list[Any]:
+    """Every module by every way; fast ones are a way for each module and each way for some."""
+    return [
+        pytest.param(kind, way, id=f"{kind.__name__}-{way}", marks=() if (i + j) % len(WAYS) == 0 else pytest.mark.slow)
+        for i, kind in enumerate(MODULES)
+        for j, way in enumerate(WAYS)
+    ]
+
+
+@pytest.mark.parametrize(("kind", "way"), cases())
+def test_a_changed_module_runs(kind: type[nn.Module], way: str, build: Build) -> None:
+    backbone = "timm" if kind is TimmBackbone else "swin"
+
+    def altered() -> VideoMask2Former:
+        model = build(backbone)
+        WAYS[way](first_of(model, kind), kind)
+        return model
+
+    with torch.no_grad():
+        unchanged = predict(build(backbone))
+    prepared = build(backbone).prepare_for_inference()
+    before = [track.score for track in segment_video(build(backbone), VIDEO, top_k=6).tracks]
+    with class_patched(kind, way):
+        results = {}
+        with torch.no_grad():
+            expected = predict(altered())
+            assert relative_error(expected, unchanged) > 100 * TOLERANCE  # or this would test nothing
+            WAYS[way](first_of(prepared, kind), kind)
+            results["prepared, then changed"] = predict(prepared)
+            results["changed, then prepared"] = predict(altered().prepare_for_inference())
+        if backbone != "timm":  # whose batch norms are another function then
+            results["training"] = predict(altered().train().requires_grad_(True))
+        with torch.inference_mode():
+            results["inference mode"] = predict(altered())
+            with accelerated(altered()) as fast:
+                results["accelerated"] = predict(fast)
+            with accelerated(altered().train()) as fast:
+                results["accelerated, in training"] = predict(fast)
+        if kind is not VideoMask2Former:  # whose two halves are called there
+            model = altered()
+            plain = scores(model, plain=True)
+            assert scores(model, plain=False) == pytest.approx(plain, rel=1e-3)
+            assert plain != pytest.approx(before, rel=1e-3)
+            assert not any(isinstance(module, Fused) for module in model.modules())
+    errors = {route: relative_error(result, expected) for route, result in results.items()}
+    assert all(error < TOLERANCE for error in errors.values()), errors
+    with torch.no_grad():
+        if way == "class":
+            assert relative_error(predict(prepared), unchanged) < TOLERANCE  # fused again
+
+
+@pytest.mark.filterwarnings("ignore:For backward hooks to be called")
+@pytest.mark.parametrize("kind", MODULES, ids=lambda kind: kind.__name__)
+def test_backward_hooks_are_called(kind: type[nn.Module], build: Build) -> None:
+    model, seen = build("timm" if kind is TimmBackbone else "swin").prepare_for_inference(), []
+    with torch.no_grad():
+        expected = predict(model)
+    module = first_of(model, kind)
+    module.register_full_backward_pre_hook(lambda *_: seen.append("called"))
+    with torch.no_grad():
+        assert relative_error(predict(model), expected) < TOLERANCE
+    model.train().requires_grad_(True)
+    predictions = model(clip(1, 64, 64).requires_grad_(), output_auxiliary=True).auxiliary or ()
+    parts = [logits for each in predictions for logits in (each.class_queries_logits, each.masks_queries_logits)]
+    torch.stack([logits.square().mean() for logits in parts]).sum().backward()
+    assert bool(seen) == (kind not in GIVE_DATACLASSES)
+
+
+def check(model: VideoMask2Former, change: Callable[[VideoMask2Former], object], build: Build) -> None:
+    """A change to a prepared model has the effect that it has on a plain one."""
+    plain = build("swin")
+    with torch.no_grad():
+        unchanged = predict(plain)
+    model.prepare_for_inference()
+    for each in (model, plain):
+        change(each)
+    with torch.no_grad():
+        expected = predict(plain)
+        assert relative_error(expected, unchanged) > 10 * TOLERANCE
+        assert relative_error(predict(model), expected) < TOLERANCE
+
+
+def set_attribute(name: str, attribute: str, value: object) -> Callable[[VideoMask2Former], None]:
+    return lambda model: setattr(model.get_submodule(name), attribute, value)
+
+
+BLOCK, LAYER = "backbone.stages.1.blocks.1", "transformer_decoder.layers.0"
+CHANGES: dict[str, Callable[[VideoMask2Former], object]] = {
+    "shift": set_attribute(BLOCK, "shift", 2),
+    "eps": set_attribute(f"{BLOCK}.norm1", "eps", 3.0),
+    "heads": set_attribute(f"{LAYER}.cross_attn", "num_heads", 2),
+    "pruned": lambda model: prune.l1_unstructured(model.get_submodule(f"{BLOCK}.mlp.fc1"), "weight", amount=0.9),
+    "parametrized": lambda model: parametrizations.weight_norm(model.get_submodule(f"{LAYER}.linear1")),
+    "assigned": lambda model: setattr(
+        model.get_submodule(f"{LAYER}.linear2"), "weight", nn.Parameter(torch.ones(64, 64))
+    ),
+    "data": lambda model: setattr(model.pixel_decoder.layers[0].linear1.weight, "data", torch.ones(64, 64)),
+    "in place": lambda model: model.pixel_decoder.layers[0].linear1.weight.mul_(3),
+    "loaded": lambda model: model.load_state_dict({n: t * 1.5 for n, t in model.state_dict().items()}),
+    "another part": lambda model: setattr(model.get_submodule(BLOCK), "mlp", nn.Identity()),
+}
+
+
+@pytest.mark.parametrize("how", [how for how in CHANGES if how != "parametrized"])
+def test_a_changed_part_counts(how: str, model: VideoMask2Former, build: Build) -> None:
+    with torch.no_grad():
+        check(model, CHANGES[how], build)
+
+
+def test_a_parametrized_weight_counts(model: VideoMask2Former) -> None:
+    model.prepare_for_inference()
+    CHANGES["parametrized"](model)
+    with torch.no_grad():
+        before = predict(model)
+        model.get_submodule(f"{LAYER}.linear1").parametrizations.weight.original0.mul_(3)
+        assert relative_error(predict(model), before) > 10 * TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "value"),
+    [
+        (transformer_decoder, "attention_mask", lambda logits: torch.ones_like(logits, dtype=torch.bool)),
+        (
+            swin,
+            "shifted_window_mask",
+            lambda h, w, s, shift, like: like.new_zeros(1).expand(-(-h // s) * -(-w // s), s * s, s * s),
+        ),
+        (swin, "SHIFT_MASK", 0.0),
+        (Level, "keys", property(lambda level: level.values)),
+    ],
+    ids=lambda value: str(value) if isinstance(value, str) else "",
+)
+def test_a_changed_function_counts(
+    place: Any, name: str, value: Any, model: VideoMask2Former, build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with torch.no_grad():
+        check(model, lambda _: monkeypatch.setattr(place, name, value), build)
+
+
+def test_the_mask_is_made_in_one_place(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    everything = build("swin")
+    for layer in everything.transformer_decoder.layers:
+        layer.cross_attn.register_forward_pre_hook(lambda _, args: args[:2])  # without mask logits
+    monkeypatch.setattr(transformer_decoder, "attention_mask", lambda logits: torch.ones_like(logits, dtype=torch.bool))
+    assert scores(build("swin"), plain=False) == pytest.approx(scores(everything, plain=True), rel=1e-3)
+
+
+def test_weights_written_behind_pytorchs_back_count_from_the_next_call(model: VideoMask2Former, build: Build) -> None:
+    with torch.no_grad(), accelerated(model.prepare_for_inference()) as fast:
+        predict(fast)
+    plain = build("swin")
+    for each in (model, plain):
+        each.pixel_decoder.layers[0].linear1.weight.data.mul_(3)
+    with torch.no_grad(), accelerated(model) as fast:
+        assert relative_error(predict(fast), predict(plain)) < TOLERANCE
+
+
+def test_global_hooks_see_every_module(model: VideoMask2Former) -> None:
+    model.prepare_for_inference()
+    seen: list[nn.Module] = []
+    handle = register_module_forward_hook(lambda module, args, output: seen.append(module))
+    with torch.no_grad():
+        predict(model)
+    handle.remove()
+    called = [m for m in model.modules() if not isinstance(m, nn.ModuleList | nn.Embedding)]
+    assert set(called) == set(seen)
+
+
+@pytest.mark.parametrize("change", ["double", "bfloat16"])
+def test_a_model_that_is_cast_is_plain(change: str, model: VideoMask2Former) -> None:
+    model.prepare_for_inference()
+    with torch.no_grad():
+        assert model.to(getattr(torch, change))(clip()).class_queries_logits.shape == (1, 5, 3)
+
+
+def test_a_prepared_model_learns(model: VideoMask2Former, build: Build) -> None:
+    expected = build("swin").requires_grad_(True)
+    model.prepare_for_inference().requires_grad_(True)
+    for each in (model, expected):
+        optimizer = torch.optim.SGD(each.parameters(), lr=1.0)
+        each(clip()).class_queries_logits.square().sum().backward()
+        optimizer.step()
+    with torch.no_grad():
+        assert relative_error(predict(model), predict(expected)) < TOLERANCE
+
+
+def test_dropout_drops_in_training_and_not_in_inference(model: VideoMask2Former) -> None:
+    model.prepare_for_inference()
+    model.backbone.stages[1].blocks[1].drop_path.drop_prob = 0.5
+    model.pixel_decoder.layers[0].dropout.p = 0.5
+    with torch.no_grad():
+        quiet = predict(model)
+        model.train()
+        torch.manual_seed(0)
+        assert relative_error(predict(model), quiet) > 10 * TOLERANCE
+        with accelerated(model) as fast:
+            assert relative_error(predict(fast), quiet) < TOLERANCE
+            assert not fast.training
+            assert model.training
+
+
+def test_twins_are_written_for_the_functions_as_they_are() -> None:
+    now = written_for.digests(function for twin in TWINS for function in twin.functions())
+    kept = json.loads(written_for.FILE.read_text(encoding="utf-8"))
+    assert kept == now, "see m2f_video/acceleration/__main__.py"
