@@ -18,9 +18,8 @@ from m2f_video.data.annotations import (
     is_inner_path,
     read_annotations,
 )
-from m2f_video.data.segmentation import compress_segmentation
 from m2f_video.files import check_regular
-from m2f_video.results.masks import mask_area
+from m2f_video.results.masks import compress_segmentation, mask_area
 from m2f_video.video import image_size
 
 Progress = Callable[[int, int], None]

@@ -29,8 +29,8 @@ from m2f_video.data.annotations import (
     read_annotations,
 )
 from m2f_video.data.clip import Clip, check_frame_indices
-from m2f_video.data.segmentation import decode_segmentation
 from m2f_video.files import check_regular
+from m2f_video.results.masks import decode_segmentation
 from m2f_video.video import read_image
 
 

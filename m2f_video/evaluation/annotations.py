@@ -19,9 +19,8 @@ from typing import Any
 import numpy as np
 
 from m2f_video.data.annotations import category_count_fault, is_area
-from m2f_video.data.segmentation import compress_segmentation
 from m2f_video.files import check_regular, parse_json, read_json
-from m2f_video.results.masks import Rle, check_picture_size
+from m2f_video.results.masks import Rle, check_picture_size, compress_segmentation
 
 Source = str | os.PathLike[str]
 Progress = Callable[[str, int, int], None]

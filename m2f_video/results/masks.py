@@ -1,4 +1,7 @@
-"""Masks as COCO's run-length encodings, the one form in which they are kept, saved and compared.
+"""Masks as COCO's run-length encodings: the one form in which they are kept, saved and compared.
+
+What files of strangers hold in their place (polygons, run lengths of any kind) is checked and turned into that form
+here and nowhere else.
 
 Shape letters: H height, W width.
 """
@@ -12,6 +15,10 @@ Rle = dict[str, Any]
 """A mask in COCO's compressed run-length encoding: `{"size": [H, W], "counts": str}`."""
 
 _MOST_PIXELS, _MOST_SIDE = 2**28, 2**16
+# pycocotools walks along the outlines of polygons in steps of a fifth of a pixel, and takes 16 bytes for each.
+_STEPS_PER_PIXEL = 5
+_MOST_STEPS = 2**24
+_MERGED_AT_ONCE = 64  # one by one, each polygon costs as much as all before it
 
 
 def encode_mask(mask: np.ndarray) -> Rle | None:
@@ -30,43 +37,18 @@ def encode_mask(mask: np.ndarray) -> Rle | None:
     return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")}
 
 
-def plain_rle(rle: Any) -> Rle | None:
-    """A compressed run-length encoding without further keys and with integer sides; None where it is none.
-
-    Some programs write sides as whole floats and add keys of their own. Whether the run lengths are sound is not
-    looked at, `check_rle` does.
-    """
-    if not isinstance(rle, Mapping) or not isinstance(rle.get("counts"), str):
-        return None
-    size = rle.get("size")
-    if not isinstance(size, list | tuple) or len(size) != 2:
-        return None
-    if all(type(side) is int and side > 0 for side in size) and len(rle) == 2 and type(rle) is dict:
-        return rle
-    sides = [int(side) for side in size if _is_whole(side) and side > 0]
-    return {"size": sides, "counts": rle["counts"]} if len(sides) == 2 else None
-
-
-def _is_whole(number: Any) -> bool:
-    return type(number) is int or (type(number) is float and number.is_integer())
-
-
-def _as_bytes(rle: Rle) -> Rle:
-    return {"size": rle["size"], "counts": rle["counts"].encode("ascii")}
-
-
 def decode_mask(rle: Rle) -> np.ndarray:
     """Mask (H, W), bool, of a well-formed encoding; `check_rle` is for others."""
     from pycocotools import mask as coco
 
-    return coco.decode(_as_bytes(rle)).astype(bool)
+    return coco.decode(rle).astype(bool)
 
 
 def mask_area(rle: Rle) -> int:
     """Number of pixels of a well-formed encoding; `check_rle` is for others."""
     from pycocotools import mask as coco
 
-    return int(coco.area(_as_bytes(rle)))
+    return int(coco.area(rle))
 
 
 def check_picture_size(height: int, width: int) -> None:
@@ -82,8 +64,25 @@ def check_picture_size(height: int, width: int) -> None:
         )
 
 
+def plain_rle(rle: Any) -> Rle | None:
+    """A compressed run-length encoding without further keys and with integer sides; None where it is none.
+
+    Some programs write sides as whole floats and add keys of their own. Whether the run lengths are sound is not
+    looked at, `check_rle` does.
+    """
+    if not isinstance(rle, Mapping) or not isinstance(rle.get("counts"), str):
+        return None
+    size = _sides(rle)
+    return None if size is None else {"size": size, "counts": rle["counts"]}
+
+
 def check_rle(rle: Any, height: int, width: int) -> Rle:
-    """Check a segmentation of a file. pycocotools reads past the end of a malformed one, so it must not see it.
+    """Check compressed run lengths. pycocotools reads past the end of malformed ones, so it must not see them.
+
+    Args:
+        rle: of a file, or as pycocotools gives it, with `counts` as bytes.
+        height: of the picture, in pixels.
+        width: of the picture, in pixels.
 
     Returns:
         The same mask as `plain_rle` gives it, without runs of no pixel between others: where two masks have such runs
@@ -92,39 +91,89 @@ def check_rle(rle: Any, height: int, width: int) -> Rle:
     Raises:
         ValueError: it is no mask of such a picture.
     """
-    check_picture_size(height, width)
-    plain = plain_rle(rle)
-    if plain is None:
-        raise ValueError(f'a segmentation is null or {{"size": [H, W], "counts": text}}, got {rle!r:.60}')
-    if list(plain["size"]) != [height, width]:
-        raise ValueError(f"the mask is {plain['size']!s:.60} but the video is [{height}, {width}] (height, width)")
-    runs = _run_lengths(plain["counts"])
-    if runs is None or (runs < 0).any() or runs.sum() != height * width:
-        raise ValueError(f"the run lengths are damaged, they do not cover {height} x {width} pixels")
-    return plain if runs[1:].all() else encode_runs(runs.tolist(), height, width)
+    return _check_runs(rle, height, width, (str, bytes))
 
 
-def encode_runs(runs: Sequence[Any], height: int, width: int) -> Rle:
-    """Compressed run-length encoding of uncompressed run lengths, column by column, the first of the background.
+def compress_segmentation(segmentation: Any, height: int, width: int) -> Rle | None:
+    """One instance in one frame, as annotation files hold it, as compressed run lengths.
+
+    Args:
+        segmentation: parsed JSON: null; a list of polygons, each [x0, y0, x1, y1, ...] in pixels; or run lengths,
+            `{"size": [H, W], "counts": ...}`, counts being a list or COCO's compressed text.
+        height: of the frame, in pixels.
+        width: of the frame, in pixels.
+
+    Returns:
+        run lengths, possibly without a pixel; None where the instance is not annotated (null or no polygon).
 
     Raises:
-        ValueError: they do not cover the picture.
+        ValueError: it is none of these, is damaged, or belongs to a frame of another size; or the frame's size or the
+            outlines are more than a picture has.
     """
+    if segmentation is None or segmentation == []:
+        return None
+    if isinstance(segmentation, list):
+        return _compress_polygons(segmentation, height, width)
+    return _check_runs(segmentation, height, width, (str, bytes, list))
+
+
+def decode_segmentation(segmentation: Any, height: int, width: int) -> np.ndarray | None:
+    """The mask of one instance in one frame, bool (H, W), possibly without a pixel; see `compress_segmentation`."""
+    rle = compress_segmentation(segmentation, height, width)
+    return None if rle is None else decode_mask(rle)
+
+
+def _sides(rle: Mapping[str, Any]) -> list[int] | None:
+    """Height and width of an encoding, None where they are no positive whole numbers."""
+    size = rle.get("size")
+    if not isinstance(size, list | tuple) or len(size) != 2:
+        return None
+    whole = (type(side) is int or (type(side) is float and side.is_integer()) for side in size)
+    return [int(side) for side in size] if all(whole) and min(size) > 0 else None
+
+
+def _check_runs(rle: Any, height: int, width: int, kinds: tuple[type, ...]) -> Rle:
+    """Run lengths of a picture, whose `counts` may be of these kinds, as compressed text."""
+    check_picture_size(height, width)
+    if not isinstance(rle, Mapping) or not isinstance(rle.get("counts"), kinds):
+        raise ValueError(
+            f'a segmentation is null or {{"size": [H, W], "counts": text}}, as pycocotools.mask.encode gives it, '
+            f"got {rle!r:.60}"
+        )
+    if _sides(rle) != [height, width]:
+        size = rle.get("size")
+        raise ValueError(f"the mask is {size!s:.60} but the video is [{height}, {width}] (height, width)")
+    counts = rle["counts"]
+    counts = counts.decode("ascii", "replace") if isinstance(counts, bytes) else counts
+    runs = _listed_runs(counts) if isinstance(counts, list) else _text_runs(counts)
+    if runs is None or (runs < 0).any() or runs.sum() != height * width:
+        raise ValueError(f"the run lengths are damaged, they do not cover {height} x {width} pixels")
+    if isinstance(counts, list) or not runs[1:].all():
+        counts = _encode_runs(runs, height, width)
+    return {"size": [height, width], "counts": counts}
+
+
+def _encode_runs(runs: np.ndarray, height: int, width: int) -> str:
+    """Compressed text of run lengths that cover the picture column by column, the first being of the background."""
     from pycocotools import mask as coco
 
-    check_picture_size(height, width)
     total = height * width
-    if not all(type(run) is int and 0 <= run <= total for run in runs) or sum(runs) != total:
-        raise ValueError(f"the run lengths are damaged, they do not cover {height} x {width} pixels")
     # where runs of no pixel lie between, two changes at one place are none
-    ends, changes = np.unique(np.cumsum(np.array(runs, np.int64))[:-1], return_counts=True)
+    ends, changes = np.unique(np.cumsum(runs)[:-1], return_counts=True)
     ends = ends[(changes % 2 == 1) & (ends < total)]
     counts = np.diff(ends, prepend=0, append=total).tolist()
-    rle = coco.frPyObjects({"size": [height, width], "counts": counts}, height, width)
-    return {"size": [height, width], "counts": rle["counts"].decode("ascii")}
+    text: bytes = coco.frPyObjects({"size": [height, width], "counts": counts}, height, width)["counts"]
+    return text.decode("ascii")
 
 
-def _run_lengths(counts: str) -> np.ndarray | None:
+def _listed_runs(counts: Sequence[Any]) -> np.ndarray | None:
+    """Uncompressed run lengths, int64; None where one is no number of pixels that a picture can have."""
+    if not all(type(run) is int and 0 <= run <= _MOST_PIXELS for run in counts):
+        return None
+    return np.array(counts, np.int64)
+
+
+def _text_runs(counts: str) -> np.ndarray | None:
     """Run lengths of a COCO `counts` string, int64; None where it is malformed.
 
     A number is written five bits a character from the lowest on, character 48 + bits; bit 5 says that another
@@ -147,3 +196,31 @@ def _run_lengths(counts: str) -> np.ndarray | None:
     runs[1::2] = np.cumsum(runs[1::2])
     runs[2::2] = np.cumsum(runs[2::2])
     return runs
+
+
+def _compress_polygons(polygons: list[Any], height: int, width: int) -> Rle:
+    from pycocotools import mask as coco
+
+    check_picture_size(height, width)
+    steps = 0.0
+    for polygon in polygons:
+        steps += _count_steps(polygon, height, width)
+        if steps > min(_MOST_STEPS, 4 * _STEPS_PER_PIXEL * (height + 2) * (width + 2)):
+            raise ValueError(f"the polygons' outlines are longer than any in a frame of {height} x {width} pixels")
+    parts = coco.frPyObjects(polygons, height, width)
+    while len(parts) > 1:
+        parts = [coco.merge(parts[n : n + _MERGED_AT_ONCE]) for n in range(0, len(parts), _MERGED_AT_ONCE)]
+    return {"size": [height, width], "counts": parts[0]["counts"].decode("ascii")}
+
+
+def _count_steps(polygon: Any, height: int, width: int) -> float:
+    """How many steps pycocotools takes along a polygon, once it is known to be one near the frame."""
+    if not isinstance(polygon, list | tuple) or len(polygon) < 6 or len(polygon) % 2:
+        raise ValueError("a polygon must be a list [x0, y0, x1, y1, ...] of at least three points")
+    if not all(type(number) in (int, float) and -(2**63) <= number < 2**63 for number in polygon):
+        raise ValueError("a polygon holds something that is no coordinate")
+    points = np.array(polygon, float).reshape(-1, 2)
+    if (np.abs(points - [width / 2, height / 2]) > [1.5 * width, 1.5 * height]).any():
+        raise ValueError(f"a polygon lies far outside its frame of {height} x {width} (height x width)")
+    edges = np.abs(np.diff(points, axis=0, append=points[:1])).max(1)
+    return float(_STEPS_PER_PIXEL * edges.sum()) + len(edges)

@@ -24,8 +24,7 @@ from m2f_video.data import (
     write_youtube_vis,
     youtube_vis_annotations,
 )
-from m2f_video.data.segmentation import decode_segmentation
-from m2f_video.results.masks import encode_mask
+from m2f_video.results.masks import decode_segmentation, encode_mask
 
 H, W, T = 20, 30, 4
 

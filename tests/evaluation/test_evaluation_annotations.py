@@ -69,7 +69,10 @@ TRUTH_FAULTS = {
         put(*ANNOTATION, "segmentations", 0, "size", [W, H]),
         rf"\(id 8\), frame 0: the mask is \[{W}, {H}\] but the video is \[{H}, {W}\]",
     ),
-    "mask without size": (put(*ANNOTATION, "segmentations", 0, "size", ...), r"\(id 8\), frame 0: a segmentation is"),
+    "mask without size": (
+        put(*ANNOTATION, "segmentations", 0, "size", ...),
+        r"\(id 8\), frame 0: the mask is None but",
+    ),
     "mask is a number": (put(*ANNOTATION, "segmentations", 2, 7), r"\(id 8\), frame 2: a segmentation is"),
     "damaged run lengths": (
         put(*ANNOTATION, "segmentations", 0, "counts", "54"),

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from pycocotools import mask as coco
 
-from m2f_video.results import masks, overlay
-from m2f_video.results import tracks as results
+from m2f_video.results import masks as masks_module
+from m2f_video.results import overlay
 from m2f_video.results.masks import encode_mask
 from m2f_video.results.tracks import Track, VideoSegmentation
 from m2f_video.video import VideoError, open_video, read_video
@@ -81,7 +81,7 @@ def test_what_is_no_mask(mask: np.ndarray) -> None:
 @given(arrays(bool, st.tuples(st.integers(1, 60), st.integers(1, 60)), elements=st.booleans()))
 def test_run_lengths_are_read_as_pycocotools_writes_them(mask: np.ndarray) -> None:
     counts = coco.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode()
-    runs = masks._run_lengths(counts)
+    runs = masks_module._text_runs(counts)
     assert runs is not None
     values = np.resize([False, True], len(runs))
     np.testing.assert_array_equal(np.repeat(values, runs), mask.ravel(order="F"))
@@ -91,7 +91,7 @@ def test_run_lengths_of_large_masks() -> None:
     for index in (0, 1, 5_000_000, 9_999_999):
         mask = np.zeros(10_000_000, np.uint8)
         mask[index] = 1
-        runs = masks._run_lengths(
+        runs = masks_module._text_runs(
             coco.encode(np.asfortranarray(mask.reshape(4000, 2500, order="F")))["counts"].decode()
         )
         assert runs is not None
@@ -378,12 +378,12 @@ def test_damaged_run_lengths_never_reach_the_decoder(tmp_path: Path, counts: str
 def test_any_counts_are_refused_or_decode_to_a_full_mask(counts: str) -> None:
     rle = {"size": [3, 4], "counts": counts}
     try:
-        results.check_rle(rle, 3, 4)
+        masks_module.check_rle(rle, 3, 4)
     except ValueError:
         return
-    runs = masks._run_lengths(counts)
+    runs = masks_module._text_runs(counts)
     assert runs is not None
-    assert results.decode_mask(rle).sum() == runs[1::2].sum()
+    assert masks_module.decode_mask(rle).sum() == runs[1::2].sum()
 
 
 def test_run_lengths_as_other_programs_write_them_are_read(tmp_path: Path) -> None:
