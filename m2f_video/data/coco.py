@@ -10,7 +10,7 @@ import hashlib
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +18,9 @@ import numpy as np
 import torch
 
 from m2f_video.categories import COCO_TO_VIS, LABEL_SETS
-from m2f_video.data.annotations import (
-    DatasetError,
-    category_names,
-    get_field,
-    get_picture_size,
-    is_inner_path,
-    read_annotations,
-)
+from m2f_video.data.annotations import DatasetError, read_annotations
 from m2f_video.data.clip import Clip, check_frame_indices
-from m2f_video.data.youtube_vis import Instance
-from m2f_video.files import check_regular
-from m2f_video.results.masks import decode_segmentation
-from m2f_video.video import read_image
+from m2f_video.data.youtube_vis import YouTubeVisVideo, build_videos
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,29 +56,36 @@ class CocoVideo:
     """An image as a video; made by `CocoVideos`.
 
     Attributes:
-        video_id: id of the image.
-        height: pixels.
-        width: pixels.
+        still: the image and its objects, as a video of a single frame.
         num_frames: length of the video.
-        file: of the image.
-        instances: its objects without crowds, each with the one segmentation of the image.
         motion: of the camera.
         seed: of the motion.
     """
 
-    video_id: int
-    height: int
-    width: int
+    still: YouTubeVisVideo
     num_frames: int
-    file: Path
-    instances: tuple[Instance, ...]
     motion: CameraMotion
     seed: int
 
     @property
+    def video_id(self) -> int:
+        """Id of the image."""
+        return self.still.video_id
+
+    @property
     def name(self) -> str:
         """The image's file name without suffix."""
-        return self.file.stem
+        return self.still.files[0].stem
+
+    @property
+    def height(self) -> int:
+        """Pixels."""
+        return self.still.height
+
+    @property
+    def width(self) -> int:
+        """Pixels."""
+        return self.still.width
 
     def clip(self, frame_indices: Sequence[int]) -> Clip:
         """The image as the camera sees it in these frames. What lies outside the image is black.
@@ -101,22 +98,20 @@ class CocoVideo:
         from torchvision.transforms import v2
 
         indices = check_frame_indices(frame_indices, self.num_frames, self.name)
-        image = tv_tensors.Image(torch.from_numpy(self._image()).permute(2, 0, 1))  # (H, W, 3) -> (3, H, W)
-        masks = tv_tensors.Mask(torch.from_numpy(self._masks()))  # (N, H, W)
+        still = self.still.clip([0])
+        image, masks = tv_tensors.Image(still.frames[0]), tv_tensors.Mask(still.masks[:, 0])  # (3, H, W), (N, H, W)
         frames, moved = [], []
         for index in indices:
             view = self._view(index)
             frames.append(v2.functional.affine(image, interpolation=v2.InterpolationMode.BILINEAR, **view))
             moved.append(v2.functional.affine(masks, **view))
         clip_masks = torch.stack([mask.as_subclass(torch.Tensor) for mask in moved], 1)  # (N, T, H, W)
-        return Clip(
+        return replace(
+            still,
             frames=torch.stack([frame.as_subclass(torch.Tensor) for frame in frames]),
             masks=clip_masks,
-            labels=torch.tensor([instance.label for instance in self.instances], dtype=torch.int64),
             present=clip_masks.flatten(2).any(2),
-            instance_ids=torch.tensor([instance.id for instance in self.instances], dtype=torch.int64),
             frame_indices=indices,
-            video_id=self.video_id,
         ).without_absent()
 
     def _view(self, index: int) -> dict[str, Any]:
@@ -133,27 +128,6 @@ class CocoVideo:
             "scale": 1 + (self.motion.zoom - 1) * float(1 + near) / 2,
             "shear": [0.0, 0.0],
         }
-
-    def _image(self) -> np.ndarray:
-        check_regular(self.file)
-        image = np.array(read_image(self.file))
-        if image.shape[:2] != (self.height, self.width):
-            raise DatasetError(
-                f"{self.file}: the image is {image.shape[0]} x {image.shape[1]} (height x width), but its annotations "
-                f"are of {self.height} x {self.width}"
-            )
-        return image
-
-    def _masks(self) -> np.ndarray:
-        masks = np.zeros((len(self.instances), self.height, self.width), bool)
-        for mask, instance in zip(masks, self.instances, strict=True):
-            try:
-                decoded = decode_segmentation(instance.segmentations[0], self.height, self.width)
-            except ValueError as error:
-                raise DatasetError(f"{self.file}: annotation {instance.id}: {error}") from error
-            if decoded is not None:
-                mask[:] = decoded
-        return masks
 
 
 class CocoVideos:
@@ -195,15 +169,17 @@ class CocoVideos:
         motion = motion or CameraMotion()
         self._file = file
         self._options = (label_set, num_frames, motion, seed)
-        data = read_annotations(file, "images")
-        ids = [get_field(row, "id", int, f"{file}: an image") for row in data["images"]]
-        if len(set(ids)) != len(ids):
-            raise DatasetError(f"{file}: two images have the same id")
-        instances = _read_instances(data, COCO_TO_VIS[label_set], self.labels, file)
+        parsed = read_annotations(file, "image")
+        classes = COCO_TO_VIS[label_set]
+        label_of = {id_: self.labels.index(classes[name]) for id_, name in parsed.categories.items() if name in classes}
+        if not label_of:
+            raise DatasetError(f"{file}: none of its categories is one of COCO's: {', '.join(classes):.180}")
+        if min(parsed.videos) < 0:
+            raise DatasetError(f"{file}: image {min(parsed.videos)}: ids must not be negative")
         self._videos = tuple(
-            _build_video(row, instances[row["id"]], folder, num_frames, motion, seed, file)
-            for row in data["images"]
-            if instances.get(row["id"])
+            CocoVideo(still=still, num_frames=num_frames, motion=motion, seed=seed)
+            for still in build_videos(parsed, label_of, folder)
+            if still.instances
         )
 
     @property
@@ -225,50 +201,3 @@ class CocoVideos:
         if not 0 <= index < len(self._videos):
             raise IndexError(f"there is no image {index}, the dataset has {len(self._videos)}")
         return self._videos[index]
-
-
-def _read_instances(
-    data: dict[str, Any], classes: dict[str, str], labels: tuple[str, ...], file: Path
-) -> dict[int, list[Instance]]:
-    """The objects to keep, by image id."""
-    names = category_names(data["categories"], file)
-    label_of = {id_: labels.index(classes[name]) for id_, name in names.items() if name in classes}
-    if not label_of:
-        raise DatasetError(f"{file}: none of its categories is one of COCO's: {', '.join(classes):.180}")
-    instances: dict[int, list[Instance]] = {}
-    for row in data["annotations"]:
-        where = f"{file}: annotation {row.get('id')!s:.60}"
-        id_, category = get_field(row, "id", int, where), get_field(row, "category_id", int, where)
-        if category not in names:
-            raise DatasetError(f"{where}: there is no category {category}")
-        if category in label_of and not row.get("iscrowd"):
-            kept = instances.setdefault(get_field(row, "image_id", int, where), [])
-            kept.append(Instance(id=id_, label=label_of[category], segmentations=(row.get("segmentation"),)))
-    return instances
-
-
-def _build_video(
-    row: dict[str, Any],
-    instances: list[Instance],
-    folder: Path,
-    num_frames: int,
-    motion: CameraMotion,
-    seed: int,
-    file: Path,
-) -> CocoVideo:
-    where = f"{file}: image {row['id']}"
-    if row["id"] < 0:
-        raise DatasetError(f"{where}: ids must not be negative")
-    if not is_inner_path(row.get("file_name")):
-        raise DatasetError(f"{where}: {row.get('file_name')!r:.60} is no name of a file inside the folder of images")
-    height, width = get_picture_size(row, where)
-    return CocoVideo(
-        video_id=row["id"],
-        height=height,
-        width=width,
-        num_frames=num_frames,
-        file=folder / row["file_name"],
-        instances=tuple(instances),
-        motion=motion,
-        seed=seed,
-    )

@@ -3,19 +3,13 @@
 import heapq
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from m2f_video.data.annotations import (
-    FRAMES_FOLDER,
-    DatasetError,
-    find_annotations,
-    find_frames,
-    get_field,
-    read_annotations,
-)
+from m2f_video.data.annotations import FRAMES_FOLDER, DatasetError, find_annotations, find_frames, read_annotations
 from m2f_video.files import new_folder
 
 TRAIN_FILE, VAL_FILE = "train.json", "val.json"
@@ -56,35 +50,22 @@ def split_dataset(
     if seed < 0:
         raise ValueError(f"the seed must not be negative, got {seed}")
     file = find_annotations(source)
-    data = read_annotations(file)
-    folder = find_frames(file, frames, data["videos"])
-    categories = _categories_by_video(data, file)
+    parsed = read_annotations(file)
+    folder = find_frames(file, frames, parsed.videos.values())
+    if len(parsed.videos) < 2:
+        raise DatasetError(f"{file}: it takes two videos to split a dataset, this one has {len(parsed.videos)}")
+    categories = {video: {row.category_id for row in rows} for video, rows in parsed.instances().items()}
     count = min(max(round(fraction * len(categories)), 1), len(categories) - 1)
     chosen = _choose(categories, count, np.random.default_rng(seed))
     with new_folder(Path(out)) as temporary:
-        _write_part(data, categories.keys() - chosen, temporary / TRAIN_FILE)
-        _write_part(data, chosen, temporary / VAL_FILE)
+        _write_part(parsed.data, categories.keys() - chosen, temporary / TRAIN_FILE)
+        _write_part(parsed.data, chosen, temporary / VAL_FILE)
         (temporary / FRAMES_FOLDER).symlink_to(folder.resolve(), target_is_directory=True)
     return len(categories) - count, count
 
 
-def _categories_by_video(data: dict[str, Any], file: Path) -> dict[int, set[int]]:
-    """Ids of the categories in each video, by video id; crowds do not count."""
-    categories: dict[int, set[int]] = {get_field(row, "id", int, f"{file}: a video"): set() for row in data["videos"]}
-    if len(categories) < 2:
-        raise DatasetError(f"{file}: it takes two videos to split a dataset, this one has {len(categories)}")
-    for row in data["annotations"]:
-        where = f"{file}: annotation {row.get('id')!s:.60}"
-        video = get_field(row, "video_id", int, where)
-        if video not in categories:
-            raise DatasetError(f"{where}: there is no video {video}")
-        if not row.get("iscrowd"):
-            categories[video].add(get_field(row, "category_id", int, where))
-    return categories
-
-
 def _choose(categories: dict[int, set[int]], count: int, random: np.random.Generator) -> set[int]:
-    """Ids of `count` videos for the second part."""
+    """Ids of `count` videos for the second part; `categories` are those in each video."""
     ids = list(categories)
     order = [ids[index] for index in random.permutation(len(ids))]
     remaining: dict[int, int] = {}  # in how many videos of the first part a category is
@@ -116,10 +97,10 @@ def _choose(categories: dict[int, set[int]], count: int, random: np.random.Gener
     return chosen
 
 
-def _write_part(data: dict[str, Any], videos: set[int], file: Path) -> None:
+def _write_part(data: Mapping[str, Any], videos: set[int], file: Path) -> None:
     part = {
         **data,
         "videos": [row for row in data["videos"] if row["id"] in videos],
-        "annotations": [row for row in data["annotations"] if row["video_id"] in videos],
+        "annotations": [row for row in data.get("annotations") or () if row["video_id"] in videos],
     }
     file.write_text(json.dumps(part), encoding="utf-8")

@@ -1,21 +1,18 @@
-"""Checking a dataset in the YouTubeVIS format for faults, part by part."""
+"""Checking a dataset in the YouTubeVIS format for faults: what its reader finds, and then every frame and mask."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
 from m2f_video.data.annotations import (
+    Annotation,
     DatasetError,
-    category_count_fault,
-    check_length,
+    Fault,
+    VideoRecord,
     find_annotations,
     find_frames,
-    get_field,
-    get_picture_size,
-    is_area,
-    is_inner_path,
     read_annotations,
 )
 from m2f_video.files import check_regular
@@ -27,34 +24,15 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fault:
-    """Something wrong with a dataset.
-
-    Attributes:
-        file: the annotation file, or the frame that is meant.
-        message: what is wrong.
-        annotation_id: the annotation that is meant, None where it is no annotation's fault.
-    """
-
-    file: str
-    message: str
-    annotation_id: int | None = None
-
-    def __str__(self) -> str:
-        annotation = "" if self.annotation_id is None else f"annotation {self.annotation_id}: "
-        return f"{self.file}: {annotation}{self.message}"
-
-
-@dataclass(frozen=True, kw_only=True)
 class DatasetReport:
     """What a dataset holds and what is wrong with it.
 
     Attributes:
         file: its annotation file.
-        faults: in the order of the file.
-        num_videos: videos.
-        num_frames: frames of all videos, by the annotation file.
-        num_annotations: annotations, crowds included.
+        faults: of rows in the order of the file, then of frames and masks.
+        num_videos: videos, as far as their rows can be read.
+        num_frames: frames of these, by the annotation file.
+        num_annotations: their annotations, crowds included.
         num_crowds: annotations of crowds, which training leaves out.
     """
 
@@ -80,55 +58,39 @@ def check_dataset(
         path: the annotation file, or a folder with one of `ANNOTATION_FILES`, such as `train.json`.
         frames: folder of the videos' folders of frames; None looks where published datasets have it (see
             `find_frames`).
-        progress: called with (videos and annotations done, videos and annotations in all).
+        progress: see `Progress`.
 
     Raises:
         FileNotFoundError: there is no such dataset, or no such folder as `frames`.
     """
     file = find_annotations(path)
+    faults: list[Fault] = []
     try:
-        data = read_annotations(file)
+        parsed = read_annotations(file, per_frame=("areas", "bboxes"), report=faults.append)
     except DatasetError as error:
         return DatasetReport(file=str(file), faults=(_fault_of(error, file),))
-    videos, annotations = data["videos"], data["annotations"]
-    faults: list[Fault] = []
     folder = None
     try:
-        folder = find_frames(file, frames, videos)
+        folder = find_frames(file, frames, parsed.videos.values())
     except FileNotFoundError as error:
         if frames is not None:
             raise
         faults.append(_fault_of(error, file))
-    done, total = 0, len(videos) + len(annotations)
-
-    def count() -> None:
-        nonlocal done
-        done += 1
+    checks = chain(
+        (_check_frames(video, folder) for video in parsed.videos.values()),
+        (_check_masks(annotation, parsed.videos[annotation.video_id], file) for annotation in parsed.annotations),
+    )
+    for done, found in enumerate(checks, start=1):
+        faults += found
         if progress is not None:
-            progress(done, total)
-
-    if not videos:
-        faults.append(Fault(file=str(file), message="there are no videos"))
-    faults += _check_categories(data["categories"], file)
-    for video in videos:
-        faults += _check_video(video, folder, file)
-        count()
-    faults += _twice((row.get("id") for row in videos), "video", file)
-    video_of = {row["id"]: row for row in videos if type(row.get("id")) is int}
-    categories = {row["id"] for row in data["categories"] if type(row.get("id")) is int}
-    for annotation in annotations:
-        id_ = annotation["id"] if type(annotation.get("id")) is int else None
-        messages = _check_annotation(annotation, video_of, categories)
-        faults += [Fault(file=str(file), annotation_id=id_, message=message) for message in messages]
-        count()
-    faults += _twice((row.get("id") for row in annotations), "annotation", file)
+            progress(done, len(parsed.videos) + len(parsed.annotations))
     return DatasetReport(
         file=str(file),
         faults=tuple(faults),
-        num_videos=len(videos),
-        num_frames=sum(len(names) for row in videos if isinstance(names := row.get("file_names"), list)),
-        num_annotations=len(annotations),
-        num_crowds=sum(bool(row.get("iscrowd")) for row in annotations),
+        num_videos=len(parsed.videos),
+        num_frames=sum(video.num_frames for video in parsed.videos.values()),
+        num_annotations=len(parsed.annotations),
+        num_crowds=sum(annotation.crowd for annotation in parsed.annotations),
     )
 
 
@@ -137,115 +99,37 @@ def _fault_of(error: Exception, file: Path) -> Fault:
     return Fault(file=str(file), message=str(error).removeprefix(f"{file}: "))
 
 
-def _check_categories(categories: list[dict[str, Any]], file: Path) -> Iterator[Fault]:
-    if message := category_count_fault(len(categories)):
-        yield Fault(file=str(file), message=message)
-    for row in categories:
-        for key, kind in (("id", int), ("name", str)):
-            try:
-                get_field(row, key, kind, "a category")
-            except DatasetError as error:
-                yield Fault(file=str(file), message=str(error))
-    for key in ("id", "name"):
-        yield from _twice((row.get(key) for row in categories), f"category {key}", file)
-
-
-def _twice(values: Iterable[Any], what: str, file: Path) -> Iterator[Fault]:
-    """A fault for each value that is there more than once."""
-    counts: dict[Any, int] = {}
-    for value in values:
-        if isinstance(value, int | str):
-            counts[value] = counts.get(value, 0) + 1
-    for value, count in counts.items():
-        if count > 1:
-            id_ = value if what == "annotation" else None
-            yield Fault(file=str(file), annotation_id=id_, message=f"{what} {value!r:.60} is there {count} times")
-
-
-def _check_video(video: dict[str, Any], folder: Path | None, file: Path) -> Iterator[Fault]:
-    where = f"video {video.get('id')!s:.60}"
-    try:
-        get_field(video, "id", int, where)
-        names = get_field(video, "file_names", list, where)
-        size = get_picture_size(video, where)
-    except DatasetError as error:
-        yield Fault(file=str(file), message=str(error))
-        return
-    if not names:
-        yield Fault(file=str(file), message=f"{where} has no frames")
-    try:
-        check_length(video, len(names), where)
-    except DatasetError as error:
-        yield Fault(file=str(file), message=str(error))
-    for name in names:
-        if not is_inner_path(name):
-            message = f"{where}: {name!r:.60} is no name of a frame inside the folder of frames"
+def _check_frames(video: VideoRecord, folder: Path | None) -> Iterator[Fault]:
+    """The faults of a video's frames, by their headers; none where there is no folder of frames."""
+    for file in [] if folder is None else [folder / name for name in video.file_names]:
+        try:
+            check_regular(file)
+            if not file.is_file():
+                yield Fault(file=str(file), message=f"the frame of video {video.id} is missing")
+                continue
+            height, width = image_size(file)
+        except (ValueError, OSError) as error:
+            yield _fault_of(error, file)
+            continue
+        if (height, width) != (video.height, video.width):
+            stated = f"video {video.id} is {video.height} x {video.width}"
+            message = f"the frame is {height} x {width} (height x width), but {stated}"
             yield Fault(file=str(file), message=message)
-        elif folder is not None:
-            fault = _check_frame(folder / name, size, where)
-            if fault is not None:
-                yield fault
 
 
-def _check_frame(file: Path, size: tuple[int, int], where: str) -> Fault | None:
-    """The fault of one frame, by its header; None where it is as stated."""
-    try:
-        check_regular(file)
-        if not file.is_file():
-            return Fault(file=str(file), message=f"the frame of {where} is missing")
-        actual = image_size(file)
-    except (ValueError, OSError) as error:
-        return _fault_of(error, file)
-    if actual != size:
-        message = f"the frame is {actual[0]} x {actual[1]} (height x width), but {where} is {size[0]} x {size[1]}"
-        return Fault(file=str(file), message=message)
-    return None
-
-
-def _check_annotation(
-    annotation: dict[str, Any], video_of: dict[int, dict[str, Any]], categories: set[int]
-) -> Iterator[str]:
-    """What is wrong with one annotation."""
-    for key, known in (("id", None), ("video_id", video_of), ("category_id", categories)):
+def _check_masks(annotation: Annotation, video: VideoRecord, file: Path) -> Iterator[Fault]:
+    """The faults of an annotation's segmentations."""
+    messages = []
+    if all(segmentation is None or segmentation == [] for segmentation in annotation.segmentations):
+        messages.append("it has no segmentation in any frame")
+    for index, segmentation in enumerate(annotation.segmentations):
         try:
-            value = get_field(annotation, key, int, "the annotation")
-        except DatasetError as error:
-            yield str(error)
-            continue
-        if known is not None and value not in known:
-            yield f"there is no {key.removesuffix('_id')} {value}"
-    if annotation.get("iscrowd", 0) not in (0, 1):
-        yield f"'iscrowd' must be 0 or 1, got {annotation['iscrowd']!r:.60}"
-    if "segmentations" not in annotation:
-        yield "'segmentations' is missing"
-    video_id = annotation.get("video_id")
-    video = video_of.get(video_id, {}) if type(video_id) is int else {}
-    names = video.get("file_names")
-    for key in ("segmentations", "areas", "bboxes"):
-        value = annotation.get(key)
-        if value is None and (key != "segmentations" or key not in annotation):  # areas are then measured
-            continue
-        if not isinstance(value, list):
-            yield f"{key!r} must be a list, got {value!r:.60}"
-        elif isinstance(names, list) and len(value) != len(names):
-            yield f"{len(value)} {key} for the {len(names)} frames of video {video_id}"
-    segmentations, height, width = annotation.get("segmentations"), video.get("height"), video.get("width")
-    areas = annotation.get("areas")
-    if isinstance(areas, list) and not all(map(is_area, areas)):
-        yield "'areas' must be numbers of pixels, null where the object is absent"
-    # without a size it is the video's fault, reported there
-    if isinstance(segmentations, list) and type(height) is type(width) is int and min(height, width) > 0:
-        yield from _check_segmentations(segmentations, height, width)
-
-
-def _check_segmentations(segmentations: list[Any], height: int, width: int) -> Iterator[str]:
-    if all(segmentation is None or segmentation == [] for segmentation in segmentations):
-        yield "it has no segmentation in any frame"
-    for index, segmentation in enumerate(segmentations):
-        try:
-            rle = compress_segmentation(segmentation, height, width)
+            rle = compress_segmentation(segmentation, video.height, video.width)
         except ValueError as error:
-            yield f"frame {index}: {error}"
+            messages.append(f"frame {index}: {error}")
         else:
             if rle is not None and not mask_area(rle):
-                yield f"frame {index}: the segmentation is empty; null says that an object is absent"
+                messages.append(f"frame {index}: the segmentation is empty; null says that an object is absent")
+    for message in messages:
+        message = f"annotation {annotation.id}: {message}"
+        yield Fault(file=str(file), message=message, annotation_id=annotation.id)

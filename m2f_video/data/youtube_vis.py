@@ -9,44 +9,26 @@ Shape letters: N instances, T frames of a clip, H height, W width.
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import numpy as np
 import torch
 
 from m2f_video.data.annotations import (
+    Annotation,
+    AnnotationFile,
     DatasetError,
-    category_names,
-    check_length,
     find_annotations,
     find_frames,
-    get_field,
-    get_picture_size,
-    is_inner_path,
     read_annotations,
 )
 from m2f_video.data.clip import Clip, check_frame_indices
 from m2f_video.files import check_regular
 from m2f_video.results.masks import decode_segmentation
 from m2f_video.video import read_image
-
-
-@dataclass(frozen=True, kw_only=True)
-class Instance:
-    """One annotated object of a video.
-
-    Attributes:
-        id: of the annotation.
-        label: class index.
-        segmentations: one per frame of the video, as the file holds them.
-    """
-
-    id: int
-    label: int
-    segmentations: Sequence[Any]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -60,6 +42,7 @@ class YouTubeVisVideo:
         width: pixels.
         files: one per frame.
         instances: its objects without crowds.
+        labels: class index of each of them.
     """
 
     video_id: int
@@ -67,7 +50,8 @@ class YouTubeVisVideo:
     height: int
     width: int
     files: tuple[Path, ...]
-    instances: tuple[Instance, ...]
+    instances: tuple[Annotation, ...]
+    labels: tuple[int, ...]
 
     @property
     def num_frames(self) -> int:
@@ -82,9 +66,7 @@ class YouTubeVisVideo:
             ValueError: no frames are named, or the video has no such frame.
         """
         indices = check_frame_indices(frame_indices, self.num_frames, self.name)
-        unique = sorted(set(indices))
-        place_of = {index: place for place, index in enumerate(unique)}
-        places = [place_of[index] for index in indices]
+        unique, places = np.unique(indices, return_inverse=True)
         frames = np.stack([self._frame(index) for index in unique])[places]
         masks = np.zeros((len(self.instances), len(unique), self.height, self.width), bool)
         present = np.zeros((len(self.instances), len(unique)), bool)
@@ -96,7 +78,7 @@ class YouTubeVisVideo:
         return Clip(
             frames=torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous(),  # (T, H, W, 3) -> (T, 3, H, W)
             masks=torch.from_numpy(masks[:, places]),
-            labels=torch.tensor([instance.label for instance in self.instances], dtype=torch.int64),
+            labels=torch.tensor(self.labels, dtype=torch.int64),
             present=torch.from_numpy(present[:, places]),
             instance_ids=torch.tensor([instance.id for instance in self.instances], dtype=torch.int64),
             frame_indices=indices,
@@ -113,12 +95,13 @@ class YouTubeVisVideo:
             )
         return image
 
-    def _mask(self, instance: Instance, index: int) -> np.ndarray | None:
+    def _mask(self, instance: Annotation, index: int) -> np.ndarray | None:
         try:
             return decode_segmentation(instance.segmentations[index], self.height, self.width)
         except ValueError as error:
             raise DatasetError(
-                f"video {self.name}, annotation {instance.id}, frame {index}: {error} (m2f-video data check lists all)"
+                f"{self.files[index]}: annotation {instance.id}: {error} (m2f-video data check lists all in a "
+                "dataset of videos)"
             ) from error
 
 
@@ -153,9 +136,9 @@ class YouTubeVis:
         if num_videos is not None and num_videos < 1:
             raise ValueError(f"num_videos must be positive, got {num_videos}")
         self.file = find_annotations(path)
-        data = read_annotations(self.file)
-        folder = find_frames(self.file, frames, data["videos"])
-        names = category_names(data["categories"], self.file)
+        parsed = read_annotations(self.file)
+        folder = find_frames(self.file, frames, parsed.videos.values())
+        names = parsed.categories
         self.category_ids = {name: id_ for id_, name in names.items()}
         self.labels = tuple(names.values()) if labels is None else tuple(labels)
         index_of = {name: index for index, name in enumerate(self.labels)}
@@ -165,7 +148,7 @@ class YouTubeVis:
                 f"{self.file}: {len(unknown)} categories are not among the labels: {', '.join(unknown[:8]):.120}"
             )
         label_of = {id_: index_of[name] for id_, name in names.items()}
-        self._videos = _build_videos(data, label_of, folder, self.file)[:num_videos]
+        self._videos = tuple(islice(build_videos(parsed, label_of, folder), num_videos))
 
     @property
     def fingerprint(self) -> str:
@@ -188,66 +171,24 @@ class YouTubeVis:
         return self._videos[index]
 
 
-def _build_videos(
-    data: dict[str, Any], label_of: dict[int, int], folder: Path, file: Path
-) -> tuple[YouTubeVisVideo, ...]:
-    if not data["videos"]:
-        raise DatasetError(f"{file}: there are no videos")
-    lengths = {get_field(row, "id", int, f"{file}: a video"): _get_length(row, file) for row in data["videos"]}
-    if len(lengths) != len(data["videos"]):
-        raise DatasetError(f"{file}: two videos have the same id")
-    instances: dict[int, list[Instance]] = {id_: [] for id_ in lengths}
-    seen: set[int] = set()
-    for row in data["annotations"]:
-        where = f"{file}: annotation {row.get('id')!s:.60}"
-        id_, video_id = get_field(row, "id", int, where), get_field(row, "video_id", int, where)
-        category, segmentations = (
-            get_field(row, "category_id", int, where),
-            get_field(row, "segmentations", list, where),
+def build_videos(parsed: AnnotationFile, label_of: Mapping[int, int], folder: Path) -> Iterator[YouTubeVisVideo]:
+    """The videos of an annotation file in its order, with the objects of some of its categories.
+
+    Args:
+        parsed: the file.
+        label_of: class indices by category id.
+        folder: of the frames.
+    """
+    of_video = parsed.instances()
+    for id_, video in parsed.videos.items():
+        instances = tuple(instance for instance in of_video[id_] if instance.category_id in label_of)
+        own = PurePosixPath(video.file_names[0]).parent.as_posix()
+        yield YouTubeVisVideo(
+            video_id=id_,
+            name=str(id_) if own == "." else own,  # of frames that lie in no folder of their own
+            height=video.height,
+            width=video.width,
+            files=tuple(folder / name for name in video.file_names),
+            instances=instances,
+            labels=tuple(label_of[instance.category_id] for instance in instances),
         )
-        if id_ in seen:
-            raise DatasetError(f"{where}: another annotation has the same id")
-        seen.add(id_)
-        if video_id not in instances:
-            raise DatasetError(f"{where}: there is no video {video_id}")
-        if category not in label_of:
-            raise DatasetError(f"{where}: there is no category {category}")
-        if len(segmentations) != lengths[video_id]:
-            raise DatasetError(
-                f"{where}: {len(segmentations)} segmentations for the {lengths[video_id]} frames of video {video_id}"
-            )
-        if row.get("iscrowd", 0) not in (0, 1):
-            raise DatasetError(f"{where}: 'iscrowd' must be 0 or 1, got {row['iscrowd']!r:.60}")
-        if not row.get("iscrowd"):
-            instances[video_id].append(Instance(id=id_, label=label_of[category], segmentations=segmentations))
-    return tuple(
-        YouTubeVisVideo(
-            video_id=row["id"],
-            name=_folder_name(row),
-            height=row["height"],
-            width=row["width"],
-            files=tuple(folder / name for name in row["file_names"]),
-            instances=tuple(instances[row["id"]]),
-        )
-        for row in data["videos"]
-    )
-
-
-def _get_length(video: dict[str, Any], file: Path) -> int:
-    """Number of frames of a video, whose size and file names are checked: these must stay inside the folder."""
-    where = f"{file}: video {video['id']}"
-    names = get_field(video, "file_names", list, where)
-    if not names:
-        raise DatasetError(f"{where} has no frames")
-    for name in names:
-        if not is_inner_path(name):
-            raise DatasetError(f"{where}: {name!r:.60} is no name of a frame inside the folder of frames")
-    check_length(video, len(names), where)
-    get_picture_size(video, where)
-    return len(names)
-
-
-def _folder_name(video: dict[str, Any]) -> str:
-    """The folder of a video's frames, or its id where they lie in no folder of their own."""
-    folder = PurePosixPath(video["file_names"][0]).parent.as_posix()
-    return str(video["id"]) if folder == "." else folder

@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from m2f_video.data.annotations import category_count_fault, is_area
+from m2f_video.data.annotations import Annotation, Row, parse_annotations
 from m2f_video.files import check_regular, parse_json, read_json
-from m2f_video.results.masks import Rle, check_picture_size, compress_segmentation
+from m2f_video.results.masks import Rle, check_rle, compress_segmentation, mask_area
 
 Source = str | os.PathLike[str]
 Progress = Callable[[str, int, int], None]
@@ -41,7 +41,7 @@ class MaskTrack:
         id: of the annotation, or the number of the row in the results, from 0.
         video_id: video it belongs to.
         category_id: its class, an id of the data set.
-        masks: T compressed COCO encodings, `counts` as bytes; None where the object is absent.
+        masks: T compressed COCO encodings; None where the object is absent.
         pixels: (T,) int64, area of each mask; 0 where it is None or empty.
         area: mean area over the frames where it is not 0, which decides between small, medium and large: as the
             file's `areas` state it for annotations, measured for predictions and where there are no `areas`. 0 where
@@ -91,40 +91,20 @@ def load_ground_truth(source: Source | Mapping[str, Any], progress: Progress | N
         ValueError: the content is malformed; the message names file, row and fault.
     """
     name, data = _read(source, "ground truth")
-    if not isinstance(data, Mapping):
+    parsed = parse_annotations(data, name, with_frames=False, per_frame=("areas",))
+    if not parsed.annotations:
         raise ValueError(
-            f"{name}: annotations are an object with videos, categories and annotations, got a {_kind(data)}; are "
-            "annotations and results swapped?"
+            f"{name}: 'annotations' is missing or empty. The public validation and test files hold none: split a part "
+            "off the training file"
         )
-    sizes: dict[int, tuple[int, int, int]] = {}
-    for row, video in enumerate(_rows(data, "videos", name)):
-        where = f"{name}: video row {row}"
-        video_id = _new_id(video, sizes, where)
-        height, width = (_integer(video, key, where, least=1) for key in ("height", "width"))
-        try:
-            check_picture_size(height, width)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
-        sizes[video_id] = (height, width, _length(video, where))
-    categories: dict[int, str] = {}
-    rows = _rows(data, "categories", name)
-    if message := category_count_fault(len(rows)):
-        raise ValueError(f"{name}: {message}")
-    for row, category in enumerate(rows):
-        where = f"{name}: category row {row}"
-        categories[_new_id(category, categories, where)] = str(_get(category, "name", where))
-    tracks: dict[int, MaskTrack] = {}
-    rows = _rows(data, "annotations", name)
-    for row, annotation in enumerate(rows):
-        where = f"{name}: annotation row {row}"
-        track_id = _new_id(annotation, tracks, where)
-        tracks[track_id] = _annotation(annotation, track_id, sizes, categories, f"{where} (id {track_id})")
+    sizes = {id_: (video.height, video.width, video.num_frames) for id_, video in parsed.videos.items()}
+    tracks: list[MaskTrack] = []
+    for annotation in parsed.annotations:
+        tracks.append(_annotated(annotation, sizes[annotation.video_id], f"{name}: annotation {annotation.id}"))
         if progress is not None:
-            progress("annotations", row + 1, len(rows))
-    _warn_of_lengths(tracks.values(), sizes, f"{name}: annotation id")
-    return GroundTruth(
-        source=name, sizes=sizes, categories=dict(sorted(categories.items())), tracks=tuple(tracks.values())
-    )
+            progress("annotations", len(tracks), len(parsed.annotations))
+    _warn_of_lengths(tracks, sizes, f"{name}: annotation id")
+    return GroundTruth(source=name, sizes=sizes, categories=parsed.categories, tracks=tuple(tracks))
 
 
 def load_results(
@@ -150,15 +130,14 @@ def load_results(
         ValueError: the content is malformed; the message names file, row and fault.
     """
     name, rows = _read(source, "results")
-    if isinstance(rows, str | bytes | Mapping) or not isinstance(rows, Sequence):
-        raise ValueError(
-            f"{name}: results are a list of rows, got a {_kind(rows)}; of a tracks.json only the list under 'results' "
-            "is meant"
-        )
+    if not isinstance(rows, list | tuple):
+        raise ValueError(f"{name}: results are a list of rows; of a tracks.json only the list under 'results' is meant")
     tracks: list[MaskTrack] = []
     unknown: list[MaskTrack] = []
     for row, result in enumerate(rows):
-        track = _result(result, row, ground_truth, f"{name}: row {row}")
+        if not isinstance(result, Mapping):
+            raise ValueError(f"{name}: row {row} must be an object, got {result!r:.60}")
+        track = parse_result(Row(result, f"row {row}", name), row, ground_truth)
         (tracks if track.category_id in ground_truth.categories else unknown).append(track)
         if progress is not None:
             progress("results", row + 1, len(rows))
@@ -174,57 +153,22 @@ def load_results(
     return tracks
 
 
-def _annotation(
-    row: Mapping[str, Any],
-    track_id: int,
-    sizes: Mapping[int, tuple[int, int, int]],
-    categories: Mapping[int, str],
-    where: str,
-) -> MaskTrack:
-    video_id = _integer(row, "video_id", where)
-    if video_id not in sizes:
-        raise ValueError(f"{where}: video_id {video_id} is not among the videos; add the video or remove the row")
-    category_id = _integer(row, "category_id", where)
-    if category_id not in categories:
-        raise ValueError(f"{where}: category_id {category_id} is not among the categories")
-    crowd = row.get("iscrowd", 0)
-    if crowd not in (0, 1):
-        raise ValueError(f"{where}: iscrowd must be 0 or 1, got {crowd!r:.60}")
-    masks = _masks(row, sizes[video_id], where, annotated=True)
-    pixels = _pixels(masks)
-    areas = pixels
-    if row.get("areas") is not None:
-        stated = _list(row, "areas", where)
-        if len(stated) != len(masks):
-            raise ValueError(
-                f"{where}: {len(stated)} areas for {len(masks)} segmentations; there is one for each frame"
-            )
-        if not all(map(is_area, stated)):
-            raise ValueError(f"{where}: areas must be numbers of pixels, null where the object is absent")
-        areas = np.array([area or 0 for area in stated])
-    return MaskTrack(
-        id=track_id,
-        video_id=video_id,
-        category_id=category_id,
-        masks=masks,
-        pixels=pixels,
-        area=_mean_visible(areas),
-        crowd=bool(crowd),
-    )
+def parse_result(row: Row, number: int, ground_truth: GroundTruth) -> MaskTrack:
+    """Check a row of results; whether its category and its number of frames are the data set's is the caller's matter.
 
-
-def _result(row: Any, number: int, ground_truth: GroundTruth, where: str) -> MaskTrack:
-    video_id = _integer(row, "video_id", where)
+    Raises:
+        ValueError: it is malformed; the message names file, row and fault.
+    """
+    video_id, category_id = row.get("video_id", int), row.get("category_id", int)
     if video_id not in ground_truth.sizes:
-        raise ValueError(
-            f"{where}: video_id {video_id} is not among the {len(ground_truth.sizes)} videos of {ground_truth.source}; "
-            "are these the annotations that the results were made for?"
+        row.fault(
+            f"video_id {video_id} is not among the {len(ground_truth.sizes)} videos of {ground_truth.source}; are "
+            "these the annotations that the results were made for?"
         )
-    score = _get(row, "score", where)
+    score: Any = row.fields.get("score")
     if not _is_number(score):
-        raise ValueError(f"{where}: the score must be a finite number, got {score!r:.60}")
-    category_id = _integer(row, "category_id", where)
-    masks = _masks(row, ground_truth.sizes[video_id], where, annotated=False)
+        row.fault(f"the score must be a finite number, got {score!r:.60}")
+    masks = _masks(row.get("segmentations", list), ground_truth.sizes[video_id], check_rle, f"{row.file}: {row.where}")
     pixels = _pixels(masks)
     return MaskTrack(
         id=number,
@@ -237,55 +181,40 @@ def _result(row: Any, number: int, ground_truth: GroundTruth, where: str) -> Mas
     )
 
 
+def _annotated(annotation: Annotation, size: tuple[int, int, int], where: str) -> MaskTrack:
+    masks = _masks(annotation.segmentations, size, compress_segmentation, where)
+    pixels = _pixels(masks)
+    stated = pixels if annotation.areas is None else np.array([area or 0 for area in annotation.areas])
+    return MaskTrack(
+        id=annotation.id,
+        video_id=annotation.video_id,
+        category_id=annotation.category_id,
+        masks=masks,
+        pixels=pixels,
+        area=_mean_visible(stated),
+        crowd=annotation.crowd,
+    )
+
+
 def _masks(
-    row: Mapping[str, Any], size: tuple[int, int, int], where: str, *, annotated: bool
+    segmentations: Sequence[Any], size: tuple[int, int, int], check: Callable[[Any, int, int], Rle | None], where: str
 ) -> tuple[Rle | None, ...]:
-    """The masks of a row, checked, `counts` as bytes; None where absent."""
-    height, width, _ = size
+    """The masks of a row, checked; None where absent."""
     masks: list[Rle | None] = []
-    for frame, mask in enumerate(_list(row, "segmentations", where)):
-        if mask is None:
-            masks.append(None)
-            continue
-        if not annotated and (isinstance(mask, list) or isinstance(_counts(mask), list)):
-            raise ValueError(
-                f"{where}, frame {frame}: results take compressed run lengths only, "
-                '{"size": [H, W], "counts": text}; encode the mask with pycocotools.mask.encode'
-            )
-        if isinstance(counts := _counts(mask), bytes):  # as pycocotools gives them
-            mask = {**mask, "counts": counts.decode("ascii", "replace")}
+    for frame, mask in enumerate(segmentations):
         try:
-            rle = compress_segmentation(mask, height, width)
+            masks.append(None if mask is None else check(mask, *size[:2]))
         except ValueError as error:
             raise ValueError(f"{where}, frame {frame}: {error}") from error
-        masks.append(None if rle is None else {"size": [height, width], "counts": rle["counts"].encode("ascii")})
     if not masks:
         raise ValueError(f"{where}: the list of segmentations is empty; there is one, or null, for each frame")
     return tuple(masks)
 
 
-def _counts(mask: Any) -> Any:
-    return mask.get("counts") if isinstance(mask, Mapping) else None
-
-
-def _length(video: Mapping[str, Any], where: str) -> int:
-    """Number of frames that a video says it has, or that it lists."""
-    names = video.get("file_names")
-    count = len(names) if isinstance(names, list | tuple) else None
-    if count and video.get("length") is None:
-        return count
-    length = _integer(video, "length", where, least=1)
-    if count is not None and length != count:
-        raise ValueError(f"{where}: length is {length}, but there are {count} file names")
-    return length
-
-
 def _pixels(masks: Sequence[Rle | None]) -> np.ndarray:
     """(T,) int64, area of each mask."""
-    from pycocotools import mask as coco
-
-    # one by one: with NumPy 2 the areas of a list are taken of at most 255 masks
-    return np.array([0 if mask is None else int(coco.area(mask)) for mask in masks], np.int64)
+    # one by one: with NumPy 2 pycocotools takes the areas of a list of at most 255 masks
+    return np.array([0 if mask is None else mask_area(mask) for mask in masks], np.int64)
 
 
 def _mean_visible(areas: np.ndarray) -> float:
@@ -341,47 +270,6 @@ def _read_zip(path: Path) -> Any:
         raise ValueError(f"{path}: {name} is not a JSON file, or cut off: {error}") from error
 
 
-def _rows(data: Mapping[str, Any], key: str, name: str) -> Sequence[Any]:
-    rows = data.get(key)
-    if not isinstance(rows, Sequence) or isinstance(rows, str) or not rows:
-        reason = f"is a {_kind(rows)}, not a list" if rows else "is missing or empty"
-        raise ValueError(
-            f"{name}: {key!r} {reason}; needed are annotations of the YouTubeVIS format. The public validation and "
-            "test files hold none: split a part off the training file"
-        )
-    return rows
-
-
-def _new_id(row: Any, known: Mapping[int, Any], where: str) -> int:
-    number = _integer(row, "id", where)
-    if number in known:
-        raise ValueError(f"{where}: id {number} is used before; ids must differ")
-    return number
-
-
-def _get(row: Any, key: str, where: str) -> Any:
-    if not isinstance(row, Mapping):
-        raise ValueError(f"{where} must be an object, got a {_kind(row)}")
-    if key not in row:
-        raise ValueError(f"{where} has no {key!r}; it has {_shorten(sorted(map(str, row))):.120}")
-    return row[key]
-
-
-def _integer(row: Any, key: str, where: str, least: int | None = None) -> int:
-    value = _get(row, key, where)
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or (least is not None and value < least):
-        kind = "an integer" if least is None else f"an integer of at least {least}"
-        raise ValueError(f"{where}: {key} must be {kind}, got {value!r:.60}")
-    return int(value)
-
-
-def _list(row: Any, key: str, where: str) -> list | tuple:
-    value = _get(row, key, where)
-    if not isinstance(value, list | tuple):
-        raise ValueError(f"{where}: {key} must be a list with an entry for each frame, got a {_kind(value)}")
-    return value
-
-
 def _is_number(value: Any) -> bool:
     """Whether it is a number with a finite float; whole numbers of JSON can be too large for one."""
     if isinstance(value, bool) or not isinstance(value, int | float | np.number):
@@ -390,11 +278,6 @@ def _is_number(value: Any) -> bool:
         return math.isfinite(value)
     except OverflowError:
         return False
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "JSON object", list: "list", type(None): "null", str: "text"}
-    return names.get(type(value), type(value).__name__)
 
 
 def _shorten(values: Sequence[Any]) -> str:

@@ -127,7 +127,7 @@ def test_views_depend_on_seed_and_frame_alone(tmp_path):
     [
         ({"annotations": [annotation(7, 99)]}, "annotation 7: there is no category 99"),
         ({"annotations": [annotation(7, image_id="x")]}, "annotation 7: 'image_id' must be int"),
-        ({"categories": [{"id": 44, "name": "bottle"}]}, "none of its categories"),
+        ({"categories": [{"id": 44, "name": "bottle"}], "annotations": []}, "none of its categories"),
         ({"images": None}, "'images' must be a list"),
         ({"images": [{"id": 9, "height": H, "width": W, "file_name": "../x"}]}, "inside the folder"),
         ({"images": [{"id": 9, "width": W, "file_name": "one.png"}]}, "image 9: 'height' must be int"),
@@ -143,7 +143,7 @@ def test_bad_images_masks_and_arguments(tmp_path):
     with pytest.raises(DatasetError, match=r"one.png: annotation 7: .* three points"):
         CocoVideos(*paths)[0].clip([0])
     Image.fromarray(np.zeros((3, 3, 3), np.uint8)).save(tmp_path / "one.png")
-    with pytest.raises(DatasetError, match=r"one.png: the image is 3 x 3"):
+    with pytest.raises(DatasetError, match=r"one.png: the frame is 3 x 3"):
         CocoVideos(*paths)[0].clip([0])
     with pytest.raises(ValueError, match="unknown label set 'coco'"):
         CocoVideos(*paths, "coco")
@@ -167,7 +167,7 @@ IMAGE = {"id": 9, "height": H, "width": W, "file_name": "one.png"}
 
 
 def test_images_that_would_take_all_memory_or_block_are_refused(tmp_path):
-    with pytest.raises(DatasetError, match="two images have the same id"):
+    with pytest.raises(DatasetError, match="image 9: another image has the same id"):
         CocoVideos(*write_coco(tmp_path, images=[IMAGE, IMAGE]))
     for height, width in ((10**9, 10**9), (1, 2**27)):
         with pytest.raises(DatasetError, match=r"image 9: a picture of .* is too large"):

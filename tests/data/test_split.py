@@ -102,10 +102,11 @@ def test_bad_arguments_and_files(source, tmp_path):
         split_dataset(tmp_path / "nowhere", tmp_path / "out")
     with pytest.raises(FileNotFoundError, match="no such folder of frames"):
         split_dataset(source, tmp_path / "out", frames=tmp_path / "nowhere")
+    video = {"id": 1, "height": 16, "width": 16, "file_names": ["000000/00000.jpg"]}
     for changes, message in (
-        ({"videos": [{"id": 1}]}, "takes two videos"),
-        ({"videos": [{"id": 1}, {"id": "x"}]}, "'id' must be int"),
-        ({"annotations": [{"id": 4, "video_id": 99}]}, "annotation 4: there is no video 99"),
+        ({"videos": [video], "annotations": []}, "takes two videos"),
+        ({"videos": [video, video | {"id": "x"}]}, "'id' must be int"),
+        ({"annotations": [{"id": 4, "video_id": 99, "category_id": 1}]}, "annotation 4: there is no video 99"),
     ):
         bad = tmp_path / "bad.json"
         bad.write_text(json.dumps(json.loads((source / "train.json").read_text()) | changes))

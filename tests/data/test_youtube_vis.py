@@ -154,11 +154,14 @@ VIDEO = {"id": 4, "height": H, "width": W, "file_names": ["a/0.jpg"]}
     [
         ({"videos": 3}, "'videos' must be a list"),
         ({"categories": []}, "no categories"),
-        ({"categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}, "category 1 .* twice"),
+        (
+            {"categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]},
+            "category 1: another .* same id",
+        ),
         ({"categories": [{"id": 1}]}, "'name' must be str"),
-        ({"videos": [VIDEO, VIDEO]}, "two videos have the same id"),
+        ({"videos": [VIDEO, VIDEO]}, "video 4: another video has the same id"),
         ({"videos": [VIDEO | {"height": 0}], "annotations": []}, "video 4: height must be positive"),
-        ({"videos": [VIDEO | {"file_names": []}]}, "video 4 has no frames"),
+        ({"videos": [VIDEO | {"file_names": []}]}, "video 4: it has no frames"),
         ({"videos": [VIDEO | {"file_names": ["../a.jpg"]}]}, "inside the folder"),
         ({"videos": [VIDEO | {"file_names": ["/etc/a.jpg"]}]}, "inside the folder"),
         ({"annotations": [annotation(5, [None] * 3)]}, "annotation 5: 3 segmentations for the 4 frames of video 4"),
@@ -188,7 +191,7 @@ def test_bad_frames_and_masks_are_named_when_they_are_read(tmp_path):
     wrong = {"size": [W, H], "counts": rle(0)["counts"]}
     write_dataset(tmp_path, annotations=[annotation(8, [None, None, None, wrong])])
     video = YouTubeVis(tmp_path)[0]
-    with pytest.raises(DatasetError, match=r"video a, annotation 8, frame 3: .*\[30, 20\]"):
+    with pytest.raises(DatasetError, match=r"a/3\.jpg: annotation 8: .*\[30, 20\]"):
         video.clip([3])
     frames = tmp_path / "JPEGImages" / "a"
     Image.fromarray(np.zeros((H, W + 1, 3), np.uint8)).save(frames / "0.jpg")
