@@ -19,25 +19,8 @@ in this order. Rotation and size are free, so that classes differ by silhouette 
 **Truth.** A pixel belongs to the nearest thing that covers its centre. Masks are the visible parts: they never overlap,
 and an object that is wholly hidden or out of the frame is absent there (null in YouTubeVIS files).
 
-**Difficulty.** `DIFFICULTIES` holds `easy`, `medium` and `hard`, whose fields `Difficulty` documents:
-
-====================  ==============  ==============  ==============
-of each video         easy            medium          hard
-====================  ==============  ==============  ==============
-objects               1 to 3          2 to 5          4 to 9
-radius (1)            0.16 to 0.28    0.12 to 0.26    0.08 to 0.24
-speed (1)             up to 0.025     up to 0.05      up to 0.09
-rotation, turns       0.01            0.025           0.05
-growth or shrinkage   1.15            1.4             1.8
-cross the border      none            35 %            50 %
-seen in frames        all             half            a quarter
-look-alikes           none (2)        30 %            60 %
-camouflage            none            0.2             0.5
-strips in front       none            none            1
-noise, of 255         2               6               14
-====================  ==============  ==============  ==============
-
-(1) in shorter sides of the frame, speed and rotation per frame; (2) but two of a class may meet by chance.
+**Difficulty.** `DIFFICULTIES` holds `easy`, `medium` and `hard`: the table in `synthetic_difficulty` compares them, and
+`Difficulty` documents its fields. Where there are no look-alikes, two of a class may still meet by chance.
 
 **Standard splits.** 320 x 192 pixels, 16 frames, at each difficulty: train = 20000 videos of seed 0, val = 100 of seed
 1000, test = 100 of seed 2000, such as ``SyntheticVideos(100, seed=1000, difficulty="medium")`` or

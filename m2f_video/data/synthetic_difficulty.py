@@ -4,14 +4,17 @@ Lengths are in units of the frame's shorter side and times in frames.
 """
 
 from dataclasses import dataclass
+from typing import Any
+
+from m2f_video.config import CheckedConfig, ConfigError, check_fields
 
 
 @dataclass(frozen=True, kw_only=True)
-class Difficulty:
+class Difficulty(CheckedConfig):
     """What makes a video of the benchmark easy or hard.
 
     Raises:
-        ValueError: a field has a value no video can be made with; the message names it.
+        ConfigError: a field has a value no video can be made with; the message names it.
     """
 
     num_objects: tuple[int, int] = (1, 1)
@@ -47,67 +50,41 @@ class Difficulty:
     noise: float = 0.0
     """Largest change of a pixel by noise, uniform and new in each frame, in levels of 255."""
 
-    def __post_init__(self) -> None:
-        for name in ("num_objects", "radius", "speed"):
+    def _check(self) -> None:
+        ranges = ("num_objects", "radius", "speed")
+        for name in ranges:
             low, high = getattr(self, name)
-            if not 0 <= low <= high < float("inf"):
-                raise ValueError(f"Difficulty.{name} must be (least, most), neither negative, got ({low}, {high})")
-        if self.radius[0] <= 0:
-            raise ValueError(f"Difficulty.radius must be positive, got {self.radius}")
-        for name in ("crossing", "seen", "lookalike", "camouflage", "clutter", "lighting"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"Difficulty.{name} must be in [0, 1], got {getattr(self, name)}")
-        for name in ("spin", "background_speed", "background_spin", "occluders", "noise"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"Difficulty.{name} must be finite and not negative, got {getattr(self, name)}")
-        if not 1 <= self.zoom < float("inf"):
-            raise ValueError(f"Difficulty.zoom must be at least 1, got {self.zoom}")
+            if low > high:
+                raise ConfigError(f"Difficulty.{name} must be (least, most), got ({low}, {high})")
+        rates = ("spin", "background_speed", "background_spin", "occluders", "noise")
+        check_fields(self, "must not be negative", lambda value: value >= 0, *ranges, *rates)
+        check_fields(self, "must be positive", lambda value: value > 0, "radius")
+        shares = ("crossing", "seen", "lookalike", "camouflage", "clutter", "lighting")
+        check_fields(self, "must be in [0, 1]", lambda value: 0 <= value <= 1, *shares)
+        check_fields(self, "must be at least 1", lambda value: value >= 1, "zoom")
 
+
+_TABLE: dict[str, tuple[Any, Any, Any]] = {
+    #                    easy          medium         hard
+    "num_objects":      ((1, 3),       (2, 5),        (4, 9)),
+    "radius":           ((0.16, 0.28), (0.12, 0.26),  (0.08, 0.24)),
+    "speed":            ((0.0, 0.025), (0.005, 0.05), (0.01, 0.09)),
+    "spin":             (0.01,         0.025,         0.05),
+    "zoom":             (1.15,         1.4,           1.8),
+    "crossing":         (0.0,          0.35,          0.5),
+    "seen":             (1.0,          0.5,           0.25),
+    "lookalike":        (0.0,          0.3,           0.6),
+    "camouflage":       (0.0,          0.2,           0.5),
+    "clutter":          (0.3,          0.6,           1.0),
+    "background_speed": (0.01,         0.03,          0.05),
+    "background_spin":  (0.0,          0.002,         0.004),
+    "occluders":        (0,            0,             1),
+    "lighting":         (0.0,          0.1,           0.35),
+    "noise":            (2.0,          6.0,           14.0),
+}  # fmt: skip
 
 DIFFICULTIES: dict[str, Difficulty] = {
-    "easy": Difficulty(
-        num_objects=(1, 3),
-        radius=(0.16, 0.28),
-        speed=(0.0, 0.025),
-        spin=0.01,
-        zoom=1.15,
-        seen=1.0,
-        clutter=0.3,
-        background_speed=0.01,
-        noise=2.0,
-    ),
-    "medium": Difficulty(
-        num_objects=(2, 5),
-        radius=(0.12, 0.26),
-        speed=(0.005, 0.05),
-        spin=0.025,
-        zoom=1.4,
-        crossing=0.35,
-        seen=0.5,
-        lookalike=0.3,
-        camouflage=0.2,
-        clutter=0.6,
-        background_speed=0.03,
-        background_spin=0.002,
-        lighting=0.1,
-        noise=6.0,
-    ),
-    "hard": Difficulty(
-        num_objects=(4, 9),
-        radius=(0.08, 0.24),
-        speed=(0.01, 0.09),
-        spin=0.05,
-        zoom=1.8,
-        crossing=0.5,
-        seen=0.25,
-        lookalike=0.6,
-        camouflage=0.5,
-        clutter=1.0,
-        background_speed=0.05,
-        background_spin=0.004,
-        occluders=1,
-        lighting=0.35,
-        noise=14.0,
-    ),
+    level: Difficulty(**{name: values[column] for name, values in _TABLE.items()})
+    for column, level in enumerate(("easy", "medium", "hard"))
 }
 """The published levels of the benchmark."""

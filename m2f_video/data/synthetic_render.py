@@ -32,8 +32,10 @@ class Renderer:
         self._side = min(height, width)  # pixels in the unit of length
         self._x = (np.arange(width, dtype=np.float32) + np.float32(0.5)) / np.float32(self._side)
         self._y = ((np.arange(height, dtype=np.float32) + np.float32(0.5)) / np.float32(self._side))[:, None]
-        self._background = texture(scene.background, _BACKGROUND_SIDE)
-        self._strips = [texture(strip.look, _BACKGROUND_SIDE) for strip in scene.strips]
+        half = np.float32(0.5 / self._side)
+        self._from_center = self._x - width * half, self._y - height * half  # (W,) and (H, 1)
+        self._background = _repeating(texture(scene.background, _BACKGROUND_SIDE))
+        self._strips = [_repeating(texture(strip.look, _BACKGROUND_SIDE)) for strip in scene.strips]
         self._objects = [texture(thing.look, _OBJECT_SIDE) for thing in scene.objects]
 
     def frame(self, index: int, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -63,7 +65,7 @@ class Renderer:
         """The texture, repeated without seams, turned about the frame's centre and moved; float32 (H, W, 3)."""
         scene = self._scene
         cos, sin = _rotation(scene.background_turns[index])
-        x, y = self._from_center()
+        x, y = self._from_center
         u = (cos * x + sin * y - np.float32(scene.background_x[index])) / np.float32(_BACKGROUND_SPAN)
         v = (cos * y - sin * x - np.float32(scene.background_y[index])) / np.float32(_BACKGROUND_SPAN)
         return _sample_repeated(self._background, u, v)
@@ -89,7 +91,7 @@ class Renderer:
 
     def _paint_strip(self, image: np.ndarray, owner: np.ndarray, strip: Strip, pattern: np.ndarray, index: int) -> None:
         cos, sin = _rotation(strip.turns)
-        x, y = self._from_center()
+        x, y = self._from_center
         across = cos * x + sin * y - np.float32(strip.offset[index])
         distance = np.abs(across) - np.float32(strip.half_width)
         inside = distance * self._side < 1
@@ -99,11 +101,6 @@ class Renderer:
         alpha = _coverage(distance[inside] * np.float32(self._side))
         image[inside] += (colors * shade[..., None] - image[inside]) * alpha[..., None]
         owner[distance <= 0] = -1
-
-    def _from_center(self) -> tuple[np.ndarray, np.ndarray]:
-        """Places of the pixels as seen from the middle of the frame, (W,) and (H, 1)."""
-        half = np.float32(0.5 / self._side)
-        return self._x - len(self._x) * half, self._y - len(self._y) * half
 
     def _window(self, thing: SceneObject, index: int) -> tuple[slice, slice] | None:
         """Rows and columns that an object and its blended outline may touch, None where it is out of the frame."""
@@ -188,39 +185,34 @@ def _coverage(pixels: np.ndarray) -> np.ndarray:
     return np.clip(np.float32(0.5) - pixels, 0, 1)
 
 
+def _repeating(tile: np.ndarray) -> np.ndarray:
+    """A tile with its first two rows and columns at its end once more: whatever is sampled has a neighbour there."""
+    return np.pad(tile, ((0, 2), (0, 2), (0, 0)), "wrap")
+
+
 def _sample_table(table: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     """Bilinear samples of a table (S, S, C) over [-TABLE_EXTENT, TABLE_EXTENT], clamped; (..., C)."""
     last = table.shape[0] - 1
     scale = np.float32(last / (2 * TABLE_EXTENT))
-    x = np.clip((u + np.float32(TABLE_EXTENT)) * scale, 0, last)
-    y = np.clip((v + np.float32(TABLE_EXTENT)) * scale, 0, last)
-    x0, y0 = np.minimum(x.astype(np.int32), last - 1), np.minimum(y.astype(np.int32), last - 1)
-    return _bilinear(table, x0, x0 + 1, x - x0.astype(np.float32), y0, y0 + 1, y - y0.astype(np.float32))
+    x, y = (np.clip((place + np.float32(TABLE_EXTENT)) * scale, 0, last) for place in (u, v))
+    return _bilinear(table, x, y)
 
 
 def _sample_repeated(tile: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Bilinear samples of a tile (S, S, C) that covers [0, 1) and repeats; (..., C)."""
-    side = tile.shape[0]
-    x, y = (u - np.floor(u)) * np.float32(side), (v - np.floor(v)) * np.float32(side)
-    x0, y0 = x.astype(np.int32), y.astype(np.int32)
-    x_part, y_part = x - x0.astype(np.float32), y - y0.astype(np.float32)
-    return _bilinear(tile, x0 % side, (x0 + 1) % side, x_part, y0 % side, (y0 + 1) % side, y_part)
+    """Bilinear samples of a tile that covers [0, 1) and repeats, as `_repeating` gives it; (..., C)."""
+    side = np.float32(tile.shape[0] - 2)
+    return _bilinear(tile, (u - np.floor(u)) * side, (v - np.floor(v)) * side)
 
 
-def _bilinear(
-    table: np.ndarray,
-    x0: np.ndarray,
-    x1: np.ndarray,
-    x_part: np.ndarray,
-    y0: np.ndarray,
-    y1: np.ndarray,
-    y_part: np.ndarray,
-) -> np.ndarray:
+def _bilinear(table: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Samples of a table (S, S, C) at x and y in [0, S - 1]; (..., C)."""
+    side = table.shape[0]
+    x0, y0 = (np.minimum(place.astype(np.int32), side - 2) for place in (x, y))
+    x_part, y_part = ((place - first.astype(np.float32))[..., None] for place, first in ((x, x0), (y, y0)))
     flat = table.reshape(-1, table.shape[2])  # (S * S, C)
-    x_part, y_part = x_part[..., None], y_part[..., None]
-    y0, y1 = y0 * table.shape[1], y1 * table.shape[1]
-    top, bottom = flat.take(y0 + x0, 0), flat.take(y1 + x0, 0)
-    top += (flat.take(y0 + x1, 0) - top) * x_part
-    bottom += (flat.take(y1 + x1, 0) - bottom) * x_part
+    corner = y0 * side + x0
+    top, bottom = flat.take(corner, 0), flat.take(corner + side, 0)
+    top += (flat.take(corner + 1, 0) - top) * x_part
+    bottom += (flat.take(corner + side + 1, 0) - bottom) * x_part
     top += (bottom - top) * y_part
     return top

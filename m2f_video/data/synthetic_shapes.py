@@ -7,23 +7,10 @@ bit: the sine and cosine of the C library and of SIMD units differ from machine 
 Shape letters: G side of a table, V vertices.
 """
 
+from collections.abc import Callable
 from functools import cache
 
 import numpy as np
-
-SHAPES: tuple[str, ...] = (
-    "disc",
-    "square",
-    "triangle",
-    "star",
-    "ring",
-    "cross",
-    "crescent",
-    "heart",
-    "arrow",
-    "bar",
-)
-"""Class names of the benchmark, in the order of their class indices."""
 
 TABLE_EXTENT = 1.25
 """Distance tables cover [-TABLE_EXTENT, TABLE_EXTENT] on both axes."""
@@ -74,43 +61,12 @@ def distance_table(shape: str) -> np.ndarray:
     Raises:
         ValueError: no such shape.
     """
+    if shape not in _OUTLINES:
+        raise ValueError(f"unknown shape {shape!r}; shapes: {', '.join(SHAPES)}")
     ticks = (np.arange(_TABLE_SIDE) / (_TABLE_SIDE - 1) * 2 - 1) * TABLE_EXTENT
-    table = _signed_distance(_outline(shape), ticks[None, :], ticks[:, None]).astype(np.float32)
+    table = _signed_distance(_OUTLINES[shape](), ticks[None, :], ticks[:, None]).astype(np.float32)
     table.flags.writeable = False
     return table
-
-
-def _outline(shape: str) -> list[Loop]:
-    """The loops of a shape; its inside is where an odd number of them wind around."""
-    if shape == "disc":
-        return [_circle(1.0)]
-    if shape == "square":
-        return [_loop((-1, -1), (1, -1), (1, 1), (-1, 1))]
-    if shape == "triangle":
-        return [_circle(1.0, corners=3)]
-    if shape == "star":
-        tips, notches = _circle(1.0, corners=5), _circle(0.42, corners=5, start=0.1)
-        return [np.stack((tips, notches), 1).reshape(-1, 2)]  # (5, 2, 2) -> (10, 2)
-    if shape == "ring":
-        return [_circle(1.0), _circle(0.52)]
-    if shape == "cross":
-        a = 0.36
-        quarter = [(a, -1), (a, -a), (1, -a)]  # then turned about the origin, three times
-        corners = []
-        for _ in range(4):
-            corners += quarter
-            quarter = [(-y, x) for x, y in quarter]
-        return [_loop(*corners)]
-    if shape == "crescent":
-        return [_crescent()]
-    if shape == "heart":
-        return [_heart()]
-    if shape == "arrow":
-        half = [(0.0, -1.0), (0.75, -0.1), (0.28, -0.1), (0.28, 1.0)]
-        return [_loop(*half, *((-x, y) for x, y in reversed(half[1:])))]
-    if shape == "bar":
-        return [_loop((-1, -0.26), (1, -0.26), (1, 0.26), (-1, 0.26))]
-    raise ValueError(f"unknown shape {shape!r}; shapes: {', '.join(SHAPES)}")
 
 
 def _loop(*corners: tuple[float, float]) -> Loop:
@@ -123,6 +79,30 @@ def _circle(radius: float, corners: int = _ROUND, start: float = 0.0) -> Loop:
     """A regular polygon, clockwise; its first corner is up, or `start` turns on from there."""
     turns = np.arange(corners) / corners + start
     return np.stack((radius * sine(turns), -radius * cosine(turns)), 1)
+
+
+def _bar(half_height: float) -> Loop:
+    return _loop((-1, -half_height), (1, -half_height), (1, half_height), (-1, half_height))
+
+
+def _star() -> Loop:
+    tips, notches = _circle(1.0, corners=5), _circle(0.42, corners=5, start=0.1)
+    return np.stack((tips, notches), 1).reshape(-1, 2)  # (5, 2, 2) -> (10, 2)
+
+
+def _cross() -> Loop:
+    a = 0.36
+    quarter = [(a, -1), (a, -a), (1, -a)]  # then turned about the origin, three times
+    corners = []
+    for _ in range(4):
+        corners += quarter
+        quarter = [(-y, x) for x, y in quarter]
+    return _loop(*corners)
+
+
+def _arrow() -> Loop:
+    half = [(0.0, -1.0), (0.75, -0.1), (0.28, -0.1), (0.28, 1.0)]
+    return _loop(*half, *((-x, y) for x, y in reversed(half[1:])))
 
 
 def _crescent() -> Loop:
@@ -165,3 +145,21 @@ def _signed_distance(loops: list[Loop], x: np.ndarray, y: np.ndarray) -> np.ndar
                 inside ^= ((ay > y) != (by > y)) & (x < ax + (y - ay) / (by - ay) * ex)
     distance = np.sqrt(nearest)
     return np.where(inside, -distance, distance)
+
+
+_OUTLINES: dict[str, Callable[[], list[Loop]]] = {
+    "disc": lambda: [_circle(1.0)],
+    "square": lambda: [_bar(1.0)],
+    "triangle": lambda: [_circle(1.0, corners=3)],
+    "star": lambda: [_star()],
+    "ring": lambda: [_circle(1.0), _circle(0.52)],
+    "cross": lambda: [_cross()],
+    "crescent": lambda: [_crescent()],
+    "heart": lambda: [_heart()],
+    "arrow": lambda: [_arrow()],
+    "bar": lambda: [_bar(0.26)],
+}
+"""The loops of each shape; its inside is where an odd number of them wind around."""
+
+SHAPES: tuple[str, ...] = tuple(_OUTLINES)
+"""Class names of the benchmark, in the order of their class indices."""
