@@ -97,6 +97,60 @@ class CheckedConfig:
     def _check(self) -> None: ...
 
 
+class FileConfig(CheckedConfig):
+    """A config that has a JSON file of its own; its `to_dict` and `from_dict` say what is in it."""
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with the given fields changed; it is validated again."""
+        return replace(self, **changes)  # type: ignore[type-var]  # subclasses are dataclasses
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain containers only; `from_dict` is its inverse."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        """Build from plain containers; fields left out keep their defaults.
+
+        Raises:
+            ConfigError: an unknown field or a value of the wrong type; the message names it.
+        """
+        raise NotImplementedError
+
+    def to_json(self) -> str:
+        """The text of the file."""
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read the text of a file.
+
+        Raises:
+            ConfigError: not JSON, or not a valid config.
+        """
+        try:
+            data = parse_json(text)
+        except ValueError as error:
+            raise ConfigError(f"the config is not valid JSON: {error}") from error
+        return cls.from_dict(data)
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str]) -> Self:
+        """Read a JSON file.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ConfigError: a pipe or device, not JSON, or not a valid config; the message names the file.
+        """
+        return read_config_file(path, cls.from_dict)
+
+    def differences(self, other: Self) -> dict[str, tuple[Any, Any]]:
+        """This config's value and the other's of each field that differs, by dotted name; None where there is none."""
+        mine, theirs = flatten(self.to_dict()), flatten(other.to_dict())
+        names = [name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name)]
+        return {name: (mine.get(name), theirs.get(name)) for name in names}
+
+
 @dataclass(frozen=True, kw_only=True)
 class SwinConfig(CheckedConfig):
     """Swin transformer (arXiv 2103.14030), as Mask2Former uses it: four stages, every stage's output normalised."""
@@ -265,7 +319,7 @@ class PreprocessingConfig(CheckedConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class VideoMask2FormerConfig(CheckedConfig):
+class VideoMask2FormerConfig(FileConfig):
     """Everything a `VideoMask2Former` is built from.
 
     Raises:
@@ -324,10 +378,6 @@ class VideoMask2FormerConfig(CheckedConfig):
             preprocessing=PreprocessingConfig(shortest_edge=shortest_edge),
         )
 
-    def replace(self, **changes: Any) -> Self:
-        """A copy with the given fields changed; it is validated again."""
-        return replace(self, **changes)
-
     def to_dict(self) -> dict[str, Any]:
         """Plain containers only, as written to `config.json`; `from_dict` is its inverse."""
         backbone_type = "swin" if isinstance(self.backbone, SwinConfig) else "timm"
@@ -354,39 +404,6 @@ class VideoMask2FormerConfig(CheckedConfig):
         if isinstance(data.get("backbone"), dict):
             data["backbone"] = _backbone_from_dict(data["backbone"])
         return build_config(cls, data, path="")
-
-    def to_json(self) -> str:
-        """The text of `config.json`."""
-        return json.dumps(self.to_dict(), indent=2) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str) -> Self:
-        """Read the text of a `config.json`.
-
-        Raises:
-            ConfigError: not JSON, or not a valid config.
-        """
-        try:
-            data = parse_json(text)
-        except ValueError as error:
-            raise ConfigError(f"the config is not valid JSON: {error}") from error
-        return cls.from_dict(data)
-
-    @classmethod
-    def from_file(cls, path: str | os.PathLike[str]) -> Self:
-        """Read a `config.json` file.
-
-        Raises:
-            FileNotFoundError: no such file.
-            ConfigError: a pipe or device, not JSON, or not a valid config; the message names the file.
-        """
-        return read_config_file(path, cls.from_dict)
-
-    def differences(self, other: "VideoMask2FormerConfig") -> dict[str, tuple[Any, Any]]:
-        """This config's value and the other's of each field that differs, by dotted name; None where there is none."""
-        mine, theirs = flatten(self.to_dict()), flatten(other.to_dict())
-        names = [name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name)]
-        return {name: (mine.get(name), theirs.get(name)) for name in names}
 
 
 def read_config_file(path: str | os.PathLike[str], from_dict: Callable[[Any], Config]) -> Config:

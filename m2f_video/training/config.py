@@ -1,7 +1,6 @@
 """What a training run is made from: one nested dataclass, its presets, JSON both ways."""
 
 import json
-import os
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, Self
 
@@ -9,8 +8,8 @@ from m2f_video.config import (
     MODEL_TYPE,
     PRESETS,
     PRESETS_IN_WORDS,
-    CheckedConfig,
     ConfigError,
+    FileConfig,
     PixelDecoderConfig,
     PreprocessingConfig,
     TimmBackboneConfig,
@@ -18,12 +17,9 @@ from m2f_video.config import (
     VideoMask2FormerConfig,
     build_config,
     check_fields,
-    flatten,
-    read_config_file,
 )
 from m2f_video.data.augment import AugmentConfig
 from m2f_video.data.clip import ClipSampling
-from m2f_video.files import parse_json
 from m2f_video.training.losses import LossConfig
 from m2f_video.training.optim import OptimConfig
 from m2f_video.training.targets import LabelSource
@@ -33,7 +29,7 @@ CHANGEABLE = frozenset({"checkpoint_every", "keep_checkpoints", "evaluate_every"
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(CheckedConfig):
+class TrainConfig(FileConfig):
     """A training run; the defaults are the published recipe for YouTubeVIS 2019 with Swin-tiny.
 
     Raises:
@@ -103,10 +99,6 @@ class TrainConfig(CheckedConfig):
         steps, milestone = (6000, 4000) if name.endswith("2019") else (8000, 5500)
         return cls(model=VideoMask2FormerConfig.preset(name), optim=OptimConfig(milestones=(milestone,)), steps=steps)
 
-    def replace(self, **changes: Any) -> Self:
-        """A copy with the given fields changed; it is validated again."""
-        return replace(self, **changes)
-
     def to_dict(self) -> dict[str, Any]:
         """Plain containers only; `from_dict` is its inverse."""
         return {**json.loads(json.dumps(asdict(self))), "model": self.model.to_dict()}
@@ -133,38 +125,10 @@ class TrainConfig(CheckedConfig):
         except ValueError as error:  # augmentation and sampling raise plain ones
             raise ConfigError(str(error)) from error
 
-    def to_json(self) -> str:
-        """The text of a config file."""
-        return json.dumps(self.to_dict(), indent=2) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str) -> Self:
-        """Read the text of a config file.
-
-        Raises:
-            ConfigError: not JSON, or not a valid config.
-        """
-        try:
-            data = parse_json(text)
-        except ValueError as error:
-            raise ConfigError(f"the config is not valid JSON: {error}") from error
-        return cls.from_dict(data)
-
-    @classmethod
-    def from_file(cls, path: str | os.PathLike[str]) -> Self:
-        """Read a JSON file.
-
-        Raises:
-            FileNotFoundError: no such file.
-            ConfigError: a pipe or device, not JSON, or not a valid config; the message names the file.
-        """
-        return read_config_file(path, cls.from_dict)
-
-    def differences(self, other: "TrainConfig") -> list[str]:
-        """Dotted names of the fields that differ, but those of `CHANGEABLE`."""
-        mine, theirs = flatten(self.to_dict()), flatten(other.to_dict())
-        names = [name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name)]
-        return [name for name in names if name.split(".")[0] not in CHANGEABLE]
+    def differences(self, other: Self) -> dict[str, tuple[Any, Any]]:
+        """As `FileConfig.differences`, without the fields of `CHANGEABLE`."""
+        both = super().differences(other)
+        return {name: values for name, values in both.items() if name.split(".")[0] not in CHANGEABLE}
 
 
 def _demo() -> dict[str, Any]:

@@ -91,7 +91,7 @@ def state_to_resume(output: Path, config: TrainConfig, data: str, validation: st
         raise ConfigError(f"{checkpoint_file(output, state['step'])}: {error}") from error
     if names := before.differences(config):
         raise ValueError(
-            f"the run in {output} has another {', '.join(names[:5])}; resume it with the config it began with "
+            f"the run in {output} has another {', '.join(list(names)[:5])}; resume it with the config it began with "
             f"({output / CONFIG_FILE})"
         )
     for kind, was, now in (("training", state["data"], data), ("validation", state["validation"], validation)):
