@@ -19,8 +19,9 @@ from weights_convert import read_torch_file
 FORMAT = 1
 FOLDER = "checkpoints"
 _NAME = re.compile(r"step-(\d{8})\.pt")
-# What the state of a run holds, beside `format` and `step`.
+# What the state of a run holds, beside `format`.
 _KINDS: dict[str, tuple[type, ...]] = {
+    "step": (int,),
     "config": (str,),
     "data": (str,),
     "validation": (str, type(None)),
@@ -123,13 +124,13 @@ def _checked(state: object, step: int) -> dict[str, Any]:
         raise ValueError("it is no checkpoint of a run")
     if state["format"] > FORMAT:
         return state
-    if state.get("step") != step:
-        raise ValueError(f"it holds step {state.get('step')!r:.20}")
     for name, kinds in _KINDS.items():
         if name not in state:
             raise ValueError(f"it has no {name}")
         if not isinstance(state[name], kinds):
             raise ValueError(f"its {name} is a {type(state[name]).__name__}")
+    if state["step"] != step:
+        raise ValueError(f"it holds step {state['step']!r:.20}")
     for name in ("model", "average"):
         for key, tensor in (state[name] or {}).items():
             if not isinstance(key, str) or not _is_whole(tensor):

@@ -3,14 +3,24 @@
 import copy
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
+
+import torch
+from torch import Tensor
 
 NUMBERS = (0, 1, -1, 2, 255, 256, 2**15, 2**31 - 1, 2**31, 2**32, 2**53 + 1, 2**63 - 1, -(2**63), 0.5, -0.0, 1e9, 1e308)
 WORDS = ("", "0", "a", "../x", "/etc/hostname", "\x00", "\x1b[2J", "\ud800", "x" * 5000, "null", "timm:resnet5000", "é")
 SHAPES: tuple[Any, ...] = ([], {}, [[]], [None], {"": None}, [0] * 300, [None] * 5000, [[[1, 2, 3, 4, 5, 6]]])
 RAW = ("1e999", "-1e999", "NaN", "Infinity", "1" + 400 * "0", 5000 * "9", 2000 * "[" + 2000 * "]", 3000 * '{"a":')
 """JSON texts that no parsed value stands for."""
+TENSORS: tuple[Callable[[Tensor], Any], ...] = (
+    *(lambda x: x[None], lambda x: x.flatten()[:1], lambda x: x.flatten()[:0]),
+    *(lambda x: x.new_zeros(1).expand(1 << 50), lambda x: x * torch.nan, lambda x: x.to("meta")),
+    *(lambda x: x.tolist(), lambda x: torch.nn.Parameter(x, requires_grad=False)),
+    *(Tensor.long, Tensor.double, Tensor.half, Tensor.bool, Tensor.to_sparse),
+)
+"""What may be in the place of a tensor."""
 
 
 _NAMES = (
@@ -68,16 +78,10 @@ def mutate_json(value: Any, rng: random.Random) -> bytes:
     mutant = copy.deepcopy(value)
     raw: dict[str, str] = {}
     for _ in range(rng.randint(1, 3)):
-        places = list(_places(mutant))
-        if not places:
+        place = _a_place(mutant, rng)
+        if place is None:
             break
-        # as often high up, where few places are, as deep down, where most are
-        depth = rng.choice(sorted({len(path) for path in places}))
-        path = rng.choice([path for path in places if len(path) == depth])
-        parent = mutant
-        for key in path[:-1]:
-            parent = parent[key]
-        key, kind = path[-1], rng.randrange(8)
+        (parent, key), kind = place, rng.randrange(8)
         if kind == 0:
             del parent[key]
         elif kind == 1 and isinstance(parent, list):
@@ -95,6 +99,46 @@ def mutate_json(value: Any, rng: random.Random) -> bytes:
     for mark, replacement in raw.items():
         text = text.replace(mark, replacement)
     return text.encode()
+
+
+def mutate_state(value: dict[str, Any], rng: random.Random) -> dict[str, Any]:
+    """A state as PyTorch saves it in which one to three places hold something else, are gone, or have another name."""
+    mutant = _copied(value)
+    for _ in range(rng.randint(1, 3)):
+        place = _a_place(mutant, rng)
+        if place is None:
+            break
+        (parent, key), kind = place, rng.randrange(4)
+        old = parent[key]
+        if kind == 0:
+            del parent[key]
+        elif kind == 1 and isinstance(parent, dict):
+            parent[rng.choice((*WORDS[:5], *NUMBERS[:6]))] = parent.pop(key)
+        elif kind == 2 and isinstance(old, Tensor):
+            parent[key] = rng.choice(TENSORS)(old)
+        else:
+            pool: Any = rng.choice((NUMBERS, WORDS[:6], SHAPES, (None, True, float("nan")), (torch.zeros(2),)))
+            parent[key] = copy.deepcopy(rng.choice(pool))
+    return mutant
+
+
+def _copied(value: Any) -> Any:
+    """With containers of its own, and the same tensors."""
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    return [_copied(item) for item in value] if isinstance(value, list) else value
+
+
+def _a_place(value: Any, rng: random.Random) -> tuple[Any, Any] | None:
+    """A container somewhere inside and a key of it: as often high up, where there are few, as deep down."""
+    places = list(_places(value))
+    if not places:
+        return None
+    depth = rng.choice(sorted({len(path) for path in places}))
+    path = rng.choice([path for path in places if len(path) == depth])
+    for key in path[:-1]:
+        value = value[key]
+    return value, path[-1]
 
 
 def _places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:

@@ -26,12 +26,12 @@ from m2f_video.hub import load_config
 from m2f_video.inference.processor import VideoProcessor
 from m2f_video.modeling.video_mask2former import VideoMask2Former
 from m2f_video.results.tracks import VideoSegmentation
-from m2f_video.training import TrainConfig
-from m2f_video.training.checkpoint import load_latest_checkpoint, save_checkpoint
+from m2f_video.training import TrainConfig, Trainer
+from m2f_video.training.checkpoint import checkpoint_file
 from m2f_video.video import VideoWriter, open_video
 from tests.evaluation.builders import random_case
-from tests.fuzz.mutations import mutate_bytes, mutate_json, random_pickle
-from tests.training.tiny_run import CONFIG, MODEL
+from tests.fuzz.mutations import mutate_bytes, mutate_json, mutate_state, random_pickle
+from tests.training.tiny_run import CONFIG, MODEL, VIDEOS, train
 from weights_convert import from_native, hf_config_from_native, read_checkpoint
 
 Mutants = Iterator[Callable[[Path], object]]
@@ -204,20 +204,16 @@ def journals(folder: Path, rng: random.Random) -> Mutants:
 
 
 def runs(folder: Path, rng: random.Random) -> Mutants:
-    layer = torch.nn.Linear(3, 2)
-    optimizer = torch.optim.AdamW(layer.parameters())
-    layer(torch.ones(1, 3)).sum().backward()
-    optimizer.step()
-    state = {"config": CONFIG.to_json(), "data": "abc", "validation": None, "workers": 1, "model": layer.state_dict(),
-             "average": None, "optimizer": optimizer.state_dict(), "scaler": {}, "best": None}  # fmt: skip
-    content = save_checkpoint(folder, 3, state, keep=1).read_bytes()
+    run = train(folder / "run", CONFIG.replace(steps=1, keep_checkpoints=1), validation=VIDEOS)
+    state = torch.load(checkpoint_file(run.output, 1), weights_only=True)
+
+    def read(path: Path) -> None:
+        Trainer(run.config, VIDEOS, path.parent.parent, validation=VIDEOS, resume=True).close()
+
+    content = _saved(state)
     while True:
-        mutant = mutate_bytes(content, rng)
-
-        def read(path: Path) -> None:
-            load_latest_checkpoint(path.parent.parent)
-
-        yield _reading("checkpoints/step-00000003.pt", mutant, read)
+        mutant = mutate_bytes(content, rng) if rng.random() < 0.5 else _saved(mutate_state(state, rng))
+        yield _reading("checkpoints/step-00000001.pt", mutant, read)
 
 
 TARGETS: dict[str, Callable[[Path, random.Random], Mutants]] = {

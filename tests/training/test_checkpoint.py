@@ -130,6 +130,7 @@ MANY = torch.zeros(1).expand(1 << 50)
     ("path", "values"),
     [
         ("config", [None, 1, "", "[" * 100_000, "1" * 5000]),
+        ("step", [None, "3", torch.zeros(2)]),
         ("data", [None, 5]),
         ("validation", [5]),
         ("workers", [None, "1", 1.5]),
@@ -145,14 +146,14 @@ MANY = torch.zeros(1).expand(1 << 50)
 def test_a_state_with_something_missing_or_wrong_is_passed_over(path: str, values: list[Any], tmp_path: Path) -> None:
     save(tmp_path, 2)
     for value in [*values, "missing"]:
-        state = a_state(3)
+        state = {"format": 1, "step": 3, **a_state(3)}
         *parents, name = path.split(".")
         inner = state[parents[0]] if parents else state
         if value == "missing":
             del inner[name]
         else:
             inner[name] = value
-        torch.save({"format": 1, "step": 3, **state}, tmp_path / "checkpoints" / "step-00000003.pt")
+        torch.save(state, tmp_path / "checkpoints" / "step-00000003.pt")
         passed_over(tmp_path, path.split(".")[0])
 
 
