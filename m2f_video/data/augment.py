@@ -10,16 +10,16 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from m2f_video.config import PreprocessingConfig
+from m2f_video.config import CheckedConfig, ConfigError, PreprocessingConfig, check_fields
 from m2f_video.data.clip import Clip
 
 
 @dataclass(frozen=True, kw_only=True)
-class AugmentConfig:
+class AugmentConfig(CheckedConfig):
     """What is drawn once per clip, in this order: colour, rotation, crop, flip, size.
 
     Raises:
-        ValueError: a field is out of its range.
+        ConfigError: a field is out of its range.
     """
 
     brightness: float = 0.0
@@ -41,23 +41,15 @@ class AugmentConfig:
     longest_edge: int = 1333
     """Upper bound of the longer side, in pixels."""
 
-    def __post_init__(self) -> None:
-        for name in ("brightness", "contrast", "saturation", "flip"):
-            _check_range(name, getattr(self, name), 0, 1)
-        _check_range("hue", self.hue, 0, 0.5)
-        _check_range("rotation", self.rotation, 0, 180)
+    def _check(self) -> None:
+        shares = ("brightness", "contrast", "saturation", "flip")
+        check_fields(self, "must be in [0, 1]", lambda value: 0 <= value <= 1, *shares)
+        check_fields(self, "must be in [0, 0.5]", lambda value: 0 <= value <= 0.5, "hue")
+        check_fields(self, "must be in [0, 180]", lambda value: 0 <= value <= 180, "rotation")
         if not 0 < self.crop[0] <= self.crop[1] <= 1:
-            raise ValueError(f"AugmentConfig.crop must be (least, most) in (0, 1], got {self.crop}")
-        if any(edge < 1 or edge > self.longest_edge for edge in self.shortest_edges):
-            raise ValueError(
-                f"AugmentConfig.shortest_edges must be from 1 to longest_edge={self.longest_edge}, "
-                f"got {self.shortest_edges!s:.60}"
-            )
-
-
-def _check_range(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:
-        raise ValueError(f"AugmentConfig.{name} must be in [{low}, {high}], got {value}")
+            raise ConfigError(f"AugmentConfig.crop must be (least, most) in (0, 1], got {self.crop}")
+        edges = f"must be from 1 to longest_edge={self.longest_edge}"
+        check_fields(self, edges, lambda edge: 1 <= edge <= self.longest_edge, "shortest_edges")
 
 
 class Augmentation:

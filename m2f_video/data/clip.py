@@ -145,7 +145,7 @@ class ClipSampling(CheckedConfig):
     """Which frames of a video make a clip.
 
     Raises:
-        ValueError: a field is out of its range.
+        ConfigError: a field is out of its range.
     """
 
     num_frames: int = 2

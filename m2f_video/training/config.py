@@ -120,10 +120,7 @@ class TrainConfig(FileConfig):
                 data["model"] = VideoMask2FormerConfig.from_dict(data["model"])
             except ConfigError as error:
                 raise ConfigError(f"model: {error}") from error
-        try:
-            return build_config(cls, data, path="")
-        except ValueError as error:  # augmentation and sampling raise plain ones
-            raise ConfigError(str(error)) from error
+        return build_config(cls, data, path="")
 
     def differences(self, other: Self) -> dict[str, tuple[Any, Any]]:
         """As `FileConfig.differences`, without the fields of `CHANGEABLE`."""

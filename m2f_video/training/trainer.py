@@ -48,8 +48,6 @@ from m2f_video.training.log import LOGGED_PARTS, TrainingLog
 from m2f_video.training.losses import NonFinitePredictionError, VideoMask2FormerLoss, loss_norms
 from m2f_video.training.optim import build_optimizer, learning_rate, set_learning_rate, update_average
 
-_PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 
 class Trainer:
     """A training run.
@@ -254,7 +252,7 @@ class Trainer:
             synchronised = number == len(parts) - 1  # gradients are exchanged once, with the last part
             if isinstance(model, DistributedDataParallel):
                 model.require_backward_grad_sync = synchronised
-            with torch.autocast(device.type, _PRECISIONS[config.precision], enabled=config.precision != "float32"):
+            with torch.autocast(device.type, getattr(torch, config.precision), enabled=config.precision != "float32"):
                 output = model(frames.to(device, non_blocking=True), output_auxiliary=True)
             try:
                 result = self.loss(output, targets, generator, norms)
