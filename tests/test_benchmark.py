@@ -217,10 +217,10 @@ def test_the_command_measures_a_checkpoint(prepared, tmp_path, capsys):
 
 def test_the_command_measures_an_image_model_without_tracks(prepared, tiny_config, tmp_path, capsys):
     VideoMask2Former(tiny_config.replace(temporal="per_frame")).save_pretrained(tmp_path / "image")
-    assert run("--checkpoint", tmp_path / "image", *SMALL, "--no-prepare") == 0
+    assert run("--checkpoint", tmp_path / "image", *SMALL, "--plain") == 0
     assert prepared == []
     text = capsys.readouterr().out
-    assert "eager" in text
+    assert "plain" in text
     assert "not measured" in text
 
 
@@ -236,7 +236,7 @@ def test_the_command_measures_an_image_model_without_tracks(prepared, tiny_confi
         (("--threads", 0), "--threads"),
         (("--height", 100), "multiples of 32"),
         (("--width", 0), "multiples of 32"),
-        (("--compile", "model", "--no-prepare"), "--compile"),
+        (("--compile", "model", "--plain"), "--compile"),
         (("--json", "/no/such/folder/speed.json"), "/no/such/folder"),
         pytest.param(
             ("--device", "cuda"), "cuda", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")

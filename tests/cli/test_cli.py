@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from m2f_video import VideoMask2Former, VideoSegmentation, read_video
-from m2f_video.acceleration import cpu_kernels
+from m2f_video.acceleration import context, cpu_kernels
 from m2f_video.cli.data import DATA_COMMANDS
 from m2f_video.cli.main import COMMANDS, main
 from m2f_video.video import VideoWriter
@@ -52,17 +52,17 @@ def segment(folder: Path, output: Path, *options: object, source="video.mp4", ch
     return run("segment", folder / source, "--checkpoint", folder / checkpoint, "--output", output, *options)
 
 
-def test_segment_prepares_where_that_pays(folder, tmp_path, capsys, monkeypatch):
-    assert segment(folder, tmp_path / "short") == 0
-    assert "prepared" not in capsys.readouterr().out
-    monkeypatch.setenv("CXX", "no-such-compiler")  # so that packing is all there is to do
-    monkeypatch.setattr("m2f_video.cli.main.PREPARE_PIXELS", 1)
-    assert segment(folder, tmp_path / "long") == 0
-    assert f"prepared the model for inference on {FRAMES} frames" in capsys.readouterr().out
-    assert segment(folder, tmp_path / "never", "--prepare", "never") == 0
-    assert "prepared" not in capsys.readouterr().out
-    short, prepared = (json.loads((tmp_path / name / "tracks.json").read_text()) for name in ("short", "long"))
-    assert [row["score"] for row in prepared["results"]] == pytest.approx([row["score"] for row in short["results"]])
+def test_plain_gives_the_same_to_rounding(folder, tmp_path, monkeypatch):
+    fused = []
+    fuse = context.fuse
+    monkeypatch.setattr(context, "fuse", lambda *args: (fused.append("called"), fuse(*args))[1])
+    assert segment(folder, tmp_path / "plain", "--plain") == 0
+    assert fused == []
+    assert segment(folder, tmp_path / "fast") == 0
+    assert fused == ["called"]
+    plain, fast = (json.loads((tmp_path / name / "tracks.json").read_text()) for name in ("plain", "fast"))
+    scores = [row["score"] for row in plain["results"]]
+    assert [row["score"] for row in fast["results"]] == pytest.approx(scores, rel=1e-3)
 
 
 def test_segment_writes_tracks_and_overlay(folder, tmp_path, capsys):
@@ -259,12 +259,17 @@ def test_running_out_of_memory_says_what_to_do(folder, tmp_path, capsys, monkeyp
     assert_refused(capsys, segment(folder, tmp_path / "out"), tmp_path / "out", "--shortest-edge")
 
 
-def test_kernels_that_do_not_compile_are_one_line(folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("M2F_VIDEO_MS_DEFORM_ATTN", "cpp")
+def test_without_kernels_a_line_says_so_once(folder, tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "kernels"))
     monkeypatch.setenv("CXX", "false")
     monkeypatch.setattr(cpu_kernels, "_library", cpu_kernels._library.__wrapped__)  # not what is loaded already
-    assert_refused(capsys, segment(folder, tmp_path / "out"), tmp_path / "out", "do not compile", "false")
+    context._say_once.cache_clear()
+    for name in ("first", "second"):
+        assert segment(folder, tmp_path / name) == 0
+    lines = [record.getMessage() for record in caplog.records if "going on" in record.getMessage()]
+    assert len(lines) == 1
+    assert "going on without compiled kernels, by oneDNN: " in lines[0]
+    assert "do not compile: false" in lines[0]
 
 
 def test_other_runtime_errors_are_not_hidden(folder, tmp_path, monkeypatch):
@@ -433,7 +438,7 @@ def signalled(folder: Path, output: Path, kind: signal.Signals) -> tuple[int, st
     with VideoWriter(folder / "long.mp4", 12, 540, 360) as writer:
         for frame in large:
             writer.write(frame)
-    command = [sys.executable, "-m", "m2f_video", "segment", str(folder / "long.mp4"), "--prepare", "never"]
+    command = [sys.executable, "-m", "m2f_video", "segment", str(folder / "long.mp4"), "--plain"]
     command += ["--checkpoint", str(folder / "native"), "--output", str(output), "--shortest-edge", "32"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)  # noqa: S603
     while not list(output.glob(".overlay.*.mp4")):
@@ -489,7 +494,7 @@ def test_names_that_are_no_text_are_printed(folder, tmp_path):
     (tmp_path / name).write_bytes((folder / "video.mp4").read_bytes())
     command = [sys.executable, "-m", "m2f_video", "segment", name, "--output", os.fsdecode(b"\xff"), "--no-overlay"]
     command += ["--checkpoint", str(folder / "native")]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)  # noqa: S603
     assert (done.returncode, done.stderr) == (0, "")
     assert "caf\\udce9.mp4" in done.stdout

@@ -168,19 +168,12 @@ def test_options_reach_the_model(folder: Path, tmp_path: Path, monkeypatch: pyte
     assert run_model(folder, tmp_path / "bare", *config, checkpoint=tmp_path / "bare.safetensors") == 0
 
 
-@pytest.mark.parametrize("prepare", [False, True])
-def test_the_model_is_prepared_where_that_is_asked_for(
-    folder: Path, tmp_path: Path, prepare: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    prepared: list[VideoMask2Former] = []
-    method = VideoMask2Former.prepare_for_inference
-    monkeypatch.setattr(
-        VideoMask2Former, "prepare_for_inference", lambda model: (prepared.append(model), method(model))[1]
-    )
-    options = ("--videos", 1, "--prepare") if prepare else ("--videos", 1)
-    assert run_model(folder, tmp_path / "out", *options) == 0
-    assert len(prepared) == prepare
-    assert json.loads((tmp_path / "out" / "results.json").read_text())
+def test_plain_gives_the_same_to_rounding(folder: Path, tmp_path: Path) -> None:
+    for name, options in {"plain": ("--plain",), "fast": ()}.items():
+        assert run_model(folder, tmp_path / name, "--videos", 1, *options) == 0
+    plain, fast = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("plain", "fast"))
+    scores = [row["score"] for row in plain]
+    assert [row["score"] for row in fast] == pytest.approx(scores, rel=1e-3)
 
 
 @pytest.mark.parametrize(
