@@ -135,14 +135,11 @@ def _checked(state: object, step: int) -> dict[str, Any]:
         for key, tensor in (state[name] or {}).items():
             if not isinstance(key, str) or not _is_whole(tensor):
                 raise ValueError(f"its {name} has no weights at {key!r:.60}")
-    optimizer, best = state["optimizer"], state["best"]
-    kept, groups = optimizer.get("state"), optimizer.get("param_groups")
+    moments, best = state["optimizer"].get("state"), state["best"]  # the groups are those of the config
     if (
-        not isinstance(kept, dict)
-        or not isinstance(groups, list)
-        or not all(isinstance(number, int) and isinstance(values, dict) for number, values in kept.items())
-        or not all(_is_whole(value) for values in kept.values() for value in values.values())
-        or not all(isinstance(group, dict) for group in groups)
+        not isinstance(moments, dict)
+        or not all(isinstance(number, int) and isinstance(values, dict) for number, values in moments.items())
+        or not all(_is_whole(value) for values in moments.values() for value in values.values())
     ):
         raise ValueError("its optimizer is not as the optimizer keeps it")
     if not all(isinstance(value, int | float) for value in state["scaler"].values()):
