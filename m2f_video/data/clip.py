@@ -228,6 +228,8 @@ class ClipDataset(torch.utils.data.Dataset[Clip]):
             ) from error
         if not 0 <= index < len(self):
             raise IndexError(f"there is no video {index}, the dataset has {len(self)}")
+        if draw < 0:
+            raise IndexError(f"there is no draw {draw} of video {index}, they are counted from 0")
         random = np.random.default_rng((self.seed, draw, index))
         video = self.videos[index]
         clip = video.clip(sample_frames(video.num_frames, self.sampling, random))

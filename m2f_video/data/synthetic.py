@@ -102,11 +102,12 @@ class SyntheticVideos:
             raise ValueError(f"num_frames must be positive, got {num_frames}")
         if min(height, width) < 16:
             raise ValueError(f"frames must be at least 16 pixels high and wide, got {height} x {width}")
-        if isinstance(difficulty, str) and difficulty not in DIFFICULTIES:
-            raise ValueError(f"unknown difficulty {difficulty!r}; difficulties: {', '.join(DIFFICULTIES)}")
+        level = DIFFICULTIES.get(difficulty) if isinstance(difficulty, str) else difficulty
+        if not isinstance(level, Difficulty):
+            raise ValueError(f"unknown difficulty {difficulty!r:.60}; difficulties: {', '.join(DIFFICULTIES)}")
         self.num_videos = num_videos
         self.seed = seed
-        self.difficulty = DIFFICULTIES[difficulty] if isinstance(difficulty, str) else difficulty
+        self.difficulty = level
         self.num_frames = num_frames
         self.height = height
         self.width = width

@@ -6,6 +6,7 @@ never stopped, bit for bit where the device computes deterministically (CPUs do,
 """
 
 import copy
+import os
 import time
 import warnings
 from collections.abc import Callable, Generator
@@ -81,7 +82,7 @@ class Trainer:
         self,
         config: TrainConfig,
         videos: AnnotatedVideos,
-        output: Path,
+        output: str | os.PathLike[str],
         *,
         validation: AnnotatedVideos | None = None,
         worker: Worker | None = None,
@@ -93,7 +94,7 @@ class Trainer:
         if init is not None and init_backbone is not None:
             raise ValueError("give init or init_backbone, not both: the first brings a backbone along")
         self.config = config = config.replace(model=config.model.replace(labels=tuple(videos.labels)))
-        self.output = output
+        self.output = output = Path(output)
         self.validation = validation
         self.worker = worker or Worker(0, 1, torch.device("cpu"))
         self._data = videos.fingerprint

@@ -119,6 +119,8 @@ def test_clips_that_do_not_exist():
         dataset()[3]
     with pytest.raises(IndexError, match="no video -1"):
         dataset()[-1, 0]
+    with pytest.raises(IndexError, match="no draw -1 of video 0"):
+        dataset()[0, -1]
     with pytest.raises(ValueError, match="seed"):
         ClipDataset(dataset().videos, seed=-1)
 

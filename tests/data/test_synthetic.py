@@ -292,7 +292,8 @@ def test_impossible_difficulties(field, value):
         ({"num_videos": 1, "seed": -1}, "seed"),
         ({"num_videos": 1, "num_frames": 0}, "num_frames"),
         ({"num_videos": 1, "height": 8}, "16 pixels"),
-        ({"num_videos": 1, "difficulty": "brutal"}, "easy, medium, hard"),
+        ({"num_videos": 1, "difficulty": "brutal"}, "'brutal'; difficulties: easy, medium, hard"),
+        ({"num_videos": 1, "difficulty": 3}, "unknown difficulty 3; difficulties: easy"),
     ],
 )
 def test_impossible_datasets(arguments, message):

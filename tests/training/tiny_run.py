@@ -65,7 +65,7 @@ class Stopped(BaseException):
     """What ends a run in the middle, as an interrupt does."""
 
 
-def train(output: Path, config: TrainConfig = CONFIG, **options: Any) -> Trainer:
+def train(output: Path | str, config: TrainConfig = CONFIG, **options: Any) -> Trainer:
     """Train to the end; the trainer is given back to look at."""
     trainer = Trainer(config, options.pop("videos", VIDEOS), output, **options)
     trainer.train()
