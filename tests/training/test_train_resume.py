@@ -1,13 +1,8 @@
 """A run that was stopped, however, ends with the weights of one that was not, to the bit."""
 
-import errno
-import fcntl
-import json
-import multiprocessing
 import os
 import re
 import shutil
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -16,35 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from m2f_video.data import SyntheticVideos, YouTubeVis, write_youtube_vis
-from m2f_video.training import OptimConfig, TrainConfig, Trainer, Worker
-from m2f_video.training.batches import ClipOrder
+from m2f_video.training import TrainConfig, Trainer
 from m2f_video.training.checkpoint import CheckpointWarning, list_checkpoints, load_latest_checkpoint
-from tests.training.tiny_run import CONFIG, VIDEOS, final_weights, rows, train, train_until
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that was never stopped."""
-    output = tmp_path_factory.mktemp("whole")
-    train(output)
-    return output
-
-
-def assert_same_end(output: Path, whole: Path) -> None:
-    assert final_weights(output) == final_weights(whole)
-    assert rows(output) == rows(whole)
-    ours, theirs = load_latest_checkpoint(output), load_latest_checkpoint(whole)
-    assert flat(ours) == flat(theirs)
-
-
-def flat(state: Any) -> Any:
-    """A checkpoint's content, in a form that compares bit by bit; the config may differ in what is free to change."""
-    if isinstance(state, torch.Tensor):
-        return state.dtype, state.flatten().contiguous().view(torch.uint8).numpy().tobytes()
-    if isinstance(state, dict):
-        return {key: flat(value) for key, value in state.items() if key != "config"}
-    return [flat(value) for value in state] if isinstance(state, list) else state
+from tests.training.tiny_run import CONFIG, VIDEOS, assert_same_end, rows, train, train_until
 
 
 def test_a_resumed_run_ends_as_one_that_was_never_stopped(
@@ -154,55 +123,6 @@ def test_a_kill_before_the_model_is_left(whole: Path, tmp_path: Path) -> None:
     assert_same_end(tmp_path, whole)
 
 
-def test_a_log_that_a_kill_cut_short(whole: Path, tmp_path: Path) -> None:
-    train_until(2, tmp_path)
-    with (tmp_path / "log.csv").open("a") as file:
-        file.write("3,4.2")
-    train(tmp_path, resume=True)
-    assert_same_end(tmp_path, whole)
-
-
-DAMAGED_ROWS = {
-    "cut off": "2,0.5,0.5",
-    "too long": "2,1,1,1,1,1,1,1,1",
-    "not numbers": "2,1,1,1,one,1,1,1",
-    "no step": "two,1,1,1,1,1,1,1",
-    "a huge step": f"{'9' * 5000},1,1,1,1,1,1,1",
-    "zeros of a power cut": "\0" * 40,
-    "empty": "",
-    "not text": "\udcff\udcfe,1",
-}
-
-
-@pytest.mark.parametrize("kind", DAMAGED_ROWS)
-def test_damaged_rows_of_a_log_are_left_out(kind: str, whole: Path, tmp_path: Path) -> None:
-    train_until(2, tmp_path)
-    log = tmp_path / "log.csv"
-    header, first, second = log.read_text().splitlines()
-    content = "\n".join([header, first, DAMAGED_ROWS[kind], second, ""])
-    log.write_bytes(content.encode("utf-8", "surrogateescape"))
-    with pytest.warns(UserWarning, match=f"^{log}: 1 damaged lines are left out"):
-        train(tmp_path, resume=True)
-    assert_same_end(tmp_path, whole)
-
-
-@pytest.mark.parametrize("name", ["log.csv", "evaluation.csv"])
-@pytest.mark.parametrize("content", [b"epoch,loss\n1,2\n", b"step,loss\n1,2\n", b"\0\0\0\n", b"\xff\xfe\n", b"\n"])
-def test_a_log_of_something_else_is_left_as_it_is(name: str, content: bytes, tmp_path: Path) -> None:
-    file = tmp_path / name
-    file.write_bytes(content)
-    with pytest.raises(ValueError, match=rf"^{file} is no log to go on with, as its columns are not step,.*; move it"):
-        train(tmp_path, resume=True)
-    assert file.read_bytes() == content
-    assert [path.name for path in tmp_path.iterdir()] == [name]
-
-
-def test_a_log_that_is_a_pipe_is_refused(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "log.csv")
-    with pytest.raises(ValueError, match=r"log\.csv is a named pipe"):
-        train(tmp_path, resume=True)
-
-
 # What is in the latest checkpoint, and what is said of it
 
 FOREIGN: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
@@ -279,14 +199,6 @@ def test_groups_of_the_optimiser_are_those_of_the_config(whole: Path, tmp_path: 
     assert_same_end(tmp_path, whole)
 
 
-@pytest.mark.parametrize("content", ["", "step,lo"])
-def test_a_log_that_is_cut_within_its_header(content: str, tmp_path: Path) -> None:
-    train_until(1, tmp_path)
-    (tmp_path / "log.csv").write_text(content)
-    train(tmp_path, resume=True)
-    assert [row["step"] for row in rows(tmp_path)] == ["2", "3"]
-
-
 @pytest.mark.parametrize("size", [0, 0.5], ids=["empty", "half"])
 def test_a_damaged_checkpoint_is_passed_over(size: float, whole: Path, tmp_path: Path) -> None:
     train_until(2, tmp_path)
@@ -312,141 +224,3 @@ def test_nothing_to_resume_begins(whole: Path, tmp_path: Path, capsys: pytest.Ca
     train(tmp_path / "run", resume=True)
     assert f"{tmp_path / 'run'}: there is no checkpoint yet; begin\n" in capsys.readouterr().out
     assert_same_end(tmp_path / "run", whole)
-
-
-BUSY = "another training run is at work in {}; wait for its end, or write elsewhere"
-
-
-def test_a_run_has_its_folder_for_itself(tmp_path: Path) -> None:
-    made = Trainer(CONFIG, VIDEOS, tmp_path)
-    for resume in (False, True):
-        with pytest.raises(ValueError, match=BUSY.format(tmp_path)):
-            train(tmp_path, resume=resume)
-    other = Trainer(CONFIG, VIDEOS, tmp_path, worker=Worker(1, 2, torch.device("cpu")))  # who shares in the same run
-    other.close()
-    made.train()
-    assert not (tmp_path / ".lock").exists()
-    train(tmp_path, resume=True)
-
-
-def fail(tmp_path: Path) -> None:
-    train_until(1, tmp_path)
-
-
-def refuse(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="another seed"):
-        Trainer(CONFIG.replace(seed=9), VIDEOS, tmp_path, resume=True)
-
-
-def close(tmp_path: Path) -> None:
-    made = Trainer(CONFIG, VIDEOS, tmp_path, resume=True)
-    made.close()
-    made.close()
-
-
-def forget(tmp_path: Path) -> None:
-    Trainer(CONFIG, VIDEOS, tmp_path, resume=True)
-
-
-def test_a_run_that_ends_somehow_lets_others_in(whole: Path, tmp_path: Path) -> None:
-    for end in (fail, refuse, close, forget):
-        end(tmp_path)
-    train(tmp_path, resume=True)
-    assert_same_end(tmp_path, whole)
-
-
-def wait_for_ever(output: Path, begun: Any) -> None:
-    made = Trainer(CONFIG.replace(num_workers=2), VIDEOS, output)
-    made._begin()
-    next(made._batches)  # by processes that outlive this one for some seconds
-    begun.set()
-    time.sleep(60)
-
-
-def test_a_run_that_was_killed_can_be_resumed_at_once(whole: Path, tmp_path: Path) -> None:
-    context = multiprocessing.get_context("fork")
-    begun = context.Event()
-    process = context.Process(target=wait_for_ever, args=(tmp_path, begun))
-    process.start()
-    assert begun.wait(30)
-    with pytest.raises(ValueError, match=BUSY.format(tmp_path)):
-        train(tmp_path, resume=True)
-    process.kill()
-    process.join()
-    assert (tmp_path / ".lock").exists()
-    train(tmp_path, resume=True)
-    assert_same_end(tmp_path, whole)
-
-
-def test_a_file_system_without_locks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_locks(*_: object) -> None:
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
-    monkeypatch.setattr(fcntl, "flock", no_locks)
-    with pytest.warns(UserWarning, match=f"{tmp_path} cannot be locked: let no second run write there"):
-        train(tmp_path, CONFIG.replace(steps=1, optim=OptimConfig()))
-
-
-def test_a_folder_that_holds_a_run_is_left_alone(whole: Path, tmp_path: Path) -> None:
-    train_until(1, tmp_path / "run")
-    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "run").rglob("*")}
-    for output in (tmp_path / "run", whole):
-        with pytest.raises(ValueError, match=f"^{output} holds a training run already; go on with it by resume"):
-            train(output)
-    with pytest.raises(ValueError, match="holds a training run already"):
-        train(tmp_path / "run", CONFIG.replace(seed=1))
-    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "run").rglob("*")} == before
-
-
-def test_another_config_is_named(tmp_path: Path) -> None:
-    train_until(1, tmp_path)
-    with pytest.raises(ValueError, match=r"has another steps, seed; resume it with the config .*train\.json"):
-        train(tmp_path, CONFIG.replace(steps=9, seed=1), resume=True)
-    deeper = CONFIG.to_dict()
-    deeper["model"]["transformer_decoder"]["num_layers"] = 3
-    with pytest.raises(ValueError, match=r"has another model\.transformer_decoder\.num_layers;"):
-        train(tmp_path, TrainConfig.from_dict(deeper), resume=True)
-    assert TrainConfig.from_file(tmp_path / "train.json") == CONFIG
-
-
-def test_other_data_are_refused(tmp_path: Path) -> None:
-    train_until(1, tmp_path)
-    for videos in (SyntheticVideos(3, num_frames=4, height=32, width=64), SyntheticVideos(4, seed=1, num_frames=4)):
-        with pytest.raises(ValueError, match=r"the training videos are not those that the run in .* began with"):
-            train(tmp_path, videos=videos, resume=True)
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    write_youtube_vis(VIDEOS, tmp_path / "data")
-    return tmp_path / "data"
-
-
-def test_annotations_that_were_edited_are_refused(data: Path, tmp_path: Path) -> None:
-    train_until(1, tmp_path / "run", videos=YouTubeVis(data))
-    file = data / "train.json"
-    original = file.read_text()
-    content = json.loads(original)
-    content["annotations"][0]["category_id"] = 1 + content["annotations"][0]["category_id"] % 10
-    file.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="annotations, labels or videos have changed"):
-        train(tmp_path / "run", videos=YouTubeVis(data), resume=True)
-    file.write_text(original)
-    Trainer(CONFIG, YouTubeVis(data), tmp_path / "run", resume=True)
-
-
-def test_a_frame_that_was_deleted_is_named(data: Path, tmp_path: Path) -> None:
-    train_until(1, tmp_path / "run", videos=YouTubeVis(data))
-    step_2 = next(iter(ClipOrder(4, batch_size=2, steps=(1, 2), seed=0)))
-    name = f"{step_2[0][0]:06d}"
-    for file in (data / "JPEGImages" / name).iterdir():
-        file.unlink()
-    with pytest.raises(ValueError, match=f"^{data / 'JPEGImages' / name}/0000.\\.jpg: cannot read the frame"):
-        train(tmp_path / "run", videos=YouTubeVis(data), resume=True)
-    assert [step for step, _ in list_checkpoints(tmp_path / "run")] == [0, 1]
-
-
-def test_a_batch_that_cannot_be_divided_leaves_no_folder(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="batch_size=2 cannot be divided among 3 workers"):
-        Trainer(CONFIG, VIDEOS, tmp_path / "run", worker=Worker(0, 3, torch.device("cpu")))
-    assert not (tmp_path / "run").exists()

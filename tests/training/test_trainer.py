@@ -1,10 +1,6 @@
 """What a run does: the effect of every field, its outputs, and how it ends when numbers go wrong."""
 
-import errno
-import os
-import sys
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,11 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from m2f_video import VideoMask2Former
-from m2f_video.config import ConfigError
 from m2f_video.data import AugmentConfig, ClipSampling, SyntheticVideos
 from m2f_video.evaluation import evaluate_model, predict
 from m2f_video.evaluation.video_ap import STATS
@@ -29,12 +24,10 @@ from m2f_video.training import (
     OptimConfig,
     TrainConfig,
     Trainer,
-    Worker,
     batches,
     trainer,
 )
 from m2f_video.training.checkpoint import list_checkpoints, load_latest_checkpoint
-from m2f_video.training.log import LOGGED_PARTS, TrainingLog
 from m2f_video.training.optim import learning_rate
 from tests.tolerances import identical
 from tests.training.tiny_run import (
@@ -51,7 +44,6 @@ from tests.training.tiny_run import (
     train,
     train_until,
 )
-from weights_convert import ConversionError
 
 BASE = CONFIG.replace(steps=2, optim=OptimConfig(milestones=(1,)), checkpoint_every=2)
 CHANGES = {
@@ -247,24 +239,6 @@ def test_clips_are_prepared_by_as_many_processes(
     assert made == [num_workers]
 
 
-def test_tensorboard(tmp_path: Path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    train_until(2, tmp_path, tensorboard=True, validation=VIDEOS)
-    train(tmp_path, tensorboard=True, validation=VIDEOS, resume=True)
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert {"train/loss", "train/grad_norm", "evaluation/AP"} <= set(events.Tags()["scalars"])
-    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [
-        (index + 1, pytest.approx(loss)) for index, loss in enumerate(column(tmp_path, "loss"))
-    ]
-
-
-def test_without_tensorboard_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ImportError, match=r"pip install 'm2f-video\[train\]'"):
-        train(tmp_path, tensorboard=True)
-
-
 # What goes wrong
 
 
@@ -274,60 +248,6 @@ def test_a_warmup_longer_than_the_run_is_said(tmp_path: Path, recwarn: pytest.Wa
     assert not [warning for warning in recwarn if "warmup" in str(warning.message)]
     with pytest.warns(UserWarning, match=r"only rises: optim\.warmup_steps=3 is longer than the run of 2 steps"):
         Trainer(CONFIG.replace(optim=optim, steps=2), VIDEOS, tmp_path / "longer")
-
-
-def full(*_: object, **__: object) -> None:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-NUMBERS = dict.fromkeys(("loss", *LOGGED_PARTS, "learning_rate", "grad_norm", "seconds"), 1.0)
-
-
-@pytest.mark.parametrize("call", ["open", "add_scalar", "flush", "close", "print"])
-def test_a_full_disk_is_named_by_what_is_written_to(call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from torch.utils.tensorboard import SummaryWriter
-
-    log = TrainingLog(tmp_path, Worker(0, 1, torch.device("cpu")), 9, 0, every=1, tensorboard=True)
-    if call == "open":
-        (tmp_path / "log.csv").symlink_to("/dev/full")
-    elif call == "print":
-        monkeypatch.setattr("builtins.print", full)
-    else:
-        monkeypatch.setattr(SummaryWriter, call, full)
-    name = {"open": tmp_path / "log.csv", "print": "standard output"}.get(call, tmp_path / "tensorboard")
-    with pytest.raises(OSError, match=f"No space left on device; .*: '{name}'$"), closing(log):
-        log.step(1, NUMBERS)
-    monkeypatch.undo()
-    log.close()
-
-
-def test_a_folder_with_other_things_in_it_keeps_them(tmp_path: Path) -> None:
-    others = (".train.yaml", ".log.old.csv", ".evaluation.1.csv", "notes.txt", "checkpoints/mine.pt")
-    (tmp_path / "checkpoints").mkdir()
-    for name in others:
-        (tmp_path / name).write_text("mine")
-    train(tmp_path, CONFIG.replace(steps=1, optim=OptimConfig()))
-    assert {(tmp_path / name).read_text() for name in others} == {"mine"}
-
-
-@pytest.mark.parametrize("name", ["", "checkpoints", "final", "best", "tensorboard"])
-@pytest.mark.parametrize("resume", [False, True])
-def test_a_file_in_the_place_of_a_folder_is_refused_before_the_work(name: str, resume: bool, tmp_path: Path) -> None:
-    output = tmp_path / "run"
-    (output / name).parent.mkdir(exist_ok=True)
-    (output / name).write_text("mine")
-    with pytest.raises(NotADirectoryError, match=f"^{output / name} is a file, where a training run needs a folder"):
-        Trainer(CONFIG, VIDEOS, output, resume=resume)
-    assert (output / name).read_text() == "mine"
-    assert [file.name for file in tmp_path.rglob("*")] == ["run", name][: 1 + bool(name)]
-
-
-@pytest.mark.parametrize("name", ["log.csv", "evaluation.csv", "train.json", ".lock"])
-def test_a_folder_in_the_place_of_a_file_is_refused_before_the_work(name: str, tmp_path: Path) -> None:
-    (tmp_path / name).mkdir()
-    with pytest.raises(IsADirectoryError, match=f"^{tmp_path / name} is a folder, where a training run needs a file"):
-        Trainer(CONFIG, VIDEOS, tmp_path, resume=True)
-    assert [file.name for file in tmp_path.rglob("*")] == [name]
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, step: int, spoil: Callable[[Trainer], object]) -> None:
@@ -381,95 +301,6 @@ def test_float16_leaves_out_steps_that_overflow_but_not_for_ever(tmp_path: Path)
         made.train()
     assert largest_difference(made.model.state_dict(), before) == 0
     assert [step for step, _ in list_checkpoints(tmp_path)] == [0, 1, 2]
-
-
-# What it begins with
-
-
-@pytest.fixture(scope="module")
-def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model for three other classes, and one for the videos' own."""
-    folder = tmp_path_factory.mktemp("init")
-    torch.manual_seed(5)
-    VideoMask2Former(MODEL.replace(labels=("cat", "dog", "cow"))).save_pretrained(folder / "other")
-    VideoMask2Former(MODEL).save_pretrained(folder / "same")
-    for name in ("other", "same"):
-        (folder / f"{name}.safetensors").write_bytes((folder / name / "model.safetensors").read_bytes())
-    return folder
-
-
-HEAD = {"transformer_decoder.class_head.weight", "transformer_decoder.class_head.bias"}
-
-
-@pytest.mark.parametrize(
-    ("source", "left_out"), [("same", set()), ("same.safetensors", set()), ("other", HEAD), ("other.safetensors", HEAD)]
-)
-def test_weights_to_begin_with(source: str, left_out: set[str], other: Path, tmp_path: Path) -> None:
-    made = Trainer(CONFIG, VIDEOS, tmp_path / "made", init=str(other / source))
-    anew = Trainer(CONFIG, VIDEOS, tmp_path / "anew").model.state_dict()
-    given = load_file(other / source.removesuffix(".safetensors") / "model.safetensors")
-    for name, weight in made.model.state_dict().items():
-        assert torch.equal(weight, anew[name] if name in left_out else given[name])
-    assert made.average is not None
-    assert identical(made.average, made.model)
-
-
-def test_weights_that_do_not_fit(tmp_path: Path, other: Path) -> None:
-    larger = MODEL.replace(transformer_decoder=replace(MODEL.transformer_decoder, num_queries=6))
-    with pytest.raises(ConversionError, match="query_features"):
-        Trainer(CONFIG.replace(model=larger), VIDEOS, tmp_path / "made", init=str(other / "same.safetensors"))
-    with pytest.raises(FileNotFoundError, match="nothing"):
-        Trainer(CONFIG, VIDEOS, tmp_path / "made", init=str(tmp_path / "nothing"))
-    weights = load_file(other / "same.safetensors")
-    del weights["transformer_decoder.norm.weight"]
-    save_file(weights, tmp_path / "part.safetensors")
-    with pytest.raises(ConversionError, match=r"missing transformer_decoder\.norm\.weight"):
-        Trainer(CONFIG, VIDEOS, tmp_path / "made", init=str(tmp_path / "part.safetensors"))
-    assert not (tmp_path / "made").exists()
-
-
-@pytest.mark.parametrize(
-    ("name", "changes"),
-    [
-        ("transformer_decoder.num_heads", {"transformer_decoder": replace(MODEL.transformer_decoder, num_heads=2)}),
-        ("pixel_decoder.num_", {"pixel_decoder": replace(MODEL.pixel_decoder, num_heads=2, num_points=4)}),
-        ("transformer_decoder.num_queries", {"transformer_decoder": replace(MODEL.transformer_decoder, num_queries=6)}),
-    ],
-)
-def test_weights_that_would_compute_something_else(
-    name: str, changes: dict[str, Any], tmp_path: Path, other: Path
-) -> None:
-    config = CONFIG.replace(model=MODEL.replace(**changes))
-    with pytest.raises(ConfigError, match=rf"would compute something else .*: {name}.* \(its own: "):
-        Trainer(config, VIDEOS, tmp_path / "made", init=str(other / "same"))
-    assert not (tmp_path / "made").exists()
-
-
-def test_weights_of_an_image_model_begin_a_video_model_with_a_word(tmp_path: Path) -> None:
-    preprocessing = replace(MODEL.preprocessing, shortest_edge=48)
-    VideoMask2Former(MODEL.replace(temporal="per_frame", preprocessing=preprocessing)).save_pretrained(
-        tmp_path / "coco"
-    )
-    with pytest.warns(UserWarning, match=r"trained for other frames: temporal is 'joint'.*preprocessing.shortest_edge"):
-        Trainer(CONFIG, VIDEOS, tmp_path / "made", init=str(tmp_path / "coco")).close()
-
-
-def test_a_run_killed_before_its_first_checkpoint_keeps_what_it_began_with(other: Path, tmp_path: Path) -> None:
-    config = CONFIG.replace(checkpoint_every=4)
-    train(tmp_path / "whole", config, init=str(other / "same"))
-    train_until(0, tmp_path / "killed", config, init=str(other / "same"))
-    train(tmp_path / "killed", config, resume=True)
-    assert final_weights(tmp_path / "killed") == final_weights(tmp_path / "whole")
-
-
-@pytest.mark.parametrize("option", ["init", "init_backbone"])
-def test_a_resumed_run_says_that_it_does_not_begin_anew(
-    option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    train_until(2, tmp_path)
-    made = Trainer(CONFIG, VIDEOS, tmp_path, resume=True, **{option: "nowhere"})
-    assert "\nnowhere is not loaded: the run goes on from its checkpoint\n" in capsys.readouterr().out
-    made.close()
 
 
 # Evaluation

@@ -19,6 +19,7 @@ from m2f_video.config import (
 from m2f_video.data import AugmentConfig, SyntheticVideos
 from m2f_video.data.synthetic import SyntheticVideo
 from m2f_video.training import LossConfig, OptimConfig, TrainConfig, Trainer
+from m2f_video.training.checkpoint import load_latest_checkpoint
 from m2f_video.training.optim import parameter_groups
 
 MODEL = VideoMask2FormerConfig(
@@ -110,3 +111,20 @@ def largest_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> fl
     """Between weights of the same names."""
     assert ours.keys() == theirs.keys()
     return max(float((tensor - theirs[name]).abs().max()) for name, tensor in ours.items())
+
+
+def assert_same_end(output: Path, whole: Path) -> None:
+    """Weights, log and state of two runs are equal to the bit."""
+    assert final_weights(output) == final_weights(whole)
+    assert rows(output) == rows(whole)
+    ours, theirs = load_latest_checkpoint(output), load_latest_checkpoint(whole)
+    assert _flat(ours) == _flat(theirs)
+
+
+def _flat(state: Any) -> Any:
+    """A checkpoint's content, in a form that compares bit by bit; the config may differ in what is free to change."""
+    if isinstance(state, torch.Tensor):
+        return state.dtype, state.flatten().contiguous().view(torch.uint8).numpy().tobytes()
+    if isinstance(state, dict):
+        return {key: _flat(value) for key, value in state.items() if key != "config"}
+    return [_flat(value) for value in state] if isinstance(state, list) else state

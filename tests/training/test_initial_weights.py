@@ -1,0 +1,102 @@
+"""What a run begins with."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from m2f_video import VideoMask2Former
+from m2f_video.config import ConfigError
+from m2f_video.training import Trainer
+from tests.tolerances import identical
+from tests.training.tiny_run import CONFIG, MODEL, VIDEOS, final_weights, train, train_until
+from weights_convert import ConversionError
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model for three other classes, and one for the videos' own."""
+    folder = tmp_path_factory.mktemp("init")
+    torch.manual_seed(5)
+    VideoMask2Former(MODEL.replace(labels=("cat", "dog", "cow"))).save_pretrained(folder / "other")
+    VideoMask2Former(MODEL).save_pretrained(folder / "same")
+    for name in ("other", "same"):
+        (folder / f"{name}.safetensors").write_bytes((folder / name / "model.safetensors").read_bytes())
+    return folder
+
+
+HEAD = {"transformer_decoder.class_head.weight", "transformer_decoder.class_head.bias"}
+
+
+@pytest.mark.parametrize(
+    ("source", "left_out"), [("same", set()), ("same.safetensors", set()), ("other", HEAD), ("other.safetensors", HEAD)]
+)
+def test_weights_to_begin_with(source: str, left_out: set[str], other: Path, tmp_path: Path) -> None:
+    made = Trainer(CONFIG, VIDEOS, tmp_path / "made", init=str(other / source))
+    anew = Trainer(CONFIG, VIDEOS, tmp_path / "anew").model.state_dict()
+    given = load_file(other / source.removesuffix(".safetensors") / "model.safetensors")
+    for name, weight in made.model.state_dict().items():
+        assert torch.equal(weight, anew[name] if name in left_out else given[name])
+    assert made.average is not None
+    assert identical(made.average, made.model)
+
+
+def test_weights_that_do_not_fit(tmp_path: Path, other: Path) -> None:
+    larger = MODEL.replace(transformer_decoder=replace(MODEL.transformer_decoder, num_queries=6))
+    with pytest.raises(ConversionError, match="query_features"):
+        Trainer(CONFIG.replace(model=larger), VIDEOS, tmp_path / "made", init=str(other / "same.safetensors"))
+    with pytest.raises(FileNotFoundError, match="nothing"):
+        Trainer(CONFIG, VIDEOS, tmp_path / "made", init=str(tmp_path / "nothing"))
+    weights = load_file(other / "same.safetensors")
+    del weights["transformer_decoder.norm.weight"]
+    save_file(weights, tmp_path / "part.safetensors")
+    with pytest.raises(ConversionError, match=r"missing transformer_decoder\.norm\.weight"):
+        Trainer(CONFIG, VIDEOS, tmp_path / "made", init=str(tmp_path / "part.safetensors"))
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("transformer_decoder.num_heads", {"transformer_decoder": replace(MODEL.transformer_decoder, num_heads=2)}),
+        ("pixel_decoder.num_", {"pixel_decoder": replace(MODEL.pixel_decoder, num_heads=2, num_points=4)}),
+        ("transformer_decoder.num_queries", {"transformer_decoder": replace(MODEL.transformer_decoder, num_queries=6)}),
+    ],
+)
+def test_weights_that_would_compute_something_else(
+    name: str, changes: dict[str, Any], tmp_path: Path, other: Path
+) -> None:
+    config = CONFIG.replace(model=MODEL.replace(**changes))
+    with pytest.raises(ConfigError, match=rf"would compute something else .*: {name}.* \(its own: "):
+        Trainer(config, VIDEOS, tmp_path / "made", init=str(other / "same"))
+    assert not (tmp_path / "made").exists()
+
+
+def test_weights_of_an_image_model_begin_a_video_model_with_a_word(tmp_path: Path) -> None:
+    preprocessing = replace(MODEL.preprocessing, shortest_edge=48)
+    VideoMask2Former(MODEL.replace(temporal="per_frame", preprocessing=preprocessing)).save_pretrained(
+        tmp_path / "coco"
+    )
+    with pytest.warns(UserWarning, match=r"trained for other frames: temporal is 'joint'.*preprocessing.shortest_edge"):
+        Trainer(CONFIG, VIDEOS, tmp_path / "made", init=str(tmp_path / "coco")).close()
+
+
+def test_a_run_killed_before_its_first_checkpoint_keeps_what_it_began_with(other: Path, tmp_path: Path) -> None:
+    config = CONFIG.replace(checkpoint_every=4)
+    train(tmp_path / "whole", config, init=str(other / "same"))
+    train_until(0, tmp_path / "killed", config, init=str(other / "same"))
+    train(tmp_path / "killed", config, resume=True)
+    assert final_weights(tmp_path / "killed") == final_weights(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("option", ["init", "init_backbone"])
+def test_a_resumed_run_says_that_it_does_not_begin_anew(
+    option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_until(2, tmp_path)
+    made = Trainer(CONFIG, VIDEOS, tmp_path, resume=True, **{option: "nowhere"})
+    assert "\nnowhere is not loaded: the run goes on from its checkpoint\n" in capsys.readouterr().out
+    made.close()
