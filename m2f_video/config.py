@@ -5,20 +5,14 @@ arXiv 2112.01527, section 3). Every field changes what is built or computed; not
 """
 
 import json
-import os
-import reprlib
-import sys
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
-from types import UnionType
-from typing import Any, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, Self
 
 from m2f_video.categories import LABEL_SETS, YOUTUBEVIS_2019
-from m2f_video.files import parse_json, read_json
+from m2f_video.checked_config import CheckedConfig, ConfigError, FileConfig, build_config, check_fields, require, shown
 
 __all__ = [
     "PRESETS",
-    "CheckedConfig",
     "ConfigError",
     "PixelDecoderConfig",
     "PreprocessingConfig",
@@ -26,13 +20,7 @@ __all__ = [
     "TimmBackboneConfig",
     "TransformerDecoderConfig",
     "VideoMask2FormerConfig",
-    "build_config",
-    "flatten",
-    "read_config_file",
-    "shown",
 ]
-
-Config = TypeVar("Config")
 
 MODEL_TYPE = "m2f-video"
 FORMAT_VERSION = 1
@@ -43,112 +31,12 @@ MOST_LABELS, MOST_LABEL_LENGTH = 30_000, 1000
 MOST_PIXELS = 16384  # of a side of the model's input
 
 
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = 60
-
-
-class ConfigError(ValueError):
-    """A configuration value that no model can be built from; the message names the field and the remedy."""
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
-
-
 def _require_range(config: object, **most: int) -> None:
     """Check that fields are positive and at most so large."""
     for name, limit in most.items():
         value, path = getattr(config, name), f"{type(config).__name__}.{name}"
-        _require(value > 0, f"{path} must be positive, got {shown(value)}")
-        _require(value <= limit, f"{path} must be at most {limit}, got {shown(value)}")
-
-
-def check_fields(config: object, requirement: str, holds: Callable[[Any], bool], *names: str) -> None:
-    """Check fields of a config by what their values, or all values of a tuple, must be, such as "must be positive".
-
-    Raises:
-        ConfigError: for one of them `holds` is not true; the message names it.
-    """
-    for name in names:
-        value = getattr(config, name)
-        good = all(map(holds, value)) if isinstance(value, tuple) else holds(value)
-        _require(good, f"{type(config).__name__}.{name} {requirement}, got {shown(value)}")
-
-
-def shown(value: object) -> str:
-    """A value, whatever its length and depth, as a message can show it."""
-    try:
-        return f"{_SHORT.repr(value):.60}"
-    except ValueError:  # an integer with more digits than Python writes
-        return "a number of thousands of digits"
-
-
-class CheckedConfig:
-    """Checks the type of every field of a config, and makes lists tuples, before the config checks their values."""
-
-    def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
-        for item in fields(self):  # type: ignore[arg-type]  # subclasses are dataclasses
-            path = f"{type(self).__name__}.{item.name}"
-            object.__setattr__(self, item.name, _convert(hints[item.name], getattr(self, item.name), path))
-        self._check()
-
-    def _check(self) -> None: ...
-
-
-class FileConfig(CheckedConfig):
-    """A config that has a JSON file of its own; its `to_dict` and `from_dict` say what is in it."""
-
-    def replace(self, **changes: Any) -> Self:
-        """A copy with the given fields changed; it is validated again."""
-        return replace(self, **changes)  # type: ignore[type-var]  # subclasses are dataclasses
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain containers only; `from_dict` is its inverse."""
-        raise NotImplementedError
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Self:
-        """Build from plain containers; fields left out keep their defaults.
-
-        Raises:
-            ConfigError: an unknown field or a value of the wrong type; the message names it.
-        """
-        raise NotImplementedError
-
-    def to_json(self) -> str:
-        """The text of the file."""
-        return json.dumps(self.to_dict(), indent=2) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str) -> Self:
-        """Read the text of a file.
-
-        Raises:
-            ConfigError: not JSON, or not a valid config.
-        """
-        try:
-            data = parse_json(text)
-        except ValueError as error:
-            raise ConfigError(f"the config is not valid JSON: {error}") from error
-        return cls.from_dict(data)
-
-    @classmethod
-    def from_file(cls, path: str | os.PathLike[str]) -> Self:
-        """Read a JSON file.
-
-        Raises:
-            FileNotFoundError: no such file.
-            ConfigError: a pipe or device, not JSON, or not a valid config; the message names the file.
-        """
-        return read_config_file(path, cls.from_dict)
-
-    def differences(self, other: Self) -> dict[str, tuple[Any, Any]]:
-        """This config's value and the other's of each field that differs, by dotted name; None where there is none."""
-        mine, theirs = flatten(self.to_dict()), flatten(other.to_dict())
-        names = [name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name)]
-        return {name: (mine.get(name), theirs.get(name)) for name in names}
+        require(value > 0, f"{path} must be positive, got {shown(value)}")
+        require(value <= limit, f"{path} must be at most {limit}, got {shown(value)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,29 +60,26 @@ class SwinConfig(CheckedConfig):
 
     def _check(self) -> None:
         _require_range(self, embed_dim=MOST_WIDTH, window_size=32, mlp_ratio=64)
-        _require(
+        require(
             len(self.depths) == len(self.num_heads) == 4,
             f"SwinConfig needs four stages, got depths={shown(self.depths)} and num_heads={shown(self.num_heads)}",
         )
-        _require(
+        require(
             int(self.embed_dim * self.mlp_ratio) > 0,
             f"SwinConfig.mlp_ratio={self.mlp_ratio} leaves the MLP of the first stage no channels",
         )
-        _require(min(self.depths) > 0, f"SwinConfig.depths must be positive, got {shown(self.depths)}")
-        _require(
+        check_fields(self, "must be positive", lambda depth: depth > 0, "depths")
+        require(
             sum(self.depths) <= MOST_LAYERS,
             f"SwinConfig.depths must be at most {MOST_LAYERS} together, got {shown(self.depths)}",
         )
         for stage, heads in enumerate(self.num_heads):
             channels = self.embed_dim * 2**stage
-            _require(
+            require(
                 heads > 0 and channels % heads == 0,
                 f"SwinConfig.num_heads[{stage}]={shown(heads)} does not divide the {channels} channels of that stage",
             )
-        _require(
-            0 <= self.drop_path_rate < 1,
-            f"SwinConfig.drop_path_rate must be in [0, 1), got {self.drop_path_rate}",
-        )
+        check_fields(self, "must be in [0, 1)", lambda rate: 0 <= rate < 1, "drop_path_rate")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,8 +90,8 @@ class TimmBackboneConfig(CheckedConfig):
     """The timm model name, such as `resnet50` or `convnext_tiny`."""
 
     def _check(self) -> None:  # whether timm knows the name is checked when the model is built
-        _require(bool(self.name), "TimmBackboneConfig.name is empty; give a timm model name such as 'resnet50'")
-        _require(len(self.name) <= 200, f"TimmBackboneConfig.name is too long for a timm model: {shown(self.name)}")
+        require(bool(self.name), "TimmBackboneConfig.name is empty; give a timm model name such as 'resnet50'")
+        require(len(self.name) <= 200, f"TimmBackboneConfig.name is too long for a timm model: {shown(self.name)}")
 
 
 BackboneConfig = SwinConfig | TimmBackboneConfig
@@ -239,11 +124,11 @@ class PixelDecoderConfig(CheckedConfig):
         _require_range(self, hidden_dim=MOST_WIDTH, mask_dim=MOST_WIDTH, num_layers=MOST_LAYERS, ffn_dim=MOST_HIDDEN)
         _require_range(self, num_heads=MOST_HEADS, num_points=64)
         for divisor, why in ((GROUP_NORM_GROUPS, "the groups of its norms"), (self.num_heads, "num_heads")):
-            _require(
+            require(
                 self.hidden_dim % divisor == 0,
                 f"PixelDecoderConfig.hidden_dim={self.hidden_dim} is not divisible by {divisor} ({why})",
             )
-        _require(0 <= self.dropout < 1, f"PixelDecoderConfig.dropout must be in [0, 1), got {self.dropout}")
+        check_fields(self, "must be in [0, 1)", lambda rate: 0 <= rate < 1, "dropout")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,7 +153,7 @@ class TransformerDecoderConfig(CheckedConfig):
             (4, "sine positions have y and x halves of sine and cosine"),
             (self.num_heads, "num_heads"),
         ):
-            _require(
+            require(
                 self.hidden_dim % divisor == 0,
                 f"TransformerDecoderConfig.hidden_dim={self.hidden_dim} is not divisible by {divisor} ({why})",
             )
@@ -296,26 +181,17 @@ class PreprocessingConfig(CheckedConfig):
 
     def _check(self) -> None:
         _require_range(self, shortest_edge=MOST_PIXELS, longest_edge=MOST_PIXELS, size_divisor=1024)
-        _require(
+        require(
             self.longest_edge >= self.shortest_edge,
             f"PreprocessingConfig.longest_edge={self.longest_edge} is below shortest_edge={self.shortest_edge}",
         )
-        _require(
+        require(
             self.fixed_size is None or (min(self.fixed_size) > 0 and max(self.fixed_size) <= MOST_PIXELS),
             f"PreprocessingConfig.fixed_size must be positive and at most {MOST_PIXELS}, got {shown(self.fixed_size)}",
         )
-        _require(
-            self.fit in ("pad", "resize"),
-            f"PreprocessingConfig.fit must be 'pad' or 'resize', got {self.fit!r}",
-        )
-        _require(
-            max(map(abs, self.image_mean)) <= 1000,
-            f"PreprocessingConfig.image_mean is for pixels in [0, 1], got {shown(self.image_mean)}",
-        )
-        _require(
-            1e-6 <= min(self.image_std) <= max(self.image_std) <= 1000,
-            f"PreprocessingConfig.image_std must be positive, for pixels in [0, 1], got {shown(self.image_std)}",
-        )
+        check_fields(self, "is for pixels in [0, 1]", lambda mean: abs(mean) <= 1000, "image_mean")
+        positive = "must be positive, for pixels in [0, 1]"
+        check_fields(self, positive, lambda deviation: 1e-6 <= deviation <= 1000, "image_std")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -346,12 +222,12 @@ class VideoMask2FormerConfig(FileConfig):
         super().__post_init__()
 
     def _check(self) -> None:
-        _require(len(self.labels) > 0, "labels is empty; a model needs at least one class name")
-        _require(
+        require(len(self.labels) > 0, "labels is empty; a model needs at least one class name")
+        require(
             len(self.labels) <= MOST_LABELS, f"labels must be at most {MOST_LABELS} names, there are {len(self.labels)}"
         )
         for index, label in enumerate(self.labels):
-            _require(
+            require(
                 len(label) <= MOST_LABEL_LENGTH and _is_text(label),
                 f"labels[{index}] must be text of at most {MOST_LABEL_LENGTH} characters, got {shown(label)}",
             )
@@ -392,38 +268,18 @@ class VideoMask2FormerConfig(FileConfig):
         Raises:
             ConfigError: another model type, an unknown field, or a value of the wrong type; the message names it.
         """
-        _require(isinstance(data, dict), f"a config must be a JSON object, got {type(data).__name__}")
+        require(isinstance(data, dict), f"a config must be a JSON object, got {type(data).__name__}")
         data = dict(data)
         model_type = data.pop("model_type", MODEL_TYPE)
-        _require(model_type == MODEL_TYPE, f"model_type is {shown(model_type)}, expected {MODEL_TYPE!r}")
+        require(model_type == MODEL_TYPE, f"model_type is {shown(model_type)}, expected {MODEL_TYPE!r}")
         version = data.pop("format_version", FORMAT_VERSION)
-        _require(
+        require(
             version == FORMAT_VERSION,
             f"format_version {shown(version)} is not {FORMAT_VERSION}; a newer m2f-video wrote it: upgrade",
         )
         if isinstance(data.get("backbone"), dict):
             data["backbone"] = _backbone_from_dict(data["backbone"])
         return build_config(cls, data, path="")
-
-
-def read_config_file(path: str | os.PathLike[str], from_dict: Callable[[Any], Config]) -> Config:
-    """Read a JSON file as `from_dict` does; the errors are those of `VideoMask2FormerConfig.from_file`."""
-    try:
-        data = read_json(path)
-    except ValueError as error:  # which names the file
-        raise ConfigError(str(error)) from error
-    try:
-        return from_dict(data)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
-
-
-def flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one, by dotted names."""
-    flat: dict[str, Any] = {}
-    for name, value in data.items():
-        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
 
 
 def _is_text(label: str) -> bool:
@@ -437,65 +293,17 @@ def _is_text(label: str) -> bool:
 
 def _timm_from_name(name: str) -> TimmBackboneConfig:
     prefix, _, model_name = name.partition(":")
-    _require(prefix == "timm", f"backbone {shown(name)} is not known; give a SwinConfig or 'timm:MODEL_NAME'")
+    require(prefix == "timm", f"backbone {shown(name)} is not known; give a SwinConfig or 'timm:MODEL_NAME'")
     return TimmBackboneConfig(name=model_name)
 
 
 def _backbone_from_dict(data: dict[str, Any]) -> BackboneConfig:
     kind = data.get("type", "swin")
-    _require(
+    require(
         isinstance(kind, str) and kind in _BACKBONE_TYPES,
         f"backbone.type {shown(kind)} is not known; it must be one of {list(_BACKBONE_TYPES)}",
     )
     return build_config(_BACKBONE_TYPES[kind], {k: v for k, v in data.items() if k != "type"}, path="backbone.")
-
-
-def build_config(cls: type, data: dict[str, Any], path: str) -> Any:
-    """Build dataclass `cls` from plain data, checking names and types; `path` prefixes names in messages."""
-    known = {f.name for f in fields(cls)}
-    for name in sorted(map(str, data.keys() - known))[:1]:
-        raise ConfigError(f"unknown config field {path}{shown(name)[1:-1]}; known: {', '.join(sorted(known))}")
-    hints = get_type_hints(cls)
-    arguments = {name: _convert(hints[name], value, path + name) for name, value in data.items()}
-    try:
-        return cls(**arguments)
-    except TypeError as error:  # a field without default is missing
-        raise ConfigError(f"{path or 'config: '}{error}") from error
-
-
-def _convert(hint: Any, value: Any, path: str) -> Any:
-    """Check `value`, as JSON has it, against a field's type and give what the field holds."""
-    origin = get_origin(hint)
-    if isinstance(hint, type) and is_dataclass(hint):
-        if isinstance(value, dict):
-            return build_config(hint, value, path + ".")
-        matches = isinstance(value, hint)
-    elif origin in (Union, UnionType):
-        options = [option for option in get_args(hint) if option is not type(None)]
-        resolved = isinstance(value, str) and TimmBackboneConfig in options  # "timm:NAME": the config itself reads it
-        absent = value is None and type(None) in get_args(hint)
-        if absent or resolved or type(value) in options:
-            return value
-        return _convert(options[0], value, path)
-    elif origin is tuple:
-        element, *rest = get_args(hint)
-        matches = isinstance(value, list | tuple) and (rest == [...] or len(value) == 1 + len(rest))
-        if matches:
-            return tuple(_convert(element, item, f"{path}[{i}]") for i, item in enumerate(value))
-    elif origin is Literal:
-        matches = value in get_args(hint)
-    elif hint is float:
-        matches = type(value) in (int, float) and -sys.float_info.max <= value <= sys.float_info.max
-    else:
-        matches = type(value) is hint and (hint is not int or -(2**63) <= value < 2**63)  # exact: true is not an int
-    _require(matches, f"{path} must be {_type_name(hint)}, got {shown(value)}")
-    return float(value) if hint is float else value
-
-
-def _type_name(hint: Any) -> str:
-    if hint is float:
-        return "a finite float"
-    return hint.__name__ if isinstance(hint, type) and get_origin(hint) is None else str(hint).replace("typing.", "")
 
 
 _BACKBONES: dict[str, tuple[BackboneConfig, int, int]] = {  # with the queries and the shorter side of the frames

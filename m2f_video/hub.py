@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from m2f_video.config import MODEL_TYPE, ConfigError, VideoMask2FormerConfig, shown
+from m2f_video.checked_config import ConfigError, shown
+from m2f_video.config import MODEL_TYPE, VideoMask2FormerConfig
 from m2f_video.files import check_regular, check_replaceable, made_directory, temporary_folder
 from weights_convert import (
     CheckpointError,

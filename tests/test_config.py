@@ -14,16 +14,15 @@ from hypothesis import strategies as st
 
 from m2f_video import config as config_module
 from m2f_video.categories import LABEL_SETS
+from m2f_video.checked_config import ConfigError, flatten
 from m2f_video.config import (
     PRESETS,
-    ConfigError,
     PixelDecoderConfig,
     PreprocessingConfig,
     SwinConfig,
     TimmBackboneConfig,
     TransformerDecoderConfig,
     VideoMask2FormerConfig,
-    flatten,
 )
 from m2f_video.inference.processor import VideoProcessor
 from m2f_video.modeling.video_mask2former import VideoMask2Former

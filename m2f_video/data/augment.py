@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from m2f_video.config import CheckedConfig, ConfigError, PreprocessingConfig, check_fields
+from m2f_video.checked_config import CheckedConfig, ConfigError, check_fields
+from m2f_video.config import PreprocessingConfig
 from m2f_video.data.clip import Clip
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from m2f_video.config import CheckedConfig, check_fields
+from m2f_video.checked_config import CheckedConfig, check_fields
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -6,7 +6,7 @@ Lengths are in units of the frame's shorter side and times in frames.
 from dataclasses import dataclass
 from typing import Any
 
-from m2f_video.config import CheckedConfig, ConfigError, check_fields
+from m2f_video.checked_config import CheckedConfig, ConfigError, check_fields
 
 
 @dataclass(frozen=True, kw_only=True)

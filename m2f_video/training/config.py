@@ -4,19 +4,16 @@ import json
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, Self
 
+from m2f_video.checked_config import ConfigError, FileConfig, build_config, check_fields
 from m2f_video.config import (
     MODEL_TYPE,
     PRESETS,
     PRESETS_IN_WORDS,
-    ConfigError,
-    FileConfig,
     PixelDecoderConfig,
     PreprocessingConfig,
     TimmBackboneConfig,
     TransformerDecoderConfig,
     VideoMask2FormerConfig,
-    build_config,
-    check_fields,
 )
 from m2f_video.data.augment import AugmentConfig
 from m2f_video.data.clip import ClipSampling

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from m2f_video.config import CheckedConfig, ConfigError, check_fields
+from m2f_video.checked_config import CheckedConfig, ConfigError, check_fields
 from m2f_video.distributed import mean_over_workers, num_workers
 from m2f_video.inference.segments import MASK_STRIDE
 from m2f_video.modeling.transformer_decoder import Prediction

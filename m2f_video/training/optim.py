@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from m2f_video.config import CheckedConfig, check_fields
+from m2f_video.checked_config import CheckedConfig, check_fields
 
 _NORMS = (
     nn.LayerNorm,

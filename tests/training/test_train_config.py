@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from m2f_video import VideoMask2FormerConfig
-from m2f_video.config import PRESETS, ConfigError, TimmBackboneConfig, flatten
+from m2f_video.checked_config import ConfigError, flatten
+from m2f_video.config import PRESETS, TimmBackboneConfig
 from m2f_video.data import AugmentConfig
 from m2f_video.training import TRAIN_PRESETS, OptimConfig, TrainConfig
 from m2f_video.training.config import CHANGEABLE
