@@ -209,7 +209,8 @@ def parse_annotations(
     Args:
         data: parsed JSON; `annotations` may be missing or null, as in test sets.
         name: of the file, for messages.
-        item: what is annotated: videos, or COCO's images, which become videos of a single frame.
+        item: what is annotated: videos, or COCO's images, which become videos of a single frame; annotations of images
+            that the file does not have are left out.
         with_frames: the frames are to be read: each video needs its file names, and each annotation as many
             segmentations. Otherwise a length does, and another number of segmentations is no fault.
         per_frame: which other lists with an entry per frame to check where they are there: `areas`, `bboxes`.
@@ -247,12 +248,13 @@ def parse_annotations(
     categories: dict[int, str] = {}
     titles: set[str] = set()
     for row in _rows(tables["categories"], "category", name, report):
-        title = row.get("name", str) or ""
+        title = row.get("name", str)
         if title in titles:
             row.fault(f"another category has the name {title!r:.60}")
-        titles.add(title)
+        if title is not None:
+            titles.add(title)
         if row.id is not None:
-            categories[row.id] = title
+            categories[row.id] = title or ""
     annotations = [
         _parse_annotation(row, item, videos, categories, with_frames, per_frame)
         for row in _rows(annotation_rows, "annotation", name, report)
@@ -355,6 +357,8 @@ def _parse_annotation(
     per_frame: Sequence[str],
 ) -> Annotation | None:
     video_id, category_id = row.get(f"{item}_id", int), row.get("category_id", int)
+    if item == "image" and video_id is not None and video_id not in videos:
+        return None  # subsets of COCO may keep the annotations of images that they leave out
     for kind, id_, known in ((item, video_id, videos), ("category", category_id, categories)):
         if id_ is not None and id_ not in known:
             row.fault(f"there is no {kind} {id_}")

@@ -6,7 +6,6 @@ with it. Annotations are in COCO's format for instances; only categories that a 
 Shape letters: N instances, T frames of a clip, H height, W width.
 """
 
-import hashlib
 import math
 import os
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ import torch
 from m2f_video.categories import COCO_TO_VIS, LABEL_SETS
 from m2f_video.data.annotations import DatasetError, read_annotations
 from m2f_video.data.clip import Clip, check_frame_indices
-from m2f_video.data.youtube_vis import YouTubeVisVideo, build_videos
+from m2f_video.data.youtube_vis import FileVideos, YouTubeVisVideo, build_videos
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,8 +129,10 @@ class CocoVideo:
         }
 
 
-class CocoVideos:
+class CocoVideos(FileVideos[CocoVideo]):
     """COCO images with objects of a video label set, each as a pseudo-video: a sequence of `CocoVideo`.
+
+    Images without such objects are left out.
 
     Args:
         annotations: COCO's `instances_*.json`.
@@ -144,7 +145,7 @@ class CocoVideos:
 
     Raises:
         FileNotFoundError: a path does not exist.
-        DatasetError: the annotations are not in COCO's format.
+        DatasetError: the file is not in COCO's format.
         ValueError: an unknown label set, no frames, or a negative seed.
     """
 
@@ -167,7 +168,7 @@ class CocoVideos:
                 raise FileNotFoundError(f"{path}: there is no such file or folder")
         self.labels = LABEL_SETS[label_set]
         motion = motion or CameraMotion()
-        self._file = file
+        self.file = file
         self._options = (label_set, num_frames, motion, seed)
         parsed = read_annotations(file, "image")
         classes = COCO_TO_VIS[label_set]
@@ -181,23 +182,3 @@ class CocoVideos:
             for still in build_videos(parsed, label_of, folder)
             if still.instances
         )
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of the annotation file and the options; it does not read the images."""
-        digest = hashlib.sha256(self._file.read_bytes())
-        digest.update(repr(self._options).encode())
-        return digest.hexdigest()
-
-    def __len__(self) -> int:
-        return len(self._videos)
-
-    def __getitem__(self, index: int, /) -> CocoVideo:
-        """The pseudo-video of the image that is number `index` of those with objects.
-
-        Raises:
-            IndexError: there is no such image.
-        """
-        if not 0 <= index < len(self._videos):
-            raise IndexError(f"there is no image {index}, the dataset has {len(self._videos)}")
-        return self._videos[index]

@@ -21,19 +21,33 @@ Progress = Callable[[int, int], None]
 
 
 def youtube_vis_annotations(
-    videos: AnnotatedVideos, info: Mapping[str, Any] | None = None, progress: Progress | None = None
+    videos: AnnotatedVideos,
+    info: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+    frames: Path | None = None,
 ) -> dict[str, Any]:
-    """The annotation file of a dataset, as parsed JSON: the truth an evaluator needs, without writing any frame.
+    """The annotation file of a dataset, as parsed JSON: the truth an evaluator needs.
+
+    Category ids count from 1 in the order of the labels.
 
     Args:
         videos: the dataset; all of its frames are read or rendered.
         info: what the file says about itself.
-        progress: called with (videos done, videos in all).
+        progress: see `Progress`.
+        frames: folder to write the frames to, `<video>/00000.jpg`, ...; None writes none.
     """
-    data = _header(videos, info)
+    data: dict[str, Any] = {
+        "info": dict(info or {}),
+        "videos": [],
+        "categories": [{"id": index + 1, "name": name} for index, name in enumerate(videos.labels)],
+        "annotations": [],
+    }
     for index in range(len(videos)):
         video = videos[index]
-        _add_video(data, video, video.clip(range(video.num_frames)))
+        clip = video.clip(range(video.num_frames))
+        _add_video(data, video, clip)
+        if frames is not None:
+            _write_frames(clip, [frames / name for name in data["videos"][-1]["file_names"]])
         if progress is not None:
             progress(index + 1, len(videos))
     return data
@@ -48,44 +62,29 @@ def write_youtube_vis(
     """Write a dataset as `OUT/train.json` and `OUT/JPEGImages/<video>/00000.jpg`, ...
 
     The folder appears under its name when everything is written; if anything fails there is no trace of it.
-    Category ids count from 1 in the order of the labels.
 
     Args:
         videos: the dataset.
         out: folder to make; it must not exist, or be empty.
         info: what the annotation file says about itself.
-        progress: called with (videos done, videos in all).
+        progress: see `Progress`.
 
     Raises:
         FileExistsError: `out` is a file, or a folder with something in it.
         OSError: it cannot be written.
     """
-    from PIL import Image
-
-    data = _header(videos, info)
     with new_folder(Path(out)) as folder:
         (folder / FRAMES_FOLDER).mkdir()
-        for index in range(len(videos)):
-            video = videos[index]
-            clip = video.clip(range(video.num_frames))
-            _add_video(data, video, clip)
-            (folder / FRAMES_FOLDER / video.name).mkdir(parents=True)
-            frames = clip.frames.permute(0, 2, 3, 1).numpy()  # (T, 3, H, W) -> (T, H, W, 3)
-            for name, frame in zip(data["videos"][-1]["file_names"], frames, strict=True):
-                file = folder / FRAMES_FOLDER / name
-                Image.fromarray(frame).save(file, quality=_JPEG_QUALITY, subsampling=_JPEG_SUBSAMPLING)
-            if progress is not None:
-                progress(index + 1, len(videos))
+        data = youtube_vis_annotations(videos, info, progress, folder / FRAMES_FOLDER)
         (folder / ANNOTATION_FILES[0]).write_text(dumps(data), encoding="utf-8")
 
 
-def _header(videos: AnnotatedVideos, info: Mapping[str, Any] | None) -> dict[str, Any]:
-    return {
-        "info": dict(info or {}),
-        "videos": [],
-        "categories": [{"id": index + 1, "name": name} for index, name in enumerate(videos.labels)],
-        "annotations": [],
-    }
+def _write_frames(clip: Clip, files: list[Path]) -> None:
+    from PIL import Image
+
+    files[0].parent.mkdir(parents=True)
+    for file, frame in zip(files, clip.frames.permute(0, 2, 3, 1).numpy(), strict=True):  # (T, H, W, 3)
+        Image.fromarray(frame).save(file, quality=_JPEG_QUALITY, subsampling=_JPEG_SUBSAMPLING)
 
 
 def _add_video(data: dict[str, Any], video: AnnotatedVideo, clip: Clip) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path, PurePosixPath
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -105,7 +106,42 @@ class YouTubeVisVideo:
             ) from error
 
 
-class YouTubeVis:
+V_co = TypeVar("V_co", covariant=True)
+
+
+class FileVideos(Generic[V_co]):
+    """A dataset of the videos that an annotation file lists, in its order; whoever inherits sets the attributes.
+
+    Attributes:
+        file: the annotation file.
+    """
+
+    file: Path
+    _videos: tuple[V_co, ...]
+    _options: tuple[object, ...]
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the annotation file and the options; it does not read the frames."""
+        digest = hashlib.sha256(self.file.read_bytes())
+        digest.update(repr(self._options).encode())
+        return digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._videos)
+
+    def __getitem__(self, index: int, /) -> V_co:
+        """Video `index` in the order of the file.
+
+        Raises:
+            IndexError: there is no such video.
+        """
+        if not 0 <= index < len(self._videos):
+            raise IndexError(f"there is no video {index}, the dataset has {len(self._videos)}")
+        return self._videos[index]
+
+
+class YouTubeVis(FileVideos[YouTubeVisVideo]):
     """A dataset in the YouTubeVIS format: a sequence of `YouTubeVisVideo`, whose frames are read when asked for.
 
     Args:
@@ -149,26 +185,7 @@ class YouTubeVis:
             )
         label_of = {id_: index_of[name] for id_, name in names.items()}
         self._videos = tuple(islice(build_videos(parsed, label_of, folder), num_videos))
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of the annotation file, the labels and the number of videos; it does not read the frames."""
-        digest = hashlib.sha256(self.file.read_bytes())
-        digest.update(repr((self.labels, len(self))).encode())
-        return digest.hexdigest()
-
-    def __len__(self) -> int:
-        return len(self._videos)
-
-    def __getitem__(self, index: int, /) -> YouTubeVisVideo:
-        """Video `index` in the order of the file.
-
-        Raises:
-            IndexError: there is no such video.
-        """
-        if not 0 <= index < len(self._videos):
-            raise IndexError(f"there is no video {index}, the dataset has {len(self._videos)}")
-        return self._videos[index]
+        self._options = (self.labels, len(self._videos))
 
 
 def build_videos(parsed: AnnotationFile, label_of: Mapping[int, int], folder: Path) -> Iterator[YouTubeVisVideo]:

@@ -6,8 +6,8 @@ The format is COCO's with a list per frame: `videos`, `categories` and `annotati
 Shape letters: T frames, H height, W width.
 """
 
-import math
 import os
+import sys
 import warnings
 import zipfile
 import zlib
@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from m2f_video.data.annotations import Annotation, Row, parse_annotations
+from m2f_video.data.annotations import Row, parse_annotations
 from m2f_video.files import check_regular, parse_json, read_json
 from m2f_video.results.masks import Rle, check_rle, compress_segmentation, mask_area
 
@@ -100,7 +100,19 @@ def load_ground_truth(source: Source | Mapping[str, Any], progress: Progress | N
     sizes = {id_: (video.height, video.width, video.num_frames) for id_, video in parsed.videos.items()}
     tracks: list[MaskTrack] = []
     for annotation in parsed.annotations:
-        tracks.append(_annotated(annotation, sizes[annotation.video_id], f"{name}: annotation {annotation.id}"))
+        tracks.append(
+            _track(
+                annotation.segmentations,
+                sizes[annotation.video_id],
+                compress_segmentation,
+                f"{name}: annotation {annotation.id}",
+                annotation.areas,
+                id=annotation.id,
+                video_id=annotation.video_id,
+                category_id=annotation.category_id,
+                crowd=annotation.crowd,
+            )
+        )
         if progress is not None:
             progress("annotations", len(tracks), len(parsed.annotations))
     _warn_of_lengths(tracks, sizes, f"{name}: annotation id")
@@ -135,16 +147,15 @@ def load_results(
     tracks: list[MaskTrack] = []
     unknown: list[MaskTrack] = []
     for row, result in enumerate(rows):
-        if not isinstance(result, Mapping):
-            raise ValueError(f"{name}: row {row} must be an object, got {result!r:.60}")
-        track = parse_result(Row(result, f"row {row}", name), row, ground_truth)
+        track = parse_result(result, row, ground_truth, name)
         (tracks if track.category_id in ground_truth.categories else unknown).append(track)
         if progress is not None:
             progress("results", row + 1, len(rows))
     if unknown:
+        ids = sorted({track.category_id for track in unknown})
         warnings.warn(
             f"{name}: {len(unknown)} of {len(rows)} rows have a category_id that {ground_truth.source} does not have, "
-            f"and are left out: {_shorten(sorted({track.category_id for track in unknown}))}; category ids are the "
+            f"and are left out: {', '.join(map(str, ids[:8]))}{', ...' if len(ids) > 8 else ''}; category ids are the "
             "data set's, mostly from 1",
             EvaluationWarning,
             stacklevel=2,
@@ -153,73 +164,66 @@ def load_results(
     return tracks
 
 
-def parse_result(row: Row, number: int, ground_truth: GroundTruth) -> MaskTrack:
+def parse_result(result: Any, number: int, ground_truth: GroundTruth, name: str) -> MaskTrack:
     """Check a row of results; whether its category and its number of frames are the data set's is the caller's matter.
+
+    Args:
+        result: the row.
+        number: its place in the results, from 0.
+        ground_truth: the data set; only its videos matter.
+        name: of the results, for messages.
 
     Raises:
         ValueError: it is malformed; the message names file, row and fault.
     """
+    if not isinstance(result, Mapping):
+        raise ValueError(f"{name}: row {number} must be an object, got {result!r:.60}")
+    row = Row(result, f"row {number}", name)
     video_id, category_id = row.get("video_id", int), row.get("category_id", int)
+    score: Any = result.get("score")
     if video_id not in ground_truth.sizes:
         row.fault(
             f"video_id {video_id} is not among the {len(ground_truth.sizes)} videos of {ground_truth.source}; are "
             "these the annotations that the results were made for?"
         )
-    score: Any = row.fields.get("score")
-    if not _is_number(score):
+    is_number = isinstance(score, int | float | np.number) and not isinstance(score, bool)
+    if not is_number or not abs(score) <= sys.float_info.max:  # whole numbers can be too large for a float
         row.fault(f"the score must be a finite number, got {score!r:.60}")
-    masks = _masks(row.get("segmentations", list), ground_truth.sizes[video_id], check_rle, f"{row.file}: {row.where}")
-    pixels = _pixels(masks)
-    return MaskTrack(
+    return _track(
+        row.get("segmentations", list),
+        ground_truth.sizes[video_id],
+        check_rle,
+        f"{name}: {row.where}",
         id=number,
         video_id=video_id,
         category_id=category_id,
-        masks=masks,
-        pixels=pixels,
-        area=_mean_visible(pixels),
         score=float(score),
     )
 
 
-def _annotated(annotation: Annotation, size: tuple[int, int, int], where: str) -> MaskTrack:
-    masks = _masks(annotation.segmentations, size, compress_segmentation, where)
-    pixels = _pixels(masks)
-    stated = pixels if annotation.areas is None else np.array([area or 0 for area in annotation.areas])
-    return MaskTrack(
-        id=annotation.id,
-        video_id=annotation.video_id,
-        category_id=annotation.category_id,
-        masks=masks,
-        pixels=pixels,
-        area=_mean_visible(stated),
-        crowd=annotation.crowd,
-    )
-
-
-def _masks(
-    segmentations: Sequence[Any], size: tuple[int, int, int], check: Callable[[Any, int, int], Rle | None], where: str
-) -> tuple[Rle | None, ...]:
-    """The masks of a row, checked; None where absent."""
+def _track(
+    segmentations: Sequence[Any],
+    size: tuple[int, int, int],
+    check: Callable[[Any, int, int], Rle | None],
+    where: str,
+    areas: Sequence[Any] | None = None,
+    **fields: Any,
+) -> MaskTrack:
+    """A track of these fields, whose masks are checked and measured; areas that are stated go before."""
+    if not segmentations:
+        raise ValueError(f"{where}: the list of segmentations is empty; there is one, or null, for each frame")
     masks: list[Rle | None] = []
     for frame, mask in enumerate(segmentations):
         try:
             masks.append(None if mask is None else check(mask, *size[:2]))
         except ValueError as error:
             raise ValueError(f"{where}, frame {frame}: {error}") from error
-    if not masks:
-        raise ValueError(f"{where}: the list of segmentations is empty; there is one, or null, for each frame")
-    return tuple(masks)
-
-
-def _pixels(masks: Sequence[Rle | None]) -> np.ndarray:
-    """(T,) int64, area of each mask."""
     # one by one: with NumPy 2 pycocotools takes the areas of a list of at most 255 masks
-    return np.array([0 if mask is None else mask_area(mask) for mask in masks], np.int64)
-
-
-def _mean_visible(areas: np.ndarray) -> float:
-    visible = areas[areas > 0]
-    return float(visible.mean()) if len(visible) else 0.0
+    pixels = np.array([0 if mask is None else mask_area(mask) for mask in masks], np.int64)
+    stated = pixels if areas is None else np.array([area or 0 for area in areas])
+    visible = stated[stated > 0]
+    area = float(visible.mean()) if len(visible) else 0.0
+    return MaskTrack(masks=tuple(masks), pixels=pixels, area=area, **fields)
 
 
 def _warn_of_lengths(tracks: Any, sizes: Mapping[int, tuple[int, int, int]], row: str) -> None:
@@ -268,17 +272,3 @@ def _read_zip(path: Path) -> Any:
         return parse_json(content)
     except ValueError as error:
         raise ValueError(f"{path}: {name} is not a JSON file, or cut off: {error}") from error
-
-
-def _is_number(value: Any) -> bool:
-    """Whether it is a number with a finite float; whole numbers of JSON can be too large for one."""
-    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:
-        return False
-
-
-def _shorten(values: Sequence[Any]) -> str:
-    return ", ".join(map(str, values[:8])) + (", ..." if len(values) > 8 else "")

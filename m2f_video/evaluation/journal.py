@@ -5,14 +5,12 @@ of one video.
 """
 
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from m2f_video.files import check_regular, naming, parse_json
-from m2f_video.results.masks import plain_rle
 
 Row = dict[str, Any]
 """A row of a YouTubeVIS submission."""
@@ -30,7 +28,7 @@ class Journal:
 
     Attributes:
         path: of the file.
-        rows: rows of each finished video by its index in the dataset.
+        rows: rows of each finished video by its index in the dataset; those from the file are not checked.
 
     Raises:
         ValueError: the file is no journal, is damaged, or its predictions are made from something else; or it is a
@@ -47,13 +45,17 @@ class Journal:
         if not self._end and not self._header.startswith(content):
             raise self._foreign()
         for number, line in enumerate(content[: self._end].splitlines()):
-            entry = self._parse(line, number)
+            try:
+                entry = parse_json(line)
+            except ValueError:
+                entry = None
+            fields = entry if isinstance(entry, dict) else {}
             if number == 0:
-                self._check_header(entry)
-            elif type(entry.get("video")) is not int or not _are_rows(entry.get("rows")):
-                raise self._damaged(number)
+                self._check_header(fields)
+            elif type(fields.get("video")) is not int or not isinstance(fields.get("rows"), list):
+                raise ValueError(f"{self.path}: line {number + 1} is damaged; delete the file to start anew")
             else:
-                self.rows[entry["video"]] = entry["rows"]
+                self.rows[fields["video"]] = fields["rows"]
 
     def add(self, index: int, rows: Sequence[Row]) -> None:
         """Write the rows of a video; when this returns they are on the disk.
@@ -71,15 +73,6 @@ class Journal:
             self._end = file.tell()
         self.rows[index] = list(rows)
 
-    def _parse(self, line: bytes, number: int) -> dict[str, Any]:
-        try:
-            entry = parse_json(line)
-        except ValueError as error:
-            raise (self._damaged(number) if number else self._foreign()) from error
-        if not isinstance(entry, dict):
-            raise self._damaged(number) if number else self._foreign()
-        return entry
-
     def _check_header(self, header: Mapping[str, Any]) -> None:
         found, made_from = header.get("made_from"), json.loads(self._header)["made_from"]
         if not isinstance(found, dict) or found.keys() != made_from.keys():
@@ -92,23 +85,6 @@ class Journal:
 
     def _foreign(self) -> ValueError:
         return ValueError(f"{self.path}: it is no journal of predictions; delete it, or write to another place")
-
-    def _damaged(self, number: int) -> ValueError:
-        return ValueError(f"{self.path}: line {number + 1} is damaged; delete the file to start anew")
-
-
-def _are_rows(rows: Any) -> bool:
-    """Whether these are rows of a submission, as far as that can be told without its dataset."""
-    return isinstance(rows, list) and all(
-        isinstance(row, dict)
-        and type(row.get("video_id")) is int
-        and type(row.get("category_id")) is int
-        and type(row.get("score")) in (int, float)
-        and math.isfinite(row["score"])
-        and isinstance(row.get("segmentations"), list)
-        and all(rle is None or plain_rle(rle) is not None for rle in row["segmentations"])
-        for row in rows
-    )
 
 
 def _line(entry: Mapping[str, Any]) -> bytes:

@@ -53,12 +53,9 @@ class Pairing:
         Of two lists of different length the frames in common count.
         """
         detections, annotations = self.areas()
-        common = np.minimum(_lengths(self.detections)[:, None], _lengths(self.annotations))  # (D, G)
-        # Row n of the running sums is the area in the first n frames.
-        detected = _running(detections)[common, np.arange(detections.shape[1])[:, None]]
-        annotated = _running(annotations)[common, np.arange(annotations.shape[1])]
-        intersection = self.intersections.sum(0, dtype=np.int64)
-        return _divide(intersection, detected + annotated - intersection)
+        T, intersection = len(self.intersections), self.intersections.sum(0, dtype=np.int64)
+        areas = detections.T @ _listed(self.annotations, T) + _listed(self.detections, T).T @ annotations  # (D, G)
+        return _divide(intersection, areas - intersection)
 
 
 def pair_tracks(
@@ -142,13 +139,10 @@ def _padded(tracks: Sequence[MaskTrack], T: int) -> np.ndarray:
     return areas
 
 
-def _lengths(tracks: Sequence[MaskTrack]) -> np.ndarray:
-    return np.array([len(track.masks) for track in tracks], np.int64)
-
-
-def _running(areas: np.ndarray) -> np.ndarray:
-    """(T + 1, N) from (T, N)."""
-    return np.concatenate([np.zeros_like(areas[:1]), areas.cumsum(0)])
+def _listed(tracks: Sequence[MaskTrack], T: int) -> np.ndarray:
+    """(T, N) int64, 1 in the frames that are in a track's list, whether it has a mask there or not."""
+    lengths = np.array([len(track.masks) for track in tracks], np.int64)
+    return (np.arange(T)[:, None] < lengths).astype(np.int64)
 
 
 def _divide(intersection: np.ndarray, union: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from itertools import chain
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -19,14 +19,13 @@ from m2f_video.acceleration import accelerated
 from m2f_video.data.clip import AnnotatedVideo, AnnotatedVideos
 from m2f_video.data.write import youtube_vis_annotations
 from m2f_video.data.youtube_vis import YouTubeVis
-from m2f_video.evaluation.annotations import GroundTruth, Progress, load_ground_truth, load_results
+from m2f_video.evaluation.annotations import GroundTruth, Progress, load_ground_truth, load_results, parse_result
 from m2f_video.evaluation.journal import Journal, Row
 from m2f_video.evaluation.pairing import pair_tracks
 from m2f_video.evaluation.video_ap import VideoAPResult, average_precision
 from m2f_video.inference.processor import VideoProcessor
 from m2f_video.inference.whole import segment_video
 from m2f_video.modeling.video_mask2former import VideoMask2Former
-from m2f_video.results.masks import check_rle
 from m2f_video.video.reader import DEFAULT_FPS, VideoReader
 
 
@@ -56,8 +55,8 @@ def predict_videos(
         world_size: number of shares.
         journal: file (`.jsonl`) that keeps each video as soon as it is finished. With the same journal a run that was
             stopped goes on behind its last finished video and gives the same rows. The journal serves the same
-            weights, config, preprocessing, dataset and `top_k`; what only rounding depends on (device, share and
-            `frames_per_chunk`) may change. It is not removed at the end.
+            weights, config, preprocessing, dataset and `top_k`; what only rounding depends on (device, share,
+            `frames_per_chunk` and `plain`) may change. It is not removed at the end.
         progress: called with ("videos", videos done, videos of the share), the first time before the work with how
             many of them the journal had.
 
@@ -114,28 +113,26 @@ def predict_videos(
     return [row for index in share for row in rows_of[index]]
 
 
+class PredictOptions(TypedDict, total=False):
+    """What else `predict_videos` takes."""
+
+    processor: VideoProcessor | None
+    top_k: int
+    frames_per_chunk: int | None
+    plain: bool
+    journal: str | os.PathLike[str] | None
+    progress: Progress | None
+
+
 def predict_on_all_ranks(
-    model: VideoMask2Former,
-    videos: AnnotatedVideos,
-    *,
-    processor: VideoProcessor | None = None,
-    top_k: int = 10,
-    frames_per_chunk: int | None = None,
-    plain: bool = False,
-    journal: str | os.PathLike[str] | None = None,
-    progress: Progress | None = None,
+    model: VideoMask2Former, videos: AnnotatedVideos, **options: Unpack[PredictOptions]
 ) -> list[Row]:
     """`predict_videos` with a share of the videos on each rank of `torch.distributed`, where it is initialised.
 
     Args:
         model: see `predict_videos`; the same on every rank.
         videos: see `predict_videos`.
-        processor: see `predict_videos`.
-        top_k: see `predict_videos`.
-        frames_per_chunk: see `predict_videos`.
-        plain: see `predict_videos`.
-        journal: see `predict_videos`; another file for each rank.
-        progress: see `predict_videos`; it counts the rank's own share.
+        options: see `predict_videos`; each rank has another journal, and its progress counts its own share.
 
     Returns:
         On every rank the rows of all videos, as one process gives them.
@@ -145,18 +142,7 @@ def predict_on_all_ranks(
         OSError: the journal cannot be written.
     """
     rank, world_size = _ranks()
-    rows = predict_videos(
-        model,
-        videos,
-        processor=processor,
-        top_k=top_k,
-        frames_per_chunk=frames_per_chunk,
-        plain=plain,
-        rank=rank,
-        world_size=world_size,
-        journal=journal,
-        progress=progress,
-    )
+    rows = predict_videos(model, videos, rank=rank, world_size=world_size, **options)
     if world_size == 1:
         return rows
     shares: list[Any] = [None] * world_size
@@ -169,46 +155,31 @@ def evaluate_model(
     model: VideoMask2Former,
     videos: AnnotatedVideos,
     *,
-    processor: VideoProcessor | None = None,
-    top_k: int = 10,
-    frames_per_chunk: int | None = None,
-    plain: bool = False,
     ground_truth: GroundTruth | None = None,
-    progress: Progress | None = None,
+    **options: Unpack[PredictOptions],
 ) -> VideoAPResult:
     """Video AP of a model on annotated videos, with a share of them on each rank of `torch.distributed`.
 
     Args:
         model: see `predict_videos`.
         videos: the dataset.
-        processor: see `predict_videos`.
-        top_k: see `predict_videos`.
-        frames_per_chunk: see `predict_videos`.
-        plain: see `predict_videos`.
         ground_truth: what `prepare_ground_truth` gives for these videos, which spares making it in every call. Only
             rank 0 uses it.
-        progress: see `predict_videos`; it counts the rank's own share.
+        options: see `predict_on_all_ranks`.
 
     Returns:
         The same on every rank.
 
     Raises:
         ValueError: see `predict_videos`; or the videos have no annotations.
+        OSError: the journal cannot be written.
     """
     rank, world_size = _ranks()
     if rank == 0 and ground_truth is None:
         ground_truth = prepare_ground_truth(videos)
         if ground_truth is None:
             raise ValueError("the dataset has no annotations: there is no truth to measure by")
-    rows = predict_on_all_ranks(
-        model,
-        videos,
-        processor=processor,
-        top_k=top_k,
-        frames_per_chunk=frames_per_chunk,
-        plain=plain,
-        progress=progress,
-    )
+    rows = predict_on_all_ranks(model, videos, **options)
     measured: list[Any] = [None]
     if rank == 0 and ground_truth is not None:
         measured = [average_precision(ground_truth, pair_tracks(ground_truth, load_results(rows, ground_truth)))]
@@ -249,20 +220,15 @@ def prepare_ground_truth(videos: AnnotatedVideos, progress: Progress | None = No
     return load_ground_truth(data) if data["annotations"] else None
 
 
-def _are_rows_of(video: AnnotatedVideo, rows: list[Row], category_ids: set[int]) -> bool:
+def _are_rows_of(video: AnnotatedVideo, rows: list[Any], category_ids: set[int]) -> bool:
     """Whether rows from a file can be predictions of this video."""
+    sizes = {video.video_id: (video.height, video.width, video.num_frames)}
+    truth = GroundTruth(source=video.name, sizes=sizes, categories={}, tracks=())
     try:
-        for rle in chain.from_iterable(row["segmentations"] for row in rows):
-            if rle is not None:
-                check_rle(rle, video.height, video.width)
+        tracks = [parse_result(row, number, truth, "journal") for number, row in enumerate(rows)]
     except ValueError:
         return False
-    return all(
-        row["video_id"] == video.video_id
-        and row["category_id"] in category_ids
-        and len(row["segmentations"]) == video.num_frames
-        for row in rows
-    )
+    return all(track.category_id in category_ids and len(track.masks) == video.num_frames for track in tracks)
 
 
 class _VideoFrames(VideoReader):
@@ -289,11 +255,9 @@ def _category_ids(videos: AnnotatedVideos) -> dict[str, int]:
 
 
 def _check_labels(labels: tuple[str, ...], categories: tuple[str, ...]) -> None:
-    not_in_dataset = [name for name in labels if name not in categories]
-    not_in_model = [name for name in categories if name not in labels]
-    if not_in_dataset or not_in_model:
-        differences = [f"{name!r:.60} is no category of the dataset" for name in not_in_dataset[:1]]
-        differences += [f"{name!r:.60} is no label of the model" for name in not_in_model[:1]]
+    differences = [f"{name!r:.60} is no category of the dataset" for name in labels if name not in categories][:1]
+    differences += [f"{name!r:.60} is no label of the model" for name in categories if name not in labels][:1]
+    if differences:
         raise ValueError(
             f"the model's {len(labels)} labels are not the dataset's {len(categories)} categories: "
             f"{', and '.join(differences)}; take a model that was trained for the categories of the dataset"

@@ -10,9 +10,10 @@ from typing import Any
 
 from rich.table import Table
 
-from m2f_video.evaluation.tracking import TrackingResult
+from m2f_video.evaluation.tracking import TrackingMetrics, TrackingResult
 from m2f_video.evaluation.video_ap import STATS, VideoAPResult
 from m2f_video.files import atomic_path, check_replaceable
+from m2f_video.results.masks import plain_rle
 
 RESULTS_FILE = "results.json"
 """Name that evaluation servers expect, alone at the root of the zip."""
@@ -24,23 +25,18 @@ def tables(ap: VideoAPResult, tracking: TrackingResult | None = None) -> list[Ta
     """Tables overall and by class, in percent; a dash where there is nothing to measure by."""
     overall = Table(*STATS, title="overall, %")
     overall.add_row(*(_percent(ap.stats[name]) for name in STATS))
-    printed = [overall]
-    by_class = Table("id", "class", *_CLASS_STATS, title="by class, %")
-    rows = [
-        [str(category_id), name, *(_percent(ap.per_category[category_id][stat]) for stat in _CLASS_STATS)]
-        for category_id, name in ap.categories.items()
-    ]
+    printed, headings = [overall], list[str]()
     if tracking is not None:
-        numbers = _tracking_cells(tracking.combined.to_dict())
-        follow = Table(*numbers, title=f"tracking overall, %, scores from {tracking.score_threshold:g}")
-        follow.add_row(*numbers.values())
-        printed.append(follow)
-        for heading in numbers:
-            by_class.add_column(heading)
-        for row, category_id in zip(rows, ap.categories, strict=True):
-            row.extend(_tracking_cells(tracking.per_category[category_id].to_dict()).values())
-    for row in rows:
-        by_class.add_row(*row)
+        numbers = _tracking_cells(tracking.combined)
+        headings = list(numbers)
+        printed.append(Table(*headings, title=f"tracking overall, %, scores from {tracking.score_threshold:g}"))
+        printed[-1].add_row(*numbers.values())
+    by_class = Table("id", "class", *_CLASS_STATS, *headings, title="by class, %")
+    for category_id, name in ap.categories.items():
+        cells = [_percent(ap.per_category[category_id][stat]) for stat in _CLASS_STATS]
+        if tracking is not None:
+            cells += _tracking_cells(tracking.per_category[category_id]).values()
+        by_class.add_row(str(category_id), name, *cells)
     return [*printed, by_class]
 
 
@@ -138,28 +134,24 @@ def _submission_row(row: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise ValueError(f"{where} of the results has no {', '.join(missing)}")
     if not math.isfinite(row["score"]):
         raise ValueError(f"{where} of the results: the score must be a finite number, got {row['score']}")
+    segmentations = [None if mask is None else plain_rle(mask) for mask in row["segmentations"]]
+    if any(mask is not None and plain is None for mask, plain in zip(row["segmentations"], segmentations, strict=True)):
+        raise ValueError(f"{where} of the results: run lengths must be compressed; use pycocotools.mask.encode")
     return {
         "video_id": int(row["video_id"]),
         "category_id": int(row["category_id"]),
         "score": float(row["score"]),
-        "segmentations": [None if mask is None else _text_rle(mask, where) for mask in row["segmentations"]],
+        "segmentations": segmentations,
     }
-
-
-def _text_rle(mask: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """A compressed encoding as JSON takes it; pycocotools gives `counts` as bytes."""
-    counts = mask["counts"]
-    if not isinstance(counts, str | bytes):
-        raise ValueError(f"{where} of the results: run lengths must be compressed; use pycocotools.mask.encode")
-    size = [int(side) for side in mask["size"]]
-    return {"size": size, "counts": counts if isinstance(counts, str) else counts.decode("ascii")}
 
 
 def _percent(fraction: float) -> str:
     return "-" if fraction < 0 else f"{100 * fraction:.1f}"
 
 
-def _tracking_cells(numbers: Mapping[str, float]) -> dict[str, str]:
+def _tracking_cells(metrics: TrackingMetrics) -> dict[str, str]:
     """Table cells by heading; all but the count of switches are fractions."""
-    cells = {name: _percent(value) for name, value in numbers.items() if name != "id_switches"}
-    return cells | {"id switches": str(numbers["id_switches"]) if numbers["HOTA"] >= 0 else "-"}
+    numbers = metrics.to_dict()
+    switches = numbers.pop("id_switches")
+    cells = {name: _percent(value) for name, value in numbers.items()}
+    return cells | {"id switches": str(switches) if metrics.HOTA >= 0 else "-"}

@@ -67,13 +67,13 @@ def check_picture_size(height: int, width: int) -> None:
 def plain_rle(rle: Any) -> Rle | None:
     """A compressed run-length encoding without further keys and with integer sides; None where it is none.
 
-    Some programs write sides as whole floats and add keys of their own. Whether the run lengths are sound is not
-    looked at, `check_rle` does.
+    Some programs write sides as whole floats, and add keys of their own; pycocotools gives `counts` as bytes. Whether
+    the run lengths are sound is not looked at, `check_rle` does.
     """
-    if not isinstance(rle, Mapping) or not isinstance(rle.get("counts"), str):
+    if not isinstance(rle, Mapping) or not isinstance(rle.get("counts"), str | bytes):
         return None
     size = _sides(rle)
-    return None if size is None else {"size": size, "counts": rle["counts"]}
+    return None if size is None else {"size": size, "counts": _text(rle["counts"])}
 
 
 def check_rle(rle: Any, height: int, width: int) -> Rle:
@@ -123,6 +123,10 @@ def decode_segmentation(segmentation: Any, height: int, width: int) -> np.ndarra
     return None if rle is None else decode_mask(rle)
 
 
+def _text(counts: str | bytes) -> str:
+    return counts if isinstance(counts, str) else counts.decode("ascii", "replace")
+
+
 def _sides(rle: Mapping[str, Any]) -> list[int] | None:
     """Height and width of an encoding, None where they are no positive whole numbers."""
     size = rle.get("size")
@@ -143,8 +147,7 @@ def _check_runs(rle: Any, height: int, width: int, kinds: tuple[type, ...]) -> R
     if _sides(rle) != [height, width]:
         size = rle.get("size")
         raise ValueError(f"the mask is {size!s:.60} but the video is [{height}, {width}] (height, width)")
-    counts = rle["counts"]
-    counts = counts.decode("ascii", "replace") if isinstance(counts, bytes) else counts
+    counts = rle["counts"] if isinstance(rle["counts"], list) else _text(rle["counts"])
     runs = _listed_runs(counts) if isinstance(counts, list) else _text_runs(counts)
     if runs is None or (runs < 0).any() or runs.sum() != height * width:
         raise ValueError(f"the run lengths are damaged, they do not cover {height} x {width} pixels")

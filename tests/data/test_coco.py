@@ -91,6 +91,15 @@ def test_only_known_categories_and_images_with_them_are_kept(tmp_path):
     assert CocoVideos(*write_coco(tmp_path), "ovis")[0].clip([0]).labels.tolist() == [24]
 
 
+def test_annotations_of_images_that_a_subset_leaves_out_are_no_fault(tmp_path):
+    assert len(CocoVideos(*write_coco(tmp_path, annotations=[annotation(1), annotation(2, image_id=77)]))) == 1
+
+
+def test_objects_without_a_pixel_make_an_empty_clip(tmp_path):
+    videos = CocoVideos(*write_coco(tmp_path, annotations=[annotation(1, segmentation=None)]))
+    assert videos[0].clip([0, 5]).masks.shape == (0, 2, H, W)
+
+
 def test_a_still_camera_shows_the_image(tmp_path):
     clip = CocoVideos(*write_coco(tmp_path), motion=STILL)[0].clip([0, 3])
     assert torch.equal(clip.frames[:, 0] > 0, clip.masks[0])
@@ -151,7 +160,7 @@ def test_bad_images_masks_and_arguments(tmp_path):
         CocoVideos(*paths, num_frames=0)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         CocoVideos(paths[0], tmp_path / "nowhere")
-    with pytest.raises(IndexError, match="no image 1"):
+    with pytest.raises(IndexError, match="no video 1"):
         CocoVideos(*paths)[1]
 
 

@@ -105,6 +105,24 @@ def test_faults_are_named(dataset, name):
     assert [row for row in found if row[0] == annotation_id and message in row[1]], found
 
 
+def test_all_faults_of_a_row_are_named(dataset):
+    out, spoil = dataset
+    spoil(lambda data: data["annotations"][1].update(video_id=77, category_id="x", iscrowd=2, areas=3, bboxes={}))
+    spoil(lambda data: data["videos"][1].update(height=-1, length=7, file_names=["/x", "../x"]))
+    texts = [text.partition("train.json: ")[2] for _, text in faults(out)]
+    assert texts == [
+        "video 2: height must be positive, got -1",
+        "video 2: length is 7, but there are 2 file names",
+        "video 2: '/x' is no file name inside the folder of frames",
+        "video 2: '../x' is no file name inside the folder of frames",
+        "annotation 2: 'category_id' must be int, got 'x'",
+        "annotation 2: there is no video 77",
+        "annotation 2: 'iscrowd' must be 0 or 1, got 2",
+        "annotation 2: 'areas' must be list, got 3",
+        "annotation 2: 'bboxes' must be list, got {}",
+    ]
+
+
 def test_damaged_frames_are_named(dataset):
     out, _ = dataset
     first, second, third = sorted((out / "JPEGImages" / "000000").iterdir())

@@ -133,31 +133,27 @@ RESULT_FAULTS = {
 
 
 @pytest.mark.parametrize("fault", TRUTH_FAULTS)
-@pytest.mark.parametrize("as_file", [False, True])
-def test_faulty_annotations(fault: str, as_file: bool, tmp_path: Path) -> None:
+def test_faulty_annotations(fault: str, tmp_path: Path) -> None:
     change, message = TRUTH_FAULTS[fault]
     data: Any = copy.deepcopy(TRUTH)
     change(data)
-    if as_file:
-        file = tmp_path / "gt.json"
-        file.write_text(json.dumps(data))
-        data, message = file, f"{re.escape(str(file))}: .*{message}"
-    with pytest.raises(ValueError, match=f"(?s){message}"):
-        load_ground_truth(data)
+    file = tmp_path / "gt.json"
+    file.write_text(json.dumps(data))
+    for source, name in ((data, "ground truth"), (file, str(file))):
+        with pytest.raises(ValueError, match=f"(?s){re.escape(name)}: .*{message}"):
+            load_ground_truth(source)
 
 
 @pytest.mark.parametrize("fault", RESULT_FAULTS)
-@pytest.mark.parametrize("as_file", [False, True])
-def test_faulty_results(fault: str, as_file: bool, tmp_path: Path) -> None:
+def test_faulty_results(fault: str, tmp_path: Path) -> None:
     change, message = RESULT_FAULTS[fault]
     data: Any = copy.deepcopy(RESULTS)
     change(data)
-    if as_file:
-        file = tmp_path / "results.json"
-        file.write_text(json.dumps(data))
-        data, message = file, f"{re.escape(str(file))}: {message}"
-    with pytest.raises(ValueError, match=f"(?s){message}"):
-        evaluate(TRUTH, data)
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps(data))
+    for source, name in ((data, "results"), (file, str(file))):
+        with pytest.raises(ValueError, match=f"(?s){re.escape(name)}: {message}"):
+            evaluate(TRUTH, source)
 
 
 def test_faulty_files(tmp_path: Path) -> None:

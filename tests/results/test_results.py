@@ -133,7 +133,6 @@ def test_a_track_that_is_never_seen() -> None:
     [
         ({"score": float("nan")}, "track 2: the score"),
         ({"score": float("inf")}, "track 2: the score"),
-        ({"segmentations": ({"size": [H, W], "counts": b"abc"},)}, "track 2, frame 0: a segmentation"),
         ({"segmentations": (None, {"size": [H, W], "counts": [1, 2]})}, "track 2, frame 1: a segmentation"),
         ({"segmentations": ({"counts": "abc"},)}, "track 2, frame 0: a segmentation"),
         ({"segmentations": ({"size": [0, W], "counts": "abc"},)}, "track 2, frame 0: a segmentation"),
