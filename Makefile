@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 CONSTRAINTS := .ci/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format parity bench clean
+.PHONY: help install demo test lint format parity bench gpu clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -34,13 +34,16 @@ format: $(STAMP) ## Format the code and fix what ruff can fix
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-parity: $(STAMP) ## Compare every stage with the reference on random weights: float32, prepared, float64
+parity: $(STAMP) ## Compare every stage with the reference on random weights: accelerated, plain, float64
 	$(BIN)/m2f-video parity --random 0 $(ARGS)
-	$(BIN)/m2f-video parity --random 0 --prepare $(ARGS)
+	$(BIN)/m2f-video parity --random 0 --plain $(ARGS)
 	$(BIN)/m2f-video parity --random 0 --dtype float64 $(ARGS)
 
 bench: $(STAMP) ## Measure speed
 	$(BIN)/python benchmarks/speed.py $(ARGS)
+
+gpu: ## Test and measure what runs on a CUDA GPU; needs no .venv, at most 8 minutes
+	PYTHONPATH=. $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py $(ARGS)
 
 clean: ## Remove caches and outputs, keep .venv
 	rm -rf demo_output build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
