@@ -76,13 +76,14 @@ def plain_rle(rle: Any) -> Rle | None:
     return None if size is None else {"size": size, "counts": _text(rle["counts"])}
 
 
-def check_rle(rle: Any, height: int, width: int) -> Rle:
-    """Check compressed run lengths. pycocotools reads past the end of malformed ones, so it must not see them.
+def check_rle(rle: Any, height: int, width: int, *, listed: bool = False) -> Rle:
+    """Check run lengths. pycocotools reads past the end of malformed ones, so it must not see them.
 
     Args:
         rle: of a file, or as pycocotools gives it, with `counts` as bytes.
         height: of the picture, in pixels.
         width: of the picture, in pixels.
+        listed: `counts` may be uncompressed too, a list of numbers of pixels.
 
     Returns:
         The same mask as `plain_rle` gives it, without runs of no pixel between others: where two masks have such runs
@@ -91,7 +92,22 @@ def check_rle(rle: Any, height: int, width: int) -> Rle:
     Raises:
         ValueError: it is no mask of such a picture.
     """
-    return _check_runs(rle, height, width, (str, bytes))
+    check_picture_size(height, width)
+    counts = rle.get("counts") if isinstance(rle, Mapping) else None
+    if not isinstance(counts, (str, bytes, list) if listed else (str, bytes)):
+        raise ValueError(
+            f'a segmentation is null or {{"size": [H, W], "counts": text}}, as pycocotools.mask.encode gives it, '
+            f"got {rle!r:.60}"
+        )
+    if _sides(rle) != [height, width]:
+        size = rle.get("size")
+        raise ValueError(f"the mask is {size!s:.60} but the video is [{height}, {width}] (height, width)")
+    runs = _listed_runs(counts) if isinstance(counts, list) else _text_runs(_text(counts))
+    if runs is None or (runs < 0).any() or runs.sum() != height * width:
+        raise ValueError(f"the run lengths are damaged, they do not cover {height} x {width} pixels")
+    if isinstance(counts, list) or not runs[1:].all():
+        return {"size": [height, width], "counts": _encode_runs(runs, height, width)}
+    return {"size": [height, width], "counts": _text(counts)}
 
 
 def compress_segmentation(segmentation: Any, height: int, width: int) -> Rle | None:
@@ -114,7 +130,7 @@ def compress_segmentation(segmentation: Any, height: int, width: int) -> Rle | N
         return None
     if isinstance(segmentation, list):
         return _compress_polygons(segmentation, height, width)
-    return _check_runs(segmentation, height, width, (str, bytes, list))
+    return check_rle(segmentation, height, width, listed=True)
 
 
 def decode_segmentation(segmentation: Any, height: int, width: int) -> np.ndarray | None:
@@ -134,26 +150,6 @@ def _sides(rle: Mapping[str, Any]) -> list[int] | None:
         return None
     whole = (type(side) is int or (type(side) is float and side.is_integer()) for side in size)
     return [int(side) for side in size] if all(whole) and min(size) > 0 else None
-
-
-def _check_runs(rle: Any, height: int, width: int, kinds: tuple[type, ...]) -> Rle:
-    """Run lengths of a picture, whose `counts` may be of these kinds, as compressed text."""
-    check_picture_size(height, width)
-    if not isinstance(rle, Mapping) or not isinstance(rle.get("counts"), kinds):
-        raise ValueError(
-            f'a segmentation is null or {{"size": [H, W], "counts": text}}, as pycocotools.mask.encode gives it, '
-            f"got {rle!r:.60}"
-        )
-    if _sides(rle) != [height, width]:
-        size = rle.get("size")
-        raise ValueError(f"the mask is {size!s:.60} but the video is [{height}, {width}] (height, width)")
-    counts = rle["counts"] if isinstance(rle["counts"], list) else _text(rle["counts"])
-    runs = _listed_runs(counts) if isinstance(counts, list) else _text_runs(counts)
-    if runs is None or (runs < 0).any() or runs.sum() != height * width:
-        raise ValueError(f"the run lengths are damaged, they do not cover {height} x {width} pixels")
-    if isinstance(counts, list) or not runs[1:].all():
-        counts = _encode_runs(runs, height, width)
-    return {"size": [height, width], "counts": counts}
 
 
 def _encode_runs(runs: np.ndarray, height: int, width: int) -> str:
