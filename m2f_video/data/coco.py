@@ -17,17 +17,18 @@ import numpy as np
 import torch
 
 from m2f_video.categories import COCO_TO_VIS, LABEL_SETS
+from m2f_video.checked_config import CheckedConfig, check_fields
 from m2f_video.data.annotations import DatasetError, read_annotations
 from m2f_video.data.clip import Clip, check_frame_indices
 from m2f_video.data.youtube_vis import FileVideos, YouTubeVisVideo, build_videos
 
 
 @dataclass(frozen=True, kw_only=True)
-class CameraMotion:
+class CameraMotion(CheckedConfig):
     """How a pseudo-video's camera moves: each quantity swings between its limits.
 
     Raises:
-        ValueError: a field is out of its range.
+        ConfigError: a field is out of its range.
     """
 
     rotation: float = 15.0
@@ -39,15 +40,10 @@ class CameraMotion:
     period: float = 40.0
     """Frames of the fastest swing; the slowest takes three times as long."""
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.rotation <= 180:
-            raise ValueError(f"CameraMotion.rotation must be in [0, 180], got {self.rotation}")
-        if not 0 <= self.translation <= 1:
-            raise ValueError(f"CameraMotion.translation must be in [0, 1], got {self.translation}")
-        if not 1 <= self.zoom < math.inf:
-            raise ValueError(f"CameraMotion.zoom must be at least 1, got {self.zoom}")
-        if not 1 <= self.period < math.inf:
-            raise ValueError(f"CameraMotion.period must be at least 1, got {self.period}")
+    def _check(self) -> None:
+        check_fields(self, "must be in [0, 180]", lambda value: 0 <= value <= 180, "rotation")
+        check_fields(self, "must be in [0, 1]", lambda value: 0 <= value <= 1, "translation")
+        check_fields(self, "must be at least 1", lambda value: 1 <= value < math.inf, "zoom", "period")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -19,6 +19,7 @@ from m2f_video.acceleration import accelerated
 from m2f_video.data.clip import AnnotatedVideo, AnnotatedVideos
 from m2f_video.data.write import youtube_vis_annotations
 from m2f_video.data.youtube_vis import YouTubeVis
+from m2f_video.distributed import num_workers
 from m2f_video.evaluation.annotations import GroundTruth, Progress, load_ground_truth, load_results, parse_result
 from m2f_video.evaluation.journal import Journal, Row
 from m2f_video.evaluation.pairing import pair_tracks
@@ -286,6 +287,5 @@ def _hash_model(model: VideoMask2Former) -> str:
 
 def _ranks() -> tuple[int, int]:
     """(rank, world size), of one process where `torch.distributed` is not initialised."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
+    world_size = num_workers()
+    return dist.get_rank() if world_size > 1 else 0, world_size
