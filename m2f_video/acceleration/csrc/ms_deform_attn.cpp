@@ -343,17 +343,3 @@ EXPORT void ms_deform_attn_from_offsets(int64_t dtype, int64_t threads, const vo
         attend<true>(threads, (const bfloat16*)value, shapes, references, (const bfloat16*)offsets,
                      (const bfloat16*)logits, (bfloat16*)output, sizes);
 }
-
-// locations (B, Q, M, L, P, 2) as (x, y), 0 and 1 being the level's outer edges: float in any dtype of the others,
-// since bfloat16 cannot tell the pixels of a map apart; weights (B, Q, M, L, P)
-EXPORT void ms_deform_attn(int64_t dtype, int64_t threads, const void* value, const int64_t* shapes,
-                           const float* locations, const void* weights, void* output, int64_t B, int64_t N, int64_t Q,
-                           int64_t M, int64_t D, int64_t L, int64_t P) {
-    const Sizes sizes = {B, N, Q, M, D, L, P};
-    if (dtype == 0)
-        attend<false>(threads, (const float*)value, shapes, nullptr, locations, (const float*)weights, (float*)output,
-                      sizes);
-    else
-        attend<false>(threads, (const bfloat16*)value, shapes, nullptr, locations, (const bfloat16*)weights,
-                      (bfloat16*)output, sizes);
-}
