@@ -2,11 +2,11 @@
 
 import copy
 import logging
-import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from threading import Lock
+from types import FunctionType, MethodType
 from typing import Literal, TypeVar, cast
 
 from torch import nn
@@ -45,7 +45,11 @@ def accelerated(model: Model, plain: bool = False) -> Iterator[Model]:
         mine: list[nn.Module] = [module for module in model.modules() if module in _users]
         if twins and not mine:
             before = {module for module in model.modules() if isinstance(module, Fused)}  # prepared: they stay
-            mine = [twin for twin in fuse(model, twins) if twin not in before]
+            try:
+                mine = [twin for twin in fuse(model, twins) if twin not in before]
+            except BaseException:  # interrupted, too: packing takes a while
+                restore(*(module for module in model.modules() if module not in before))
+                raise
         for twin in mine:
             _users[twin] = _users.get(twin, 0) + 1
     try:
@@ -53,26 +57,46 @@ def accelerated(model: Model, plain: bool = False) -> Iterator[Model]:
     finally:
         with _LOCK:
             for twin in mine:
-                _users[twin] -= 1
-                if not _users[twin]:
-                    del _users[twin]
-                    restore(twin)
+                if twin in _users:  # or it was prepared meanwhile, and stays
+                    _users[twin] -= 1
+                    if not _users[twin]:
+                        del _users[twin]
+                        restore(twin)
 
 
 def in_evaluation_mode(model: Model) -> Model:
-    """A copy of a model's modules in evaluation mode, that has the same weights, hooks and patches."""
+    """A copy of a model's modules in evaluation mode, that has the same weights, hooks and patches.
+
+    A patch that is a method is bound to the copy. Any other may hold modules of the model, which nobody can exchange
+    there: it runs them as they are, and a line says so. What `torch.compile` made of a module is left out.
+    """
     copies: dict[nn.Module, nn.Module] = {}
     for module in model.modules():
+        if "_orig_mod" in module._modules:
+            continue
         twin = copies[module] = copy.copy(module)
         twin.__dict__.update({name: dict(twin.__dict__[name]) for name in ("_parameters", "_buffers")}, training=False)
-        patched = module.__dict__.get("forward")
-        if isinstance(patched, types.MethodType) and patched.__self__ is module:
-            twin.__dict__["forward"] = types.MethodType(patched.__func__, twin)
+        for name, patch in module.__dict__.items():
+            if isinstance(patch, MethodType) and patch.__self__ is module:
+                twin.__dict__[name] = MethodType(patch.__func__, twin)
+            elif callable(patch) and hasattr(type(module), name) and _may_hold_modules(patch):
+                _say_once(
+                    f"m2f-video: {name} of a {type(module).__name__} is patched by what is no method, and may run "
+                    "modules in training mode, with dropout; call model.eval() first"
+                )
+    compiled = [module for module in model.modules() if module not in copies]
+    all_copies = copies | {module: copies[cast("nn.Module", module._orig_mod)] for module in compiled}
     for module, twin in copies.items():
         twin.__dict__["_modules"] = {
-            name: None if child is None else copies[child] for name, child in module._modules.items()
+            name: None if child is None else all_copies[child] for name, child in module._modules.items()
         }
-    return cast("Model", copies[model])
+    return cast("Model", all_copies[model])
+
+
+def _may_hold_modules(patch: object) -> bool:
+    if isinstance(patch, FunctionType):
+        return bool(patch.__closure__ or patch.__defaults__ or patch.__kwdefaults__)
+    return True
 
 
 def prepare(model: nn.Module, compile: Compile = "auto") -> None:

@@ -50,10 +50,15 @@ class _Attention(NamedTuple):
         return kernels.deformable_attention(values, spatial_shapes, points, offsets, logits, heads)
 
 
+def _backend() -> str:
+    """What the environment asks for."""
+    return os.environ.get(BACKEND_VARIABLE) or "auto"
+
+
 def _misfit_of_attention(attn: MSDeformAttn) -> str | None:
     if attn.backend != "auto":
         return f"its backend is {attn.backend}"
-    if (chosen := os.environ.get(BACKEND_VARIABLE) or "auto") != "auto":
+    if (chosen := _backend()) != "auto":
         return f"{BACKEND_VARIABLE} is {chosen:.40}"
     for layer in (attn.value_proj, attn.sampling_offsets, attn.attention_weights, attn.output_proj):
         if reason := kernels.misfit(layer.weight):
@@ -77,6 +82,7 @@ def _takes_samples(
         and reference_points.shape == (query.shape[1], 2)
         and are_values(dtype, query, value)
         and are_values(torch.float32, reference_points)
+        and _backend() == "auto"
     )
 
 
@@ -222,9 +228,6 @@ class FusedPixelDecoder(Fused, MSDeformAttnPixelDecoder):
     @classmethod
     def misfit(cls, module: MSDeformAttnPixelDecoder) -> str | None:
         """The kernels' widths."""
-        lengths = len(module.input_projections), len(module.lateral_conv), len(module.output_conv)
-        if lengths != (NUM_LEVELS, 2, 3):
-            return "it has other layers"
         convs, norms = zip(
             *map(_pair, (*module.input_projections, module.lateral_conv, module.output_conv)), strict=True
         )

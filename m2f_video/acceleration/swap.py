@@ -13,12 +13,15 @@ bit patterns as it was, as exchanging rows does, ever; and patches of PyTorch's 
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from m2f_video.acceleration import cpu_kernels
 from m2f_video.acceleration.written_for import Function, changed, functions_of
@@ -62,15 +65,17 @@ class Fused(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """That of the plain module, by the twin where everything is as it was when that was put in place."""
         seal: Seal | None = self.__dict__.get("_seal")
-        if seal is not None and seal.holds() and self.takes(seal.dtype, *args, **kwargs):
-            return self.fused(seal.packed, *args, **kwargs)
+        if seal is not None:
+            if seal.holds(self) and self.takes(seal.dtype, *args, **kwargs):
+                return self.fused(seal.packed, *args, **kwargs)
+            if seal.learns():  # what an optimiser in C++ then does to the weights is not counted by all of them
+                self.__dict__.pop("_seal", None)
         return self.plain.forward(self, *args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies and pickles are plain."""
-        reduced = list(super().__reduce_ex__(protocol))
-        reduced[1] = (self.plain, *reduced[1][1:])
-        return tuple(reduced)
+        reduced: Any = super().__reduce_ex__(protocol)
+        return object.__new__, (self.plain,), *reduced[2:]
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_seal"}
@@ -84,6 +89,7 @@ def are_values(dtype: torch.dtype | None, *tensors: Tensor | None) -> bool:
             type(tensor) in (Tensor, nn.Parameter)
             and tensor.dtype in ((dtype,) if dtype else cpu_kernels.DTYPES)
             and tensor.device.type == "cpu"
+            and tensor.layout is torch.strided
             and tensor.numel() > 0
             and not (tensor.requires_grad and torch.is_grad_enabled())
         )
@@ -99,27 +105,31 @@ class Seal:
         packed: of `Fused.pack`.
         dtype: of the weights; None where there are none.
         functions: whose work the twin does: where each is found, its name there, and itself.
-        parts: modules inside: where each is found, its name there, itself, and its plain type.
-        settings: numbers, names and sizes: where each is found, its name there, and its value.
+        methods: names of those that are methods, which nobody may have patched on a module.
+        parts: modules inside: where each is found, its name there, itself, its plain type, and how many are in it.
+        settings: numbers, names, sizes and what is None: where each is found, its name there, and its value.
         tensors: weights and buffers: where each is found, its name there, itself, its address and version.
+        memory: of these tensors, kept so that no other gets its address.
         bits: sum of the weights' bit patterns.
     """
 
     packed: Any
     dtype: torch.dtype | None
     functions: tuple[tuple[Mapping[str, Any], str, Any], ...]
-    parts: tuple[tuple[Mapping[str, Any], str, nn.Module, type[nn.Module]], ...]
+    methods: frozenset[str]
+    parts: tuple[tuple[Mapping[str, Any], str, nn.Module, type[nn.Module], int], ...]
     settings: tuple[tuple[Mapping[str, Any], str, Any], ...]
     tensors: tuple[tuple[Mapping[str, Any], str, Tensor, int, int], ...]
+    memory: tuple[Tensor, ...]
     bits: int
 
-    def holds(self) -> bool:
+    def holds(self, module: nn.Module) -> bool:
         """Whether all of that is as it was, and values are all that is asked for: no derivatives, no tracing."""
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu"):  # type: ignore[attr-defined]
             return False
         if torch._C._len_torch_dispatch_stack() or torch._C._functorch.maybe_current_level() is not None:
             return False  # what records operators, or works on tensors without memory
-        if forward_ad._current_level >= 0 or _has_any_global_hook():
+        if forward_ad._current_level >= 0 or _has_any_global_hook() or _has_function_mode():
             return False
         learns = torch.is_grad_enabled()
         for place, name, tensor, address, version in self.tensors:
@@ -133,13 +143,32 @@ class Seal:
         for place, name, setting in self.settings:
             if place.get(name) != setting:
                 return False
-        for place, name, part, kind in self.parts:
-            if place.get(name) is not part or not _is_untouched(part, kind):
+        for place, name, part, kind, length in self.parts:
+            if place.get(name) is not part or len(part._modules) != length:
                 return False
-        return True
+            if not _is_untouched(part, kind, self.methods):
+                return False
+        return not _patched(module, self.methods)
+
+    def learns(self) -> bool:
+        """Whether a call now is part of learning these weights."""
+        wanted = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        return wanted and any(tensor.requires_grad for _, _, tensor, _, _ in self.tensors)
 
 
-def _is_untouched(part: nn.Module, kind: type[nn.Module]) -> bool:
+def _has_function_mode() -> bool:
+    """Whether somebody looks at calls of PyTorch's functions, or does them otherwise."""
+    if not torch._C._len_torch_function_stack():
+        return False
+    return any(not isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())
+
+
+def _patched(module: nn.Module, methods: frozenset[str]) -> bool:
+    """Whether a module itself has one of these methods, beside its class."""
+    return not module.__dict__.keys().isdisjoint(methods)
+
+
+def _is_untouched(part: nn.Module, kind: type[nn.Module], methods: frozenset[str]) -> bool:
     """Whether a call of a part is the forward of this type, and drops nothing."""
     if type(part) is not kind and not (isinstance(part, Fused) and part.plain is kind):
         return False
@@ -147,7 +176,7 @@ def _is_untouched(part: nn.Module, kind: type[nn.Module]) -> bool:
         return False
     if part.training and _drops(part):
         return False
-    return "forward" not in part.__dict__
+    return not _patched(part, methods)
 
 
 def _drops(part: nn.Module) -> bool:
@@ -158,15 +187,21 @@ def refusal(module: nn.Module, twin: type[Fused]) -> str | None:
     """Why a twin may not take the place of a module; None where it may."""
     if not _is_type(module, twin.plain):
         return f"it is a {type(module).__name__}"
-    if "forward" in module.__dict__:
-        return "its forward is patched"
+    functions = twin.functions()
+    methods = _methods(functions)
+    if patched := sorted(methods & module.__dict__.keys()):
+        return f"its {patched[0]} is patched"
     for name, kind in twin.parts.items():
         part = _find(module, name)
         if part is None or not _is_type(part, kind):
             return f"{name} is a {type(part).__name__}"
-        if not _is_untouched(part, kind):
+        if not _is_untouched(part, kind, methods):
             return f"{name} is {'dropping' if part.training and _drops(part) else 'hooked or patched'}"
-    for function in twin.functions():
+        if isinstance(part, nn.Sequential | nn.ModuleList):
+            known = [other for other in twin.parts if other.rpartition(".")[0] == name]
+            if len(part) != len(known):
+                return f"{name} has {len(part)} layers, not {len(known)}"
+    for function in functions:
         if reason := changed(function):
             return reason
     tensors = {
@@ -184,6 +219,10 @@ def refusal(module: nn.Module, twin: type[Fused]) -> str | None:
     return twin.misfit(module)
 
 
+def _methods(functions: list[Function]) -> frozenset[str]:
+    return frozenset(function.name for function in functions if isinstance(function.place, MappingProxyType))
+
+
 def _unfit_tensors(tensors: Mapping[str, Tensor]) -> str | None:
     for name, tensor in tensors.items():
         if type(tensor) not in (Tensor, nn.Parameter):
@@ -192,7 +231,7 @@ def _unfit_tensors(tensors: Mapping[str, Tensor]) -> str | None:
             return f"{name} is on {tensor.device}"
         if tensor.is_inference():
             return f"{name} was made in inference mode, in which changes are not counted"
-        if not tensor.is_contiguous():
+        if tensor.layout is not torch.strided or not tensor.is_contiguous():
             return f"{name} is not contiguous"
     if len({tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}) > 1:
         return "its weights differ in type"
@@ -219,6 +258,9 @@ def fuse(module: nn.Module, twins: Sequence[type[Fused]]) -> list[Fused]:
         module: looked into as deep as it goes.
         twins: that may be put; of several for one type the first that may.
     """
+    if _is_compiled(module):
+        restore(*module.modules())
+        return []
     for twin in twins:
         if twin.plain is _plain_type(module) and refusal(module, twin) is None:
             others = [other for child in _others(module, twin) for other in fuse(child, twins)]
@@ -237,6 +279,11 @@ def _others(module: nn.Module, twin: type[Fused], path: str = "") -> Iterator[nn
             yield child
 
 
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether `torch.compile` works on a module, which would compile all of it anew if a class inside it changed."""
+    return module._compiled_call_impl is not None or "_orig_mod" in module._modules
+
+
 def _plain_type(module: nn.Module) -> type[nn.Module]:
     return module.plain if isinstance(module, Fused) else type(module)
 
@@ -245,19 +292,27 @@ def _put(module: nn.Module, twin: type[Fused]) -> Fused:
     """Change the class of a module and seal it, unless it is sealed already and that holds, weights' bits included."""
     old: Seal | None = module.__dict__.get("_seal") if type(module) is twin else None
     links = tuple(_links(module, twin))
-    inside = [module, *(part for _, _, part, _ in links)]
+    inside = [module, *(part for _, _, part, _, _ in links)]
     tensors = tuple(_tensors(inside))
     bits = _bits(tensor for _, _, tensor, _, _ in tensors)
-    if old is not None and old.bits == bits and old.holds():
+    if old is not None and old.bits == bits and old.holds(module):
         return cast("Fused", module)
     module.__class__ = twin
     module = cast("Fused", module)
     with torch.no_grad(), torch.inference_mode(False):
         packed = module.pack()
-    functions = tuple((function.place, function.name, function.value) for function in twin.functions())
-    dtype = next((tensor.dtype for _, _, tensor, _, _ in tensors if tensor.is_floating_point()), None)
-    settings = tuple(_settings(inside))
-    module.__dict__["_seal"] = Seal(packed, dtype, functions, links, settings, tensors, bits)
+    functions = twin.functions()
+    module.__dict__["_seal"] = Seal(
+        packed,
+        dtype=next((tensor.dtype for _, _, tensor, _, _ in tensors if tensor.is_floating_point()), None),
+        functions=tuple((function.place, function.name, function.value) for function in functions),
+        methods=_methods(functions),
+        parts=links,
+        settings=tuple(_settings(inside)),
+        tensors=tensors,
+        memory=tuple(tensor.detach() for _, _, tensor, _, _ in tensors),
+        bits=bits,
+    )
     return module
 
 
@@ -274,13 +329,20 @@ def _settings(modules: list[nn.Module]) -> Iterator[tuple[Mapping[str, Any], str
         for name, value in part.__dict__.items():
             if isinstance(value, int | float | str | tuple) and name != "training":
                 yield part.__dict__, name, value
+        for place in (part._parameters, part._buffers):
+            for name, tensor in place.items():
+                if tensor is None:
+                    yield place, name, None
 
 
-def _links(module: nn.Module, twin: type[Fused]) -> Iterator[tuple[Mapping[str, Any], str, nn.Module, type[nn.Module]]]:
+def _links(
+    module: nn.Module, twin: type[Fused]
+) -> Iterator[tuple[Mapping[str, Any], str, nn.Module, type[nn.Module], int]]:
     for name, kind in twin.parts.items():
         *above, last = name.split(".")
         parent = cast("nn.Module", _find(module, ".".join(above)))
-        yield parent._modules, last, cast("nn.Module", parent._modules[last]), kind
+        part = cast("nn.Module", parent._modules[last])
+        yield parent._modules, last, part, kind, len(part._modules)
 
 
 def _bits(tensors: Iterator[Tensor]) -> int:
@@ -328,7 +390,7 @@ def report(model: nn.Module, twins: Sequence[type[Fused]]) -> list[ModuleReport]
         kind = _plain_type(module)
         if isinstance(module, Fused):
             seal: Seal | None = module.__dict__.get("_seal")
-            touched = seal is None or not seal.holds()
+            touched = seal is None or not seal.holds(module)
             if touched:
                 rows.append(ModuleReport(name, kind.__name__, "plain", "it was touched since"))
             else:

@@ -109,8 +109,8 @@ def _plain_function(value: Any) -> FunctionType | None:
 def changed(function: Function) -> str | None:
     """What is wrong with a function: it is not the one that twins were written for."""
     if not function.is_ours:
-        original = getattr(function.value, "__module__", "") or ""
-        return None if original.startswith(("torch.", "timm.")) else f"{function.title} is patched"
+        place = getattr(function.value, "__globals__", {}).get("__name__")  # __module__ may be that of what it wraps
+        return None if place and function.title.startswith(f"{place}.") else f"{function.title} is patched"
     title = function.title.removeprefix("m2f_video.")
     if _written_for().get(title) != function.digest():
         return f"{title} is not what the twin was written for"

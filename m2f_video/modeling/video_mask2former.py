@@ -306,8 +306,8 @@ class VideoMask2Former(
                 raise ValueError(f"compile='kernels' cannot be done: {reason}; or take 'none'")
             cpu_kernels.load()
         warn_of_slow_dtype(target_dtype, self.device)
-        self.eval().requires_grad_(False).to(dtype=target_dtype)
         release(self)
+        self.eval().requires_grad_(False).to(dtype=target_dtype)
         for part in (self.backbone, self.pixel_decoder, self.transformer_decoder):
             part._compiled_call_impl = None  # what an earlier call has left
             if compile == "model":
