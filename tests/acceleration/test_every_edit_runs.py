@@ -3,22 +3,28 @@
 No speed-up may break this. The modules are found, not listed: a new one is tested from its first day.
 """
 
+import copy
 import dataclasses
+import functools
 import inspect
+import io
 import json
+import pickle
 import pkgutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from types import MethodType
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrizations, prune
+from torch.overrides import TorchFunctionMode
 
 import m2f_video.modeling
 from m2f_video import VideoMask2Former, segment_video
@@ -29,6 +35,7 @@ from m2f_video.modeling import swin, transformer_decoder
 from m2f_video.modeling.pixel_decoder import MSDeformAttnPixelDecoder
 from m2f_video.modeling.timm_backbone import TimmBackbone
 from m2f_video.modeling.transformer_decoder import Level
+from m2f_video.ops import BACKEND_VARIABLE
 from tests.acceleration.conftest import clip
 from tests.tolerances import relative_error
 
@@ -185,7 +192,7 @@ def test_backward_hooks_are_called(kind: type[nn.Module], build: Build) -> None:
 
 
 def check(model: VideoMask2Former, change: Callable[[VideoMask2Former], object], build: Build) -> None:
-    """A change to a prepared model has the effect that it has on a plain one."""
+    """A change to a prepared model has the effect that it has on a plain one; so has one before it is prepared."""
     plain = build("swin")
     with torch.no_grad():
         unchanged = predict(plain)
@@ -196,10 +203,45 @@ def check(model: VideoMask2Former, change: Callable[[VideoMask2Former], object],
         expected = predict(plain)
         assert relative_error(expected, unchanged) > 10 * TOLERANCE
         assert relative_error(predict(model), expected) < TOLERANCE
+        assert relative_error(predict(model.prepare_for_inference()), expected) < TOLERANCE
 
 
 def set_attribute(name: str, attribute: str, value: object) -> Callable[[VideoMask2Former], None]:
     return lambda model: setattr(model.get_submodule(name), attribute, value)
+
+
+def patch_method(name: str, method: str, patch: Callable[[Any], Any]) -> Callable[[VideoMask2Former], None]:
+    def change(model: VideoMask2Former) -> None:
+        module = model.get_submodule(name)
+        original = getattr(module, method)
+        setattr(module, method, lambda *args: patch(original(*args)))
+
+    return change
+
+
+def append_layer(name: str) -> Callable[[VideoMask2Former], None]:
+    return lambda model: model.get_submodule(name).append(nn.Tanh())
+
+
+def add_bias(name: str) -> Callable[[VideoMask2Former], None]:
+    bias = torch.linspace(-9, 9, 64)
+    return lambda model: setattr(model.get_submodule(name), "bias", nn.Parameter(bias, requires_grad=False))
+
+
+def set_data_twice(model: VideoMask2Former) -> None:
+    weight = model.pixel_decoder.layers[0].linear1.weight
+    for factor in (9, 1 / 3):  # the second often gets the address that the first has left
+        weight.data = weight.data * factor
+
+
+def learn(model: VideoMask2Former) -> None:
+    """By an optimiser in C++, which counts no change."""
+    with torch.enable_grad():
+        model.requires_grad_(True)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+        model(clip(1, 64, 64)).class_queries_logits.square().sum().backward()
+        optimizer.step()
+        model.requires_grad_(False)
 
 
 BLOCK, LAYER = "backbone.stages.1.blocks.1", "transformer_decoder.layers.0"
@@ -215,6 +257,21 @@ CHANGES: dict[str, Callable[[VideoMask2Former], object]] = {
     "data": lambda model: setattr(model.pixel_decoder.layers[0].linear1.weight, "data", torch.ones(64, 64)),
     "in place": lambda model: model.pixel_decoder.layers[0].linear1.weight.mul_(3),
     "loaded": lambda model: model.load_state_dict({n: t * 1.5 for n, t in model.state_dict().items()}),
+    "data, twice": set_data_twice,
+    "in place, in inference mode": torch.inference_mode()(
+        lambda model: model.pixel_decoder.layers[0].linear1.weight.mul_(3)
+    ),
+    "learnt": learn,
+    "method of a block": patch_method(BLOCK, "_attend", lambda x: x * 3),
+    "method of a part": patch_method(f"{BLOCK}.attn", "relative_position_bias", lambda bias: 50 * bias),
+    "method of a base class": patch_method(
+        f"{LAYER}.cross_attn", "projections", lambda pairs: ((w * 5, b) for w, b in pairs)
+    ),
+    "method that the twin calls": patch_method("pixel_decoder", "_positions", lambda x: 0 * x),
+    "bias of a linear layer": add_bias("backbone.stages.0.downsample.reduction"),
+    "bias of a convolution": add_bias("pixel_decoder.lateral_conv.0"),
+    "layer at the end of a pair": append_layer("pixel_decoder.input_projections.2"),
+    "layer at the end": append_layer("pixel_decoder.output_conv"),
     "another part": lambda model: setattr(model.get_submodule(BLOCK), "mlp", nn.Identity()),
 }
 
@@ -261,6 +318,60 @@ def test_the_mask_is_made_in_one_place(build: Build, monkeypatch: pytest.MonkeyP
         layer.cross_attn.register_forward_pre_hook(lambda _, args: args[:2])  # without mask logits
     monkeypatch.setattr(transformer_decoder, "attention_mask", lambda logits: torch.ones_like(logits, dtype=torch.bool))
     assert scores(build("swin"), plain=False) == pytest.approx(scores(everything, plain=True), rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, nn.LayerNorm])
+def test_a_class_patched_by_what_looks_like_the_original_counts(
+    kind: type[nn.Module], model: VideoMask2Former, build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = kind.forward
+
+    @functools.wraps(forward)
+    def patched(module: nn.Module, x: Tensor) -> Tensor:
+        return changed(forward(module, x))
+
+    with torch.no_grad():
+        check(model, lambda _: monkeypatch.setattr(kind, "forward", patched), build)
+
+
+def test_modes_see_the_calls_of_a_prepared_model(model: VideoMask2Former) -> None:
+    class Mode(TorchFunctionMode):
+        called: ClassVar[list[object]] = []
+
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.called.append(func)
+            return func(*args, **(kwargs or {}))
+
+    model.prepare_for_inference()
+    with torch.no_grad(), Mode():
+        model(clip())
+    assert sum(function is F.linear for function in Mode.called) > 50
+
+
+def test_a_backend_that_is_asked_for_later_is_taken(model: VideoMask2Former, monkeypatch: pytest.MonkeyPatch) -> None:
+    model.prepare_for_inference()
+    monkeypatch.setenv(BACKEND_VARIABLE, "no such")
+    with torch.no_grad(), pytest.raises(ValueError, match="no such"):
+        model(clip())
+
+
+def pickled(model: VideoMask2Former) -> VideoMask2Former:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_are_plain_and_equal(
+    copied: Callable[[VideoMask2Former], VideoMask2Former], model: VideoMask2Former
+) -> None:
+    with torch.no_grad():
+        expected = predict(model)
+        other = copied(model.prepare_for_inference())
+        assert torch.equal(predict(other), expected)
+    assert not any(isinstance(module, Fused) or "_seal" in vars(module) for module in other.modules())
+    assert isinstance(model.backbone.stages[0].blocks[0], Fused)
 
 
 def test_weights_written_behind_pytorchs_back_count_from_the_next_call(model: VideoMask2Former, build: Build) -> None:
