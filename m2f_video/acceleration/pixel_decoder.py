@@ -77,7 +77,7 @@ def _takes_samples(
         and query.shape[::2] == value.shape[::2]
         and value.shape[2] == dim
         and value.shape[1] == sum(height * width for height, width in spatial_shapes) < 2**30
-        and min(size for shape in spatial_shapes for size in shape) > 0
+        and all(isinstance(size, int) and size > 0 for shape in spatial_shapes for size in shape)
         and len(spatial_shapes) == NUM_LEVELS
         and reference_points.shape == (query.shape[1], 2)
         and are_values(dtype, query, value)
@@ -253,7 +253,9 @@ class FusedPixelDecoder(Fused, MSDeformAttnPixelDecoder):
         if kwargs or not 1 <= len(args) <= 2 or len(args[0]) != NUM_LEVELS + 1 or not are_values(dtype, *args[0]):
             return False
         channels = [_pair(conv)[0].in_channels for conv in (self.lateral_conv, *reversed(self.input_projections))]
-        return all(level.ndim == 4 for level in args[0]) and [level.shape[1] for level in args[0]] == channels
+        batches = {len(level) for level in args[0]}
+        fits = len(batches) == 1 and all(level.ndim == 4 for level in args[0])
+        return fits and [level.shape[1] for level in args[0]] == channels
 
     def fused(self, packed: _PixelDecoder, maps: tuple[Tensor, ...], output_hidden: bool = False) -> PixelDecoderOutput:
         """As the plain one's."""

@@ -56,7 +56,13 @@ class Fused(nn.Module):
 
     def takes(self, dtype: torch.dtype | None, *args: Any, **kwargs: Any) -> bool:
         """Whether the twin knows these arguments of `forward`; the plain module takes the others, or refuses them."""
-        return not kwargs and are_values(dtype, *args)
+        return not kwargs and len(args) == 1 and are_values(dtype, *args)
+
+    def _takes(self, dtype: torch.dtype | None, *args: Any, **kwargs: Any) -> bool:
+        try:
+            return self.takes(dtype, *args, **kwargs)
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+            return False  # what is not even like arguments of `forward`, which says what is wrong with it
 
     def fused(self, packed: Any, *args: Any, **kwargs: Any) -> Any:
         """The plain module's `forward`, otherwise."""
@@ -66,7 +72,7 @@ class Fused(nn.Module):
         """That of the plain module, by the twin where everything is as it was when that was put in place."""
         seal: Seal | None = self.__dict__.get("_seal")
         if seal is not None:
-            if seal.holds(self) and self.takes(seal.dtype, *args, **kwargs):
+            if seal.holds(self) and self._takes(seal.dtype, *args, **kwargs):
                 return self.fused(seal.packed, *args, **kwargs)
             if seal.learns():  # what an optimiser in C++ then does to the weights is not counted by all of them
                 self.__dict__.pop("_seal", None)

@@ -1,7 +1,8 @@
 """Every twin computes what its plain module computes."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -142,24 +143,68 @@ def test_a_twin_equals_its_plain_module(
         assert relative_error(ours, exact) < 1.5 * relative_error(expected, exact) + 2e-3
 
 
-@pytest.mark.parametrize("case", ["SwinBlock", "Mlp", "Linear", "Conv2d, 1x1", "LayerNorm", "MaskProduct", "GroupNorm"])
-def test_what_a_twin_does_not_take_goes_to_the_plain_module(case: str) -> None:
+OTHERS: dict[str, Callable[[Tensor], object]] = {
+    "none": lambda x: None,
+    "another type": lambda x: x.double(),
+    "whole numbers": lambda x: x.long(),
+    "empty": lambda x: x[:0],
+    "fewer channels": lambda x: x[..., :-1],
+    "one more axis": lambda x: x[None],
+    "one axis less": lambda x: x[0],
+    "twice the batch": lambda x: torch.cat([x, x]),
+    "less of the batch": lambda x: x[:1],
+    "turned": lambda x: x.transpose(0, -1),
+    "sparse": lambda x: x.to_sparse(),
+    "wants gradients": lambda x: x.clone().requires_grad_(x.is_floating_point()),
+    "view": lambda x: torch.stack([x, x], -1)[..., 0],
+    "broadcast": lambda x: x[:1].expand_as(x),
+}
+
+
+def with_one_changed(value: Any, change: Callable[[Tensor], object]) -> Iterator[Any]:
+    """The arguments, with each of the tensors in them changed in turn."""
+    if isinstance(value, Tensor):
+        yield change(value)
+    elif isinstance(value, tuple):
+        for index, item in enumerate(value):
+            for changed in with_one_changed(item, change):
+                yield (*value[:index], changed, *value[index + 1 :])
+    elif isinstance(value, Level):
+        for name, item in vars(value).items():
+            for changed in with_one_changed(item, change) if isinstance(item, Tensor) else ():
+                yield replace(value, **{name: changed})
+
+
+def outcome(module: nn.Module, arguments: tuple[Any, ...], gradients: bool) -> Any:
+    """What a call gives, or what it says is wrong."""
+    try:
+        with torch.set_grad_enabled(gradients):
+            result = module(*arguments)
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        return type(error), str(error)
+    return flat(result).detach()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_whatever_is_given_a_twin_does_as_its_plain_module(case: str) -> None:
+    """Values, errors and their messages are the plain module's."""
+    torch.manual_seed(0)
     make, inputs = CASES[case]
     plain = make().eval()
     twin = copy.deepcopy(plain)
     fuse(twin, TWINS)
-    others = [value.double() if isinstance(value, Tensor) else value for value in inputs()]
-    empty = [value[:0] if isinstance(value, Tensor) else value for value in inputs()]
-    wrong = [value[..., :-1] if isinstance(value, Tensor) else value for value in inputs()]
-    for arguments in (others, empty, wrong):
-        results = []
-        for module in (plain, twin):
-            try:
-                with torch.no_grad():
-                    results.append(tuple(module(*arguments).shape))
-            except RuntimeError as error:
-                results.append(str(error))
-        assert results[0] == results[1]
+    arguments = inputs()
+    variants = [("too few", arguments[:-1]), ("too many", (*arguments, None, None))]
+    for name, change in OTHERS.items():
+        variants += [(name, variant) for variant in with_one_changed(arguments, change)]
+    for name, variant in variants:
+        for gradients in (False, True):
+            expected, ours = outcome(plain, variant, gradients), outcome(twin, variant, gradients)
+            if isinstance(expected, Tensor) and isinstance(ours, Tensor):
+                assert ours.shape == expected.shape, name
+                assert relative_error(ours, expected) < 1e-5, name
+            else:
+                assert repr(ours) == repr(expected), name
 
 
 def test_what_is_not_a_number_stays_where_it_was() -> None:
