@@ -86,7 +86,7 @@ def _sums(
     if learns or torch.compiler.is_compiling():  # which keep what all parts need
         return attend(slice(None))
     output = value.new_empty(B, Q, M * D)
-    step = max(CHUNK_BYTES // (B * grid.width.nbytes), 1)
+    step = max(CHUNK_BYTES // max(B * grid.width.nbytes, 1), 1)
     for start in range(0, Q, step):
         part = slice(start, start + step)
         output[:, part] = attend(part)
