@@ -175,6 +175,25 @@ def test_a_config_of_a_giant_takes_no_memory(folder: Path) -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # KiB
 
 
+class ReadsNumbers(VideoMask2Former):
+    """A researcher's own model, which computes with tensors while it is built."""
+
+    def __init__(self, config: VideoMask2FormerConfig) -> None:
+        super().__init__(config)
+        self.rates = torch.linspace(0, 1, 3).tolist()
+        self.last = torch.ones(2).cumsum(0)[-1].item()
+        self.array = torch.arange(3).numpy()
+
+
+def test_a_subclass_may_read_numbers_while_it_is_built(tiny_model: VideoMask2Former, folder: Path) -> None:
+    model = ReadsNumbers.from_pretrained(folder)
+    assert (model.rates, model.last, model.array.tolist()) == ([0.0, 0.5, 1.0], 2.0, [0, 1, 2])
+    assert identical(model, tiny_model)
+    change_weights(folder, lambda weights: weights.pop("transformer_decoder.norm.bias"))
+    with pytest.raises(ConversionError, match=r"missing transformer_decoder.norm.bias \(64,\)"):
+        ReadsNumbers.from_pretrained(folder)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, "float64", "torch.float64", torch.bfloat16, "float16", None])
 def test_dtype(folder: Path, dtype: Any) -> None:
     with pytest.warns(UserWarning, match="float16 takes several times") if dtype == "float16" else nullcontext():
