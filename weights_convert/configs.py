@@ -80,6 +80,7 @@ _RESNET_FIXED: Json = {
     "backbone_config.downsample_in_first_stage": False,
     "backbone_config.downsample_in_bottleneck": False,
 }
+_TIMM_FIXED: Json = {"num_channels": 3, "features_only": True, "output_stride": None, "out_indices": [1, 2, 3, 4]}
 _BASIC: Json = {"layer_type": "basic", "hidden_sizes": [64, 128, 256, 512]}
 _BOTTLENECK: Json = {"layer_type": "bottleneck", "hidden_sizes": [256, 512, 1024, 2048]}
 RESNETS: dict[str, Json] = {
@@ -93,7 +94,7 @@ RESNETS: dict[str, Json] = {
 """The timm models that transformers can express as a ResNet of its own, and what it calls that."""
 _PROCESSOR_FIXED: Json = {"do_resize": True, "do_rescale": True, "do_normalize": True, "resample": 2}
 _STAGES = {"out_features": ["stage1", "stage2", "stage3", "stage4"], "out_indices": [1, 2, 3, 4]}
-_MOST_LABELS, _DEEPEST = 100_000, 10
+MOST_LABELS, _DEEPEST = 30_000, 10
 _TEMPORAL_OF = {True: "joint", False: "per_frame"}  # by whether the architecture is VideoMask2Former...
 
 
@@ -170,9 +171,9 @@ def native_config_from_hf(config: Json, preprocessor: Json | None = None, tempor
 
 def _backbone(config: Json) -> Json:
     """The native backbone of a transformers config."""
-    backbone, named = config.get("backbone_config"), config.get("backbone")
+    backbone, named, options = config.get("backbone_config"), config.get("backbone"), "backbone_kwargs"
     if isinstance(backbone, dict) and backbone.get("model_type") == "timm_backbone":  # as newer files say it
-        named = backbone.get("backbone")
+        named, options = backbone.get("backbone"), "backbone_config"
     elif backbone is not None or named is None:
         if not isinstance(_get(config, "backbone_config"), dict):
             raise ConversionError(f"config: backbone_config = {backbone!r:.60} must be an object that holds a config")
@@ -192,6 +193,9 @@ def _backbone(config: Json) -> Json:
             f"config: backbone_config has {', '.join(f'{name} = {value!r:.40}' for name, value in found.items())}, "
             f"which is none of {', '.join(RESNETS)}"
         )
+    if not isinstance(config.get(options) or {}, dict):
+        raise ConversionError(f"config: {options} = {config[options]!r:.60} must be an object")
+    _check_fixed("config", config, {f"{options}.{name}": wanted for name, wanted in _TIMM_FIXED.items()})
     resnet = str(named).removeprefix("microsoft/").replace("resnet-", "resnet").split(".")[0]
     if isinstance(named, str) and resnet in RESNETS:
         return {"type": "timm", "name": resnet}
@@ -323,12 +327,12 @@ def _check_fixed(where: str, config: Json, fixed: Json) -> None:
 def _labels(config: Json) -> list[str]:
     id2label, count = config.get("id2label"), config.get("num_labels")
     if id2label is None:  # what transformers makes of it
-        if count is not None and (type(count) is not int or not 1 <= count <= _MOST_LABELS):
-            raise ConversionError(f"config: num_labels = {count!r:.60} must be a whole number from 1 to {_MOST_LABELS}")
+        if count is not None and (type(count) is not int or not 1 <= count <= MOST_LABELS):
+            raise ConversionError(f"config: num_labels = {count!r:.60} must be a whole number from 1 to {MOST_LABELS}")
         return [f"LABEL_{index}" for index in range(2 if count is None else count)]
     names = {str(index): label for index, label in id2label.items()} if isinstance(id2label, dict) else {}
-    if len(names) > _MOST_LABELS:
-        raise ConversionError(f"config: id2label has {len(names)} labels; there may be {_MOST_LABELS}")
+    if len(names) > MOST_LABELS:
+        raise ConversionError(f"config: id2label has {len(names)} labels; there may be {MOST_LABELS}")
     if not names or names.keys() != {str(index) for index in range(len(names))}:
         raise ConversionError("config: id2label must map 0, 1, ... K-1, each once, to names")
     if odd := [label for label in names.values() if not isinstance(label, str | int)]:

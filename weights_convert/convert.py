@@ -45,6 +45,7 @@ def detect_format(keys: Iterable[str]) -> str:
     """
     names = _without_wrappers(list(keys))
     found = [name for name, form in FORMATS.items() if any(key.startswith(form.signatures) for key in names)]
+    found = [name for name in found if not FORMATS[name].is_backbone] or found  # a model's own parts have any names
     if len(found) == 1:
         return found[0]
     if found:
@@ -144,7 +145,7 @@ def export_state_dict(state_dict: Mapping[str, torch.Tensor], format: str) -> Tr
 
 def _check_whole(native: Mapping[str, torch.Tensor], form: Format) -> None:
     """A format that holds whole models must do so; a backbone alone may be native."""
-    if form.holds_backbones and all(key.startswith("backbone.") for key in native):
+    if (form.is_backbone or form is FORMATS["native"]) and all(key.startswith("backbone.") for key in native):
         return
     if missing := [key for key in whole_model_keys(native) if key not in native]:
         foreign = next(

@@ -170,8 +170,6 @@ _RESNET_TABLE: _Table = (
         for i in range(4)
     ),
 )
-_NATIVE_ONLY = (_TIMM + "{rest}",)
-
 # The tail of a backbone key in transformers 5.x -> in 4.x. Outside the backbone the two agree.
 _HF_CURRENT_TO_OLD = {
     ".attention.q_proj.": ".attention.self.query.",
@@ -202,7 +200,7 @@ class Format:
         ignored: Patterns of foreign keys that carry no weights of the native model.
         spell: Brings the spellings of the format to the one the table uses, key by key in order.
         synthesise: Tensors the format wants beside those of the table, from the native state dict.
-        holds_backbones: Whether a state dict may be a backbone alone; otherwise it must be a whole model.
+        is_backbone: Whether it names a backbone alone; otherwise a state dict must be a whole model, unless native.
     """
 
     signatures: tuple[str, ...]
@@ -210,7 +208,7 @@ class Format:
     ignored: tuple[str, ...] = ()
     spell: Callable[[Sequence[str]], list[str]] = list
     synthesise: Callable[[StateDict], StateDict] = lambda native: {}
-    holds_backbones: bool = False
+    is_backbone: bool = False
 
 
 def compile_pattern(pattern: str) -> re.Pattern[str]:
@@ -235,7 +233,8 @@ def _column(table: _Table, at: int) -> tuple[Rule, ...]:
 
 def count_layers(native: Collection[str], prefix: str) -> int:
     """One more than the highest index that native keys have after a prefix such as ``pixel_decoder.layers.``."""
-    return max((int(key.removeprefix(prefix).split(".")[0]) + 1 for key in native if key.startswith(prefix)), default=0)
+    found = map(compile_pattern(prefix + "{n}.{rest}").fullmatch, native)
+    return max((int(match["n"]) + 1 for match in found if match), default=0)
 
 
 def whole_model_keys(native: Collection[str]) -> list[str]:
@@ -338,7 +337,6 @@ def _without(prefix: str, rules: Sequence[Rule], instead: str = "") -> tuple[Rul
 
 _RULES = tuple(_column(_TABLE, at) for at in range(3))  # native, hf, original
 _RESNET_RULES = tuple(_column(_RESNET_TABLE, at) for at in range(3))
-_NATIVE_PATTERNS = tuple(rule.native for rule in _RULES[0]) + _NATIVE_ONLY
 _SWIN_BUFFERS = ("layers.{i}.blocks.{j}.attn.relative_position_index", "layers.{i}.blocks.{j}.attn_mask")
 
 FORMATS: dict[str, Format] = {
@@ -350,8 +348,7 @@ FORMATS: dict[str, Format] = {
             "backbone.out_norms.",
             "backbone.model.",
         ),
-        rules=tuple(Rule(pattern, (pattern,)) for pattern in _NATIVE_PATTERNS),
-        holds_backbones=True,
+        rules=(Rule("{rest}", ("{rest}",)),),  # whoever builds the model knows its keys, and those of its own parts
     ),
     "hf": Format(
         signatures=("model.pixel_level_module.", _DECODER, "class_predictor."),
@@ -376,18 +373,18 @@ FORMATS: dict[str, Format] = {
         rules=_without("backbone.", [rule for rule in _RULES[2] if ".out_norms." not in rule.native]),
         ignored=("head.{rest}", "norm.{p}", *_SWIN_BUFFERS),
         spell=_spell_timm_swin,
-        holds_backbones=True,
+        is_backbone=True,
     ),
     "timm_resnet": Format(  # and torchvision's
         signatures=tuple(f"layer{i}." for i in range(1, 5)),
         rules=_without(_TIMM, _RESNET_RULES[0]),
         ignored=("fc.{p}",),
-        holds_backbones=True,
+        is_backbone=True,
     ),
     "detectron2_resnet": Format(
         signatures=tuple(f"res{i}." for i in range(2, 6)),
         rules=_without("backbone.", _RESNET_RULES[2]),
         ignored=("stem.fc.{p}",),
-        holds_backbones=True,
+        is_backbone=True,
     ),
 }

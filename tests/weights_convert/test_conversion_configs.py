@@ -6,7 +6,7 @@ import json
 import pytest
 
 from weights_convert import ConversionError, hf_config_from_native, native_config_from_hf, to_native_config
-from weights_convert.configs import RESNETS
+from weights_convert.configs import MOST_LABELS, RESNETS
 
 
 def set_field(config, path, value):
@@ -242,8 +242,11 @@ def test_a_number_of_labels_that_is_none_is_named(count):
 
 
 def test_the_number_of_labels_is_bounded():
-    labels = {str(index): "a" for index in range(100_001)}
-    with pytest.raises(ConversionError, match="id2label has 100001 labels"):
+    from m2f_video.config import MOST_LABELS as MOST_OF_A_MODEL
+
+    assert MOST_LABELS == MOST_OF_A_MODEL
+    labels = {str(index): "a" for index in range(MOST_LABELS + 1)}
+    with pytest.raises(ConversionError, match=f"id2label has {MOST_LABELS + 1} labels"):
         native_config_from_hf(published() | {"id2label": labels})
 
 
@@ -314,6 +317,41 @@ def test_a_resnet_that_timm_does_not_have_is_named(field, value):
 )
 def test_a_backbone_given_by_its_name(changes, name):
     assert native_config_from_hf(published() | changes)["backbone"] == {"type": "timm", "name": name}
+
+
+@pytest.mark.parametrize("is_timm", [True, False])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_channels", 4),
+        ("output_stride", 16),
+        ("out_indices", [-1]),
+        ("out_indices", [0, 1, 2, 3]),
+        ("features_only", False),
+        ("", 5),
+        ("", [4]),
+    ],
+)
+def test_a_timm_backbone_that_is_used_otherwise_is_named(is_timm, field, value):
+    where = "backbone_config" if is_timm else "backbone_kwargs"
+    given = {"model_type": "timm_backbone", "backbone": "resnet18"} if is_timm else {}
+    options = given | {field: value} if field else value
+    config = published() | {"backbone": "resnet18", "backbone_config": None, where: options}
+    with pytest.raises(ConversionError) as error:
+        native_config_from_hf(config)
+    assert f"{where}.{field}".strip(".") in str(error.value)
+    assert f"= {value!r}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"out_indices": (1, 2, 3, 4), "num_channels": 3, "output_stride": None, "features_only": True}]
+)
+def test_a_timm_backbone_that_is_used_as_here(options):
+    for changes in (
+        {"backbone_config": {"model_type": "timm_backbone", "backbone": "resnet18", **options}},
+        {"backbone": "resnet18", "backbone_config": None, "backbone_kwargs": options or None},
+    ):
+        assert native_config_from_hf(published() | changes)["backbone"]["name"] == "resnet18"
 
 
 @pytest.mark.parametrize("name", ["microsoft/swin-tiny-patch4-window7-224", "efficientnet_b0", 5, ["resnet50"]])
