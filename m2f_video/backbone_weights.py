@@ -1,18 +1,18 @@
 """Weights of a backbone alone, for a model to begin with: from a file, a hub, or timm."""
 
 import os
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from m2f_video.config import ConfigError, TimmBackboneConfig
-from m2f_video.files import check_regular
-from m2f_video.hub import misfits, weights_path
+from m2f_video.hub import config_beside, first_misfit, in_words, naming, warn_of_other_function, weights_path
 from weights_convert import ConversionError, detect_format, import_state_dict, read_state_dict
 
 if TYPE_CHECKING:
@@ -49,6 +49,9 @@ class LoadedBackbone:
 def load_backbone(model: "VideoMask2Former", source: str | os.PathLike[str]) -> LoadedBackbone:
     """Load the weights of a backbone into a model; all others stay as they are.
 
+    Warns where the model normalises frames otherwise than those that timm's weights were trained on, or where a config
+    beside the weights tells of another backbone.
+
     Args:
         model: changed in place, or not at all where the weights do not fit.
         source: a file, folder or hub name with a backbone alone (converted, or under the names of timm, torchvision,
@@ -67,38 +70,60 @@ def load_backbone(model: "VideoMask2Former", source: str | os.PathLike[str]) -> 
     """
     name = str(source)
     expected = {key: tensor for key, tensor in model.state_dict().items() if key.startswith("backbone.")}
-    weights, left_out = _backbone_weights(model, name, expected)
+    timm_name = model.config.backbone.name if isinstance(model.config.backbone, TimmBackboneConfig) else None
+    kind, _, tag = name.partition(":")
+    if kind == "timm" and not Path(source).exists():
+        tag = tag or timm_name or ""
+        state_dict, path = _pretrained(name, tag, timm_name), None
+    else:
+        path = weights_path(source, {})
+        state_dict, tag = read_state_dict(path), name.removeprefix("timm/") if name.startswith("timm/") else ""
+    weights, left_out = _backbone_weights(state_dict, name, timm_name, expected)
     counts = [key for key in expected if key.endswith(".num_batches_tracked") and key not in weights]
     weights |= {key: torch.zeros_like(expected[key]) for key in counts}  # old files lack them; nothing depends on them
     kept = [key for key in expected if key not in weights and key.startswith("backbone.out_norms.")]
-    if problems := misfits({key: tensor for key, tensor in expected.items() if key not in kept}, weights):
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    if misfit := first_misfit({key: tensor for key, tensor in expected.items() if key not in kept}, weights):
         raise ConversionError(
-            f"the weights of {name:.100} do not fit the model's backbone: {problems[0]}{more}; "
-            "give weights of its kind and sizes"
+            f"the weights of {name:.100} do not fit the model's backbone: {misfit}; give weights of its kind and sizes"
         )
     model.load_state_dict(weights, strict=False)  # each key was looked at
+    if changed := _other_normalisation(tag, model):
+        warnings.warn(f"the backbone of {name:.80} was trained on other frames: {in_words(changed)}", stacklevel=2)
+    elif path and not tag:
+        warn_of_other_function(config_beside(path), model.config, name, of=("backbone.",), stacklevel=3)
     return LoadedBackbone(name, _by_group(weights), _by_group(kept), left_out)
 
 
-def _backbone_weights(
-    model: "VideoMask2Former", source: str, expected: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """The backbone's weights in a source, by native key, and how many others are there, by group."""
-    kind, _, name = source.partition(":")
-    timm_name = model.config.backbone.name if isinstance(model.config.backbone, TimmBackboneConfig) else None
-    if kind == "timm" and not Path(source).exists():
-        from m2f_video.modeling.timm_backbone import pretrained_weights
+def _pretrained(source: str, tag: str, timm_name: str | None) -> dict[str, Tensor]:
+    """The weights that timm has under a tag, for a model whose backbone is timm's `timm_name` or of another kind."""
+    from m2f_video.modeling.timm_backbone import pretrained_weights
 
-        if not (name := name or timm_name or ""):
-            raise ConfigError("the backbone is not timm's; name weights, such as timm:swin_tiny_patch4_window7_224")
-        if timm_name and name.split(".")[0] != timm_name.split(".")[0]:
-            raise ConfigError(f"{source:.80} is of another model than the backbone, timm's {timm_name}")
-        state_dict = pretrained_weights(name, features_only=timm_name is not None)
-    else:
-        path = weights_path(source, {})
-        check_regular(path)
-        state_dict = read_state_dict(path)
+    if not tag:
+        raise ConfigError("the backbone is not timm's; name weights, such as timm:swin_tiny_patch4_window7_224")
+    if timm_name and tag.split(".")[0] != timm_name.split(".")[0]:
+        raise ConfigError(f"{source:.80} is of another model than the backbone, timm's {timm_name}")
+    return pretrained_weights(tag, features_only=timm_name is not None)
+
+
+def _other_normalisation(tag: str, model: "VideoMask2Former") -> dict[str, tuple[Any, Any]]:
+    """Mean and deviation of the frames that timm's weights of a tag were trained on and the model's, where they differ.
+
+    Nothing where timm has no weights under it.
+    """
+    import timm
+
+    own = timm.get_pretrained_cfg(tag) if tag and timm.is_model_pretrained(tag) else None
+    if own is None:
+        return {}
+    used = model.config.preprocessing
+    both = {"image_mean": (own.mean, used.image_mean), "image_std": (own.std, used.image_std)}
+    return {f"preprocessing.{name}": pair for name, pair in both.items() if tuple(pair[0]) != pair[1]}
+
+
+def _backbone_weights(
+    state_dict: dict[str, Tensor], source: str, timm_name: str | None, expected: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """The backbone's weights in a state dict, by native key, and how many others are there, by group."""
     if timm_name:  # whose extractors have underscores where its classifiers have dots
         own = {key.removeprefix("backbone.model.").replace(".", "_"): key for key in expected}
         parts = tuple({f"{key.split('.')[2]}_" for key in expected})  # more of them are of a deeper backbone
@@ -110,10 +135,8 @@ def _backbone_weights(
                 if name in own or name.startswith(parts)
             }
             return weights, dict(Counter(k.split(".")[0] for k, name in spelled.items() if not name.startswith(parts)))
-    try:
+    with naming(source):
         translation = import_state_dict(state_dict, detect_format(state_dict))
-    except ConversionError as error:
-        raise ConversionError(f"{source:.100}: {error}") from error
     weights = {key: tensor for key, tensor in translation.state_dict.items() if key.startswith("backbone.")}
     rest = Counter(key.split(".")[0] for key in translation.state_dict if key not in weights)
     return weights, dict(rest + translation.ignored)

@@ -1,30 +1,42 @@
 """From a name, a folder or a file to a config and native weights; strict loading; the way back to a folder."""
 
+import math
 import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from m2f_video.checked_config import ConfigError, shown
 from m2f_video.config import MODEL_TYPE, VideoMask2FormerConfig
-from m2f_video.files import check_regular, check_replaceable, made_directory, temporary_folder
+from m2f_video.files import check_replaceable, made_directory, temporary_folder
 from weights_convert import (
     CheckpointError,
     ConversionError,
     native_config_from_hf,
-    read_checkpoint,
     read_config,
+    read_state_dict,
     to_native,
 )
 
 ConfigSource = VideoMask2FormerConfig | str | os.PathLike[str]
 Model = TypeVar("Model", bound=nn.Module)
+
+
+class HubOptions(TypedDict, total=False):
+    """How to fetch what is on the hub; `VideoMask2Former.from_pretrained` says what each does."""
+
+    revision: str | None
+    token: str | bool | None
+    cache_dir: str | os.PathLike[str] | None
+    local_files_only: bool
+    force_download: bool
+
 
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -53,12 +65,12 @@ def parse_dtype(dtype: torch.dtype | str) -> torch.dtype:
     return found
 
 
-def warn_of_slow_dtype(dtype: torch.dtype, device: torch.device) -> None:
+def warn_of_slow_dtype(dtype: torch.dtype, device: torch.device, stacklevel: int = 3) -> None:
     """Say where a dtype is slower than the one it is to replace: no CPU's kernels here multiply in float16."""
     if dtype == torch.float16 and device.type == "cpu":
         warnings.warn(
             "on a CPU float16 takes several times as long as float32, and bfloat16 no longer; take one of these",
-            stacklevel=3,
+            stacklevel=stacklevel,
         )
 
 
@@ -89,20 +101,16 @@ def load_config(
     *,
     config: ConfigSource | None = None,
     temporal: str | None = None,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    local_files_only: bool = False,
-    force_download: bool = False,
+    **hub_options: Unpack[HubOptions],
 ) -> VideoMask2FormerConfig:
     """The config of a checkpoint, without its weights; arguments and errors as `VideoMask2Former.from_pretrained`."""
-    if config is not None:
-        return resolve_config(config, temporal)
-    path = _local_path(source)
-    if not _exists(path):
-        hub_options = _hub_options(revision, token, cache_dir, local_files_only, force_download)
-        path = _download(str(source), _CONFIG_FILES, hub_options)
-    return _read_config_file(_config_beside(path), temporal)
+    if config is None:
+        path = _local_path(source)
+        if not _exists(path):
+            path = _download(str(source), _CONFIG_FILES, hub_options)
+        config = _read_config_file(config_beside(path))
+    found = resolve_config(config)
+    return found if temporal is None else found.replace(temporal=temporal)
 
 
 def load_checkpoint(
@@ -110,39 +118,84 @@ def load_checkpoint(
     *,
     config: ConfigSource | None = None,
     temporal: str | None = None,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    local_files_only: bool = False,
-    force_download: bool = False,
+    **hub_options: Unpack[HubOptions],
 ) -> tuple[VideoMask2FormerConfig, dict[str, Tensor]]:
-    """Config and native weights of a checkpoint; arguments and errors as `VideoMask2Former.from_pretrained`.
+    """Config and native weights of a checkpoint; arguments and errors as `VideoMask2Former.from_pretrained`."""
+    path = weights_path(source, hub_options)
+    found = load_config(path, config=config, temporal=temporal)
+    state_dict = read_state_dict(path)
+    with naming(source):
+        return found, to_native(state_dict)
 
-    Warns where `config` or `temporal` let the weights compute something else than the checkpoint's own config.
+
+def load_model(
+    build: Callable[[VideoMask2FormerConfig], Model],
+    source: str | os.PathLike[str],
+    *,
+    config: ConfigSource | None = None,
+    temporal: str | None = None,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    **hub_options: Unpack[HubOptions],
+) -> Model:
+    """What `build` makes of a config, with weights; arguments and errors as `VideoMask2Former.from_pretrained`.
+
+    It is built without numbers first, so that a config which asks for other weights than these takes no memory. Warns
+    where `config` or `temporal` let the weights compute something else than the checkpoint's own config.
     """
-    path = weights_path(source, _hub_options(revision, token, cache_dir, local_files_only, force_download))
-    model_config = load_config(path, config=config, temporal=temporal)
-    checkpoint = read_checkpoint(path)
-    if (config is not None or temporal is not None) and _config_beside(path).exists():
-        _warn_of_another_config(path, str(source), model_config)
-    return model_config, to_native(checkpoint.state_dict, checkpoint.format)
+    target_dtype, target_device = parse_dtype(dtype or torch.float32), parse_device(device or "cpu")
+    path = weights_path(source, hub_options)
+    used, state_dict = load_checkpoint(path, config=config, temporal=temporal)
+    with suppress(RuntimeError, TypeError), torch.device("meta"):  # which a model that reads numbers meanwhile raises
+        check_fit(build(used).state_dict(), state_dict, str(source))
+    model = build(used)
+    load_state_dict_strictly(model, state_dict, str(source))
+    model = model.to(device=target_device, dtype=target_dtype).eval()
+    warn_of_slow_dtype(target_dtype, target_device, stacklevel=4)
+    if config is not None or temporal is not None:
+        warn_of_other_function(config_beside(path), used, str(source), stacklevel=4)
+    return model
 
 
-def _warn_of_another_config(path: Path, source: str, used: VideoMask2FormerConfig) -> None:
-    try:
-        own = _read_config_file(_config_beside(path), temporal=None)
-    except (ConfigError, ConversionError) as error:
-        warnings.warn(f"whether {source:.80} computes what it was made for is not known: {error!s:.150}", stacklevel=4)
+def warn_of_other_function(
+    file: Path, used: VideoMask2FormerConfig, source: str, *, of: tuple[str, ...] = ("",), stacklevel: int
+) -> None:
+    """Say where weights compute something else under a config than under the one beside them, if there is one.
+
+    Args:
+        file: where their own config would be.
+        used: the config they are used with.
+        source: where they are from.
+        of: the fields that matter, by what their names begin with.
+        stacklevel: of the caller's caller, as `warnings.warn` counts from here.
+    """
+    if not file.exists():
         return
-    if changed := other_function(own, used):
-        warnings.warn(
-            f"{source:.80} is used with another config than its own, as asked: {in_words(changed)}", stacklevel=4
-        )
+    try:
+        own = _read_config_file(file)
+    except (ConfigError, ConversionError) as error:
+        said = f"whether {source:.80} computes what it was made for is not known: {error!s:.150}"
+    else:
+        changed = {name: both for name, both in other_function(own, used).items() if name.startswith(of)}
+        if not changed:
+            return
+        said = f"{source:.80} is used with another config than its own: {in_words(changed)}"
+    warnings.warn(said, stacklevel=stacklevel)
 
 
 def other_function(own: VideoMask2FormerConfig, used: VideoMask2FormerConfig) -> dict[str, tuple[Any, Any]]:
-    """Fields by which weights compute something else, whatever their shapes: a checkpoint's own value and the used."""
-    return {name: both for name, both in own.differences(used).items() if name not in _ACTS_IN_TRAINING}
+    """Fields by which the same weights compute, or name, something else: a checkpoint's own value and the used one."""
+    found = own.differences(used).items()
+    return {name: both for name, both in found if name not in _ACTS_IN_TRAINING and not _equal(*both)}
+
+
+def _equal(own: Any, used: Any) -> bool:
+    """Whether values are the same but for rounding to float32, as other programs store means."""
+    if isinstance(own, list) and isinstance(used, list):
+        return len(own) == len(used) and all(map(_equal, own, used))
+    if isinstance(own, float) and isinstance(used, float):
+        return math.isclose(own, used, rel_tol=1e-6)
+    return bool(own == used)
 
 
 def in_words(changed: Mapping[str, tuple[Any, Any]]) -> str:
@@ -151,12 +204,21 @@ def in_words(changed: Mapping[str, tuple[Any, Any]]) -> str:
     return f"{'; '.join(first)}{f'; and {len(changed) - 2} more' if len(changed) > 2 else ''}"[:180]
 
 
+@contextmanager
+def naming(source: str | os.PathLike[str]) -> Iterator[None]:
+    """Let an error that says what is wrong with weights say where they are from."""
+    try:
+        yield
+    except ConversionError as error:
+        raise ConversionError(f"{source!s:.100}: {error}") from error
+
+
 def _local_path(source: str | os.PathLike[str]) -> Path:
     """Where a checkpoint is, unless it is on the hub."""
     return DEMO_FOLDER if source == DEMO_NAME else Path(source)
 
 
-def weights_path(source: str | os.PathLike[str], hub_options: dict[str, Any]) -> Path:
+def weights_path(source: str | os.PathLike[str], hub_options: HubOptions) -> Path:
     """The file or folder that holds a checkpoint's weights, downloaded where it is on the hub."""
     path = _local_path(source)
     if not _exists(path):
@@ -176,34 +238,9 @@ def _exists(path: Path) -> bool:
         return False
 
 
-def _config_beside(path: Path) -> Path:
+def config_beside(path: Path) -> Path:
     """Where the config of a checkpoint, folder or file, is."""
     return (path if path.is_dir() else path.parent) / CONFIG_NAME
-
-
-def build_with_weights(build: Callable[[], Model], state_dict: Mapping[str, Tensor], source: str) -> Model:
-    """Build a model and load weights that must match it key by key and shape by shape.
-
-    It is built without numbers first, so that a config which asks for other weights than these takes no memory.
-
-    Args:
-        build: makes the model.
-        state_dict: its weights; they are copied.
-        source: where they are from.
-
-    Raises:
-        weights_convert.ConversionError: as `load_state_dict_strictly`.
-    """
-    try:
-        with torch.device("meta"):
-            expected = build().state_dict()
-    except (RuntimeError, TypeError):  # it reads numbers while it is built; what is wrong with it comes up again below
-        expected = None
-    if expected is not None:
-        _check_fit(expected, state_dict, source)
-    model = build()
-    load_state_dict_strictly(model, state_dict, source)
-    return model
 
 
 def load_state_dict_strictly(model: nn.Module, state_dict: Mapping[str, Tensor], source: str) -> None:
@@ -213,39 +250,44 @@ def load_state_dict_strictly(model: nn.Module, state_dict: Mapping[str, Tensor],
         weights_convert.ConversionError: a key is missing, left over, of another shape or not floating point; the
             message names it.
     """
-    _check_fit(model.state_dict(), state_dict, source)
+    check_fit(model.state_dict(), state_dict, source)
     model.load_state_dict(state_dict)
 
 
-def _check_fit(expected: Mapping[str, Tensor], state_dict: Mapping[str, Tensor], source: str) -> None:
-    if problems := misfits(expected, state_dict):
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+def check_fit(expected: Mapping[str, Tensor], state_dict: Mapping[str, Tensor], source: str) -> None:
+    """Refuse weights that are not those of a model's state dict, as `load_state_dict_strictly`."""
+    if misfit := first_misfit(expected, state_dict):
         if all(key.startswith("backbone.") for key in state_dict):
             raise ConversionError(
                 f"{source:.80} holds the weights of a backbone only: begin a training with them by train "
                 "--init-backbone, or load them into a built model with m2f_video.load_backbone(model, source)"
             )
         raise ConversionError(
-            f"the weights of {source:.80} do not fit its config: {problems[0]:.130}{more}. "
-            "Give the config they were trained with."
+            f"the weights of {source:.80} do not fit its config: {misfit}. Give the config they were trained with."
         )
 
 
-def misfits(expected: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]) -> list[str]:
-    """What keeps a state dict from being one with the expected keys, shapes and kinds of numbers."""
+def first_misfit(expected: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]) -> str | None:
+    """What keeps a state dict from being one with the expected keys, shapes and kinds of numbers; None where nothing.
+
+    Returns:
+        The first, and how many more there are.
+    """
     problems = [f"missing {key} {tuple(expected[key].shape)}" for key in expected if key not in state_dict]
     problems += [f"unexpected {key} {tuple(state_dict[key].shape)}" for key in state_dict if key not in expected]
+    both = [(key, tensor, state_dict[key]) for key, tensor in expected.items() if key in state_dict]
     problems += [
-        f"{key} is {tuple(state_dict[key].shape)}, the config makes it {tuple(tensor.shape)}"
-        for key, tensor in expected.items()
-        if key in state_dict and state_dict[key].shape != tensor.shape
+        f"{key} is {tuple(given.shape)}, the config makes it {tuple(own.shape)}"
+        for key, own, given in both
+        if given.shape != own.shape
     ]
     problems += [
-        f"{key} is {tensor.dtype}, not floating point"
-        for key, tensor in state_dict.items()
-        if key in expected and expected[key].is_floating_point() and not tensor.is_floating_point()
+        f"{key} is {given.dtype}, not floating point"
+        for key, own, given in both
+        if own.is_floating_point() and not given.is_floating_point()
     ]
-    return problems
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return f"{problems[0]:.130}{more}" if problems else None
 
 
 @contextmanager
@@ -273,66 +315,39 @@ def staged_folder(folder: Path) -> Iterator[Path]:
             raise CheckpointError(f"{folder} cannot be written: {error.__cause__ or error}") from error
 
 
-def resolve_config(config: ConfigSource, temporal: str | None = None) -> VideoMask2FormerConfig:
+def resolve_config(config: ConfigSource) -> VideoMask2FormerConfig:
     """A config itself, or the one that a config file or the name of a preset stands for.
-
-    Args:
-        config: any of them.
-        temporal: in place of the config's own; None keeps that.
 
     Raises:
         FileNotFoundError: a path where there is no file.
         ConfigError: a file that holds no valid config, or a name that is no preset.
     """
     if isinstance(config, VideoMask2FormerConfig):
-        return _with_temporal(config, temporal)
+        return config
     path = Path(config)
     if _exists(path):
-        return _read_config_file(path / CONFIG_NAME if path.is_dir() else path, temporal)
+        return _read_config_file(path / CONFIG_NAME if path.is_dir() else path)
     if path.suffix == ".json" or len(path.parts) > 1:
         raise FileNotFoundError(f"there is no config file {path!s:.200}")
-    return _with_temporal(VideoMask2FormerConfig.preset(str(config)), temporal)
+    return VideoMask2FormerConfig.preset(str(config))
 
 
-def _read_config_file(path: Path, temporal: str | None) -> VideoMask2FormerConfig:
+def _read_config_file(path: Path) -> VideoMask2FormerConfig:
     """Read a native or transformers config file."""
     if not path.exists():
         raise ConfigError(
             f"{path} does not exist, and the weights need a config: give a preset such as 'swin_tiny_youtubevis_2019', "
             "or a config file"
         )
-    for file in (path, path.parent / PREPROCESSOR_NAME):
-        check_regular(file)
     data, preprocessor = read_config(path)
     try:
-        if data.get("model_type") == MODEL_TYPE:
-            return _with_temporal(VideoMask2FormerConfig.from_dict(data), temporal)
-        return VideoMask2FormerConfig.from_dict(native_config_from_hf(data, preprocessor, temporal))
+        is_native = data.get("model_type") == MODEL_TYPE
+        return VideoMask2FormerConfig.from_dict(data if is_native else native_config_from_hf(data, preprocessor))
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from error
 
 
-def _with_temporal(config: VideoMask2FormerConfig, temporal: str | None) -> VideoMask2FormerConfig:
-    return config if temporal is None else config.replace(temporal=temporal)
-
-
-def _hub_options(
-    revision: str | None,
-    token: str | bool | None,
-    cache_dir: str | os.PathLike[str] | None,
-    local_files_only: bool,
-    force_download: bool,
-) -> dict[str, Any]:
-    return {
-        "revision": revision,
-        "token": token,
-        "cache_dir": cache_dir,
-        "local_files_only": local_files_only,
-        "force_download": force_download,
-    }
-
-
-def _download(name: str, patterns: list[str], hub_options: dict[str, Any]) -> Path:
+def _download(name: str, patterns: list[str], hub_options: HubOptions) -> Path:
     """Fetch the files of a hub repository that match, and give their folder."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is the client library's
@@ -341,11 +356,12 @@ def _download(name: str, patterns: list[str], hub_options: dict[str, Any]) -> Pa
         LocalEntryNotFoundError,
     )
 
+    options: dict[str, Any] = {**hub_options}
     not_a_name = f"{name:.100} does not exist, and is not a hub name (owner/name) either"
     if not _HUB_NAME.fullmatch(name):
         raise FileNotFoundError(not_a_name)
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns, **hub_options))
+        return Path(snapshot_download(name, allow_patterns=patterns, **options))
     except HFValidationError as error:
         raise FileNotFoundError(not_a_name) from error
     except LocalEntryNotFoundError as error:

@@ -3,6 +3,8 @@
 import copy
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -219,6 +221,7 @@ def stub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubStub]:
         yield stub
 
 
+@pytest.mark.filterwarnings("ignore:.* was trained on other frames")
 @pytest.mark.parametrize("source", ["timm", f"timm:{TAG}", "timm:test_convnext", f"timm/{TAG}"])
 def test_pretrained_weights_of_timm(source: str, stub: HubStub) -> None:
     torch.manual_seed(1)
@@ -231,6 +234,29 @@ def test_pretrained_weights_of_timm(source: str, stub: HubStub) -> None:
     assert all(
         torch.equal(tensor, expected[key.removeprefix("model.").replace(".", "_")]) for key, tensor in weights.items()
     )
+
+
+@pytest.mark.parametrize("source", [f"timm:{TAG}", f"timm/{TAG}"])
+@pytest.mark.parametrize("edge", [0.5, 0.485])
+def test_frames_that_timm_normalised_otherwise_are_said(source: str, edge: float, stub: HubStub) -> None:
+    model = build("timm:test_convnext")
+    same = edge == 0.5
+    preprocessing = replace(model.config.preprocessing, image_mean=(edge, 0.5, 0.5), image_std=(0.5, 0.5, 0.5))
+    model.config = model.config.replace(preprocessing=preprocessing)
+    said = r"the backbone of timm.* was trained on other frames: preprocessing.image_mean is \(0.485, 0.5"
+    with nullcontext() if same else pytest.warns(UserWarning, match=said):
+        load_backbone(model, source)
+
+
+def test_weights_of_another_backbone_of_the_same_shapes_are_said(tmp_path: Path) -> None:
+    other = build("timm:resnet18")
+    other.config = other.config.replace(backbone="timm:gluon_resnet18_v1b")
+    other.save_pretrained(tmp_path / "other")
+    with pytest.warns(UserWarning, match=r"backbone.name is 'resnet18' \(its own: 'gluon_resnet18_v1b'\)"):
+        load_backbone(build("timm:resnet18"), tmp_path / "other")
+    (tmp_path / "other" / "config.json").write_text("{")
+    with pytest.warns(UserWarning, match=r"other computes what it was made for is not known: .*config\.json"):
+        load_backbone(build("timm:resnet18"), tmp_path / "other")
 
 
 def test_a_hub_that_is_not_reached(stub: HubStub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,5 +286,5 @@ def test_what_is_no_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
         load_backbone(model, "nowhere")
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(ValueError, match="pipe is a named pipe"):
+    with pytest.raises(ValueError, match="pipe is a pipe, socket or device, not a regular file"):
         load_backbone(model, tmp_path / "pipe")

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from m2f_video.config import ConfigError, VideoMask2FormerConfig
-from m2f_video.hub import load_config, parse_device, parse_dtype, staged_folder
+from m2f_video.hub import load_config, other_function, parse_device, parse_dtype, staged_folder
 from m2f_video.inference.processor import VideoProcessor
 from m2f_video.modeling.video_mask2former import VideoMask2Former
 from tests.golden_files import original_weights
@@ -151,8 +151,61 @@ def test_another_function_of_the_same_weights_is_said(
     tiny_model: VideoMask2Former, folder: Path, hf_folder: Path, kind: str, name: str
 ) -> None:
     source = {"folder": folder, "file": folder / "model.safetensors", "hf": hf_folder}[kind]
-    with pytest.warns(UserWarning, match=rf"used with another config than its own, as asked: {re.escape(name)}"):
+    with pytest.warns(UserWarning, match=rf"used with another config than its own: {re.escape(name)}"):
         VideoMask2Former.from_pretrained(source, config=OTHER_FUNCTIONS[name](tiny_model.config))
+
+
+def test_a_config_stands_in_for_a_broken_one(tiny_model: VideoMask2Former, folder: Path) -> None:
+    for content in ("{", "[]", '{"model_type": "m2f-video", "depth": 3}'):
+        (folder / "config.json").write_text(content)
+        with pytest.warns(UserWarning, match=r"whether .*native computes .* is not known: .*config\.json"):
+            assert identical(VideoMask2Former.from_pretrained(folder, config=tiny_model.config), tiny_model)
+        assert VideoProcessor.from_pretrained(folder, config=tiny_model.config).labels == tiny_model.config.labels
+
+
+def test_nothing_is_said_of_a_config_until_the_weights_are_loaded(tiny_model: VideoMask2Former, folder: Path) -> None:
+    config = OTHER_FUNCTIONS["preprocessing.shortest_edge"](tiny_model.config)
+    change_weights(folder, lambda weights: weights.pop("transformer_decoder.norm.bias"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ConversionError, match=r"missing transformer_decoder\.norm\.bias"):
+            VideoMask2Former.from_pretrained(folder, config=config)
+
+
+def test_what_another_function_is(tiny_config: VideoMask2FormerConfig) -> None:
+    """Other names of the classes too; neither what acts in training nor a mean as another program has rounded it."""
+    mean = tuple(torch.tensor(tiny_config.preprocessing.image_mean).tolist())
+    rounded = replace(tiny_config.preprocessing, image_mean=mean)
+    backbone = replace(tiny_config.backbone, drop_path_rate=0.4)
+    assert rounded != tiny_config.preprocessing
+    assert other_function(tiny_config, tiny_config.replace(preprocessing=rounded, backbone=backbone)) == {}
+    labels = tiny_config.labels[::-1]
+    assert other_function(tiny_config, tiny_config.replace(labels=labels)) == {
+        "labels": (list(tiny_config.labels), list(labels))
+    }
+
+
+def test_the_place_that_asked_is_warned(tiny_model: VideoMask2Former, folder: Path) -> None:
+    with pytest.warns(UserWarning, match=r"float16|temporal") as said:
+        VideoMask2Former.from_pretrained(folder, temporal="per_frame", dtype="float16").prepare_for_inference()
+    assert [("float16" in str(each.message), each.filename) for each in said] == [(True, __file__), (False, __file__)]
+
+
+class WithAdapter(VideoMask2Former):
+    """A researcher's own model, which has weights of its own, some of them named as timm's are."""
+
+    def __init__(self, config: VideoMask2FormerConfig) -> None:
+        super().__init__(config)
+        self.adapter = torch.nn.Linear(2, 3)
+        self.layers = torch.nn.ModuleList([torch.nn.Linear(1, 1)])
+
+
+def test_a_subclass_with_weights_of_its_own_comes_back(tiny_config: VideoMask2FormerConfig, tmp_path: Path) -> None:
+    model = WithAdapter(tiny_config)
+    model.save_pretrained(tmp_path / "own")
+    assert identical(WithAdapter.from_pretrained(tmp_path / "own"), model)
+    with pytest.raises(ConversionError, match=r"do not fit its config: unexpected adapter\.bias \(3,\) \(and 3 more\)"):
+        VideoMask2Former.from_pretrained(tmp_path / "own")
 
 
 def test_what_acts_in_training_alone_is_no_other_function(tiny_model: VideoMask2Former, folder: Path) -> None:
@@ -305,8 +358,8 @@ def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Non
             lambda w: w.update({"transformer_decoder.norm.bias": torch.zeros(64, dtype=torch.int64)}),
             "norm.bias is torch.int64, not floating point",
         ),
-        (lambda w: w.update({"what": torch.zeros(1)}), "no rule for what"),
-        (lambda w: w.clear(), "no known format"),
+        (lambda w: w.update({"what": torch.zeros(1)}), r"do not fit its config: unexpected what \(1,\)"),
+        (lambda w: w.clear(), r"native: no known format"),
     ],
 )
 def test_weights_that_do_not_fit_are_named(

@@ -16,14 +16,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from m2f_video.config import SwinConfig, VideoMask2FormerConfig
-from m2f_video.hub import (
-    build_with_weights,
-    load_checkpoint,
-    parse_device,
-    parse_dtype,
-    staged_folder,
-    warn_of_slow_dtype,
-)
+from m2f_video.hub import load_model, parse_dtype, staged_folder, warn_of_slow_dtype
 from m2f_video.modeling.pixel_decoder import MSDeformAttnPixelDecoder
 from m2f_video.modeling.swin import SwinTransformer
 from m2f_video.modeling.timm_backbone import TimmBackbone
@@ -305,7 +298,8 @@ class VideoMask2Former(
             if reason := cpu_kernels.why_no_kernels():
                 raise ValueError(f"compile='kernels' cannot be done: {reason}; or take 'none'")
             cpu_kernels.load()
-        warn_of_slow_dtype(target_dtype, self.device)
+        if target_dtype != self.dtype:  # else it was said when they became so
+            warn_of_slow_dtype(target_dtype, self.device)
         release(self)
         self.eval().requires_grad_(False).to(dtype=target_dtype)
         for part in (self.backbone, self.pixel_decoder, self.transformer_decoder):
@@ -358,20 +352,19 @@ class VideoMask2Former(
             weights_convert.ConversionError: weights that cannot be read, are not finite, or do not fit the config.
             ValueError: an unknown dtype or device.
         """
-        target_dtype, target_device = parse_dtype(dtype or torch.float32), parse_device(device or "cpu")
-        model_config, state_dict = load_checkpoint(
+        return load_model(
+            cls,
             pretrained_model_name_or_path,
             config=config,
             temporal=temporal,
+            dtype=dtype,
+            device=device,
             revision=revision,
             token=token,
             cache_dir=cache_dir,
             local_files_only=local_files_only,
             force_download=force_download,
         )
-        model = build_with_weights(lambda: cls(model_config), state_dict, source=str(pretrained_model_name_or_path))
-        warn_of_slow_dtype(target_dtype, target_device)
-        return model.to(device=target_device, dtype=target_dtype).eval()
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> str | None:
         """Write `config.json`, `model.safetensors` and, where there is none, a model card `README.md`.
