@@ -1,35 +1,51 @@
-"""Stage-by-stage comparison with the transformers implementation, on the same weights and input.
+"""Stage-by-stage comparison with the transformers implementation, or with another reference, on the same input.
+
+    model = VideoMask2Former.from_pretrained(...)        # then change what you like
+    result = compare(model, random_frames(1, 480, 864, seed=0), transformers_model(original))
+    result.passed, result.stages, result.only_model, result.only_reference
 
 The yardstick is the reference in float64, whose rounding is negligible: two float32 runs differ by the errors of both,
 and where the reference's own error moves a mask logit across its threshold, by much more than ours.
 
-The reference is an image model, so it is compared frame by frame: each frame is a clip of its own, where the joint and
-the per-frame model are the same function (positions in time add a constant to all keys, which softmax cancels).
+What each side did is taken from that side: attention masks are caught where its attention gets them.
 
-F frames, Q queries, K classes, C channels, N tokens of all levels, H W height and width.
+The transformers model is an image model, so it is compared frame by frame: each frame is a clip of its own, where the
+joint and the per-frame model are the same function (positions in time add a constant to all keys, which softmax
+cancels).
+
+F frames, B clips, T frames of a clip, Q queries, K classes, C channels, N tokens of all levels, H W height and width.
 """
 
 import copy
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from math import isfinite
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from m2f_video.config import VideoMask2FormerConfig
-from m2f_video.modeling.transformer_decoder import attention_mask
+from m2f_video.acceleration import accelerated
+from m2f_video.acceleration.swap import Fused
+from m2f_video.config import SwinConfig, VideoMask2FormerConfig
 from m2f_video.modeling.video_mask2former import VideoMask2Former
-from weights_convert import from_native, hf_config_from_native, write_checkpoint
+from weights_convert import ConversionError, from_native, hf_config_from_native, write_checkpoint
 
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 5e-6}
 """Largest relative norm error ||ours - reference|| / ||reference|| of any stage."""
 REPORTED = torch.bfloat16
 """Compared without a tolerance: it rounds attention bits over the threshold, after which two decoders look at different
 pixels."""
+
+Stages = Mapping[str, Tensor]
+Reference = nn.Module | Callable[[Tensor], Stages]
+"""A transformers model, a `VideoMask2Former`, or a function that gives the stages for frames."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +66,50 @@ class StageComparison:
     relative: float
     cosine: float
     flips: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How a model differs from a reference.
+
+    Attributes:
+        stages: those that both have, in the reference's order.
+        own: how the reference in the same dtype differs from itself in float64, at these stages; empty where the
+            reference is a function, which has no dtype.
+        only_model: stages that the reference does not have.
+        only_reference: stages that the model does not have.
+        tolerance: largest relative error allowed; None where errors are only reported.
+    """
+
+    stages: list[StageComparison]
+    own: list[StageComparison]
+    only_model: list[str]
+    only_reference: list[str]
+    tolerance: float | None
+
+    @property
+    def worst(self) -> StageComparison:
+        """The stage with the largest relative error, or the first that is not a number."""
+        odd = (comparison for comparison in self.stages if not isfinite(comparison.relative))
+        return next(odd, max(self.stages, key=lambda comparison: comparison.relative))
+
+    @property
+    def passed(self) -> bool:
+        """Whether no stage is further off than the tolerance; NaN is, of any dtype."""
+        limit = float("inf") if self.tolerance is None else self.tolerance
+        return all(comparison.relative <= limit for comparison in self.stages)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it; numbers that are none become null."""
+        rows = [asdict(comparison) for comparison in self.stages]
+        for row, own in zip(rows, self.own, strict=False):
+            row["own_relative"], row["own_flips"] = own.relative, own.flips
+        rows = [
+            {name: None if isinstance(value, float) and not isfinite(value) else value for name, value in row.items()}
+            for row in rows
+        ]
+        sides = {"only_model": self.only_model, "only_reference": self.only_reference}
+        return {"passed": self.passed, "tolerance": self.tolerance, "stages": rows} | sides
 
 
 def random_model(config: VideoMask2FormerConfig, seed: int) -> VideoMask2Former:
@@ -76,104 +136,241 @@ def random_frames(frames: int, height: int, width: int, seed: int) -> Tensor:
     """Frames (F, 3, H, W), float64, of smooth random structure with noise on it, in the range of normalised pixels."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.randn(frames, 3, max(2, height // 32), max(2, width // 32), generator=generator, dtype=torch.float64)
-    smooth = torch.nn.functional.interpolate(coarse, size=(height, width), mode="bicubic")
+    smooth = F.interpolate(coarse, size=(height, width), mode="bicubic")
     return smooth + 0.1 * torch.randn(frames, 3, height, width, generator=generator, dtype=torch.float64)
 
 
-def compare_with_transformers(
-    model: VideoMask2Former, frames: Tensor, dtype: torch.dtype, prepare: bool = False
-) -> tuple[list[StageComparison], list[StageComparison]]:
-    """Run both implementations in `dtype` and compare every stage they share with the reference in float64.
+def compare(
+    model: VideoMask2Former,
+    frames: Tensor,
+    reference: Reference | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    plain: bool = False,
+    stages: Sequence[str] = (),
+) -> Parity:
+    """Run a model and a reference in `dtype`, and compare every stage that both have with the reference in float64.
 
     Args:
-        model: on the CPU; transformers' `Mask2FormerForUniversalSegmentation` gets its weights, converted.
-        frames: (F, 3, H, W), normalised.
-        dtype: a key of `TOLERANCES`, or `REPORTED`; both models run in it, on the same rounded weights and frames.
-        prepare: run what `prepare_for_inference` makes of ours.
-
-    Returns:
-        How our stages differ from the float64 reference, and how those of the reference in `dtype` do.
+        model: on the CPU, in any mode, changed in any way; it is left as it is. Where its dtype is another, a copy of
+            it runs, and what hooks and patches hold of it is not copied.
+        frames: (F, 3, H, W), normalised, each a clip of its own; or clips (B, T, 3, H, W), where the reference can
+            take them.
+        reference: None is `transformers_model(model)`. Another, such as that of the model before it was changed, may
+            be a transformers model, a `VideoMask2Former`, or a function from frames to stages by name, which gets
+            them in float64 and is believed.
+        dtype: a key of `TOLERANCES`, or `REPORTED`; both run in it, on the same rounded weights and frames.
+        plain: run the model as it is written, without accelerated twins. Its attention masks can only be caught so: a
+            twin makes none.
+        stages: names of stages to compare, or their first words (`decoder`, `decoder 3`); all where empty.
 
     Raises:
-        ValueError: another dtype.
+        ValueError: another dtype, frames of another shape or not finite, stages that neither side has, none on both
+            sides, or of two shapes.
         ImportError: transformers is not installed.
-        weights_convert.ConversionError: a model that transformers cannot express.
+        weights_convert.ConversionError: a model whose decoders transformers cannot express.
     """
     if dtype not in (known := (*TOLERANCES, REPORTED)):
         raise ValueError(f"parity is defined for {', '.join(map(str, known))}, not for {dtype}")
-    frames, model = frames.to(dtype), copy.deepcopy(model).to(dtype).eval()
-    reference = transformers_model(model)
-    same_dtype = transformers_stages(reference, frames)
-    exact = same_dtype if dtype == torch.float64 else transformers_stages(reference.double(), frames.double())
-    if prepare:
-        model.prepare_for_inference()
-    return compare(model_stages(model, frames), exact), compare(same_dtype, exact)
+    if frames.ndim not in (4, 5) or frames.shape[-3] != 3 or not frames.numel():
+        raise ValueError(f"frames must be (F, 3, H, W) or (B, T, 3, H, W) and not empty, got {tuple(frames.shape)}")
+    if not frames.isfinite().all():
+        raise ValueError("frames hold NaN or infinity; give normalised pixels")
+    frames, model = frames.to(dtype), _in_dtype(model, dtype)
+    with accelerated(model, plain) as running:
+        ours = model_stages(running, frames)
+        reference = transformers_model(running) if reference is None else reference
+        if isinstance(reference, nn.Module):
+            rounded = _in_dtype(reference, dtype)
+            own = _stages_of(rounded, frames)
+            exact = dtype == torch.float64
+            expected = own if exact else _stages_of(_in_dtype(rounded, torch.float64), frames.double())
+        else:
+            expected, own = reference(frames.double()), {}
+    _check_names(stages, [*ours, *expected])
+    chosen = [name for name in expected if name in ours and _is_chosen(name, stages)]
+    if not chosen:
+        raise ValueError("the model and the reference have no such stage in common")
+    return Parity(
+        [compare_stage(name, ours[name], expected[name]) for name in chosen],
+        [compare_stage(name, own[name], expected[name]) for name in chosen if own],
+        only_model=[name for name in ours if name not in expected and _is_chosen(name, stages)],
+        only_reference=[name for name in expected if name not in ours and _is_chosen(name, stages)],
+        tolerance=TOLERANCES.get(dtype),
+    )
 
 
-def within_tolerance(comparisons: list[StageComparison], dtype: torch.dtype) -> bool:
-    """Whether no stage is further off than its dtype's tolerance; NaN is, of any dtype."""
-    tolerance = TOLERANCES.get(dtype, float("inf"))
-    return all(comparison.relative <= tolerance for comparison in comparisons)
+def _in_dtype(module: Any, dtype: torch.dtype) -> Any:
+    kinds = {tensor.dtype for tensor in (*module.parameters(), *module.buffers()) if tensor.is_floating_point()}
+    return module if kinds <= {dtype} else copy.deepcopy(module).to(dtype)
 
 
-def compare(ours: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> list[StageComparison]:
-    """Compare tensors by name; boolean ones by the bits that differ.
+def _stages_of(reference: nn.Module, frames: Tensor) -> Stages:
+    with accelerated(reference, plain=True) as running:
+        if isinstance(running, VideoMask2Former):
+            return model_stages(running, frames)
+        return transformers_stages(running, frames)
+
+
+def _is_chosen(name: str, stages: Sequence[str]) -> bool:
+    return not stages or any(f"{name} ".startswith(f"{stage} ") for stage in stages)
+
+
+def _check_names(stages: Sequence[str], known: Sequence[str]) -> None:
+    for stage in stages:
+        if not any(_is_chosen(name, (stage,)) for name in known):
+            raise ValueError(f"there is no stage {stage!r}; there are: {', '.join(dict.fromkeys(known))}")
+
+
+def compare_stage(stage: str, ours: Tensor, reference: Tensor) -> StageComparison:
+    """Compare two tensors; boolean ones by the bits that differ.
 
     Raises:
-        ValueError: a stage that only one side has, or of two shapes.
+        ValueError: they differ in shape.
     """
-    if ours.keys() != reference.keys():
-        raise ValueError(f"stages on one side only: {sorted(ours.keys() ^ reference.keys())}")
-    return [_compare_stage(stage, ours[stage], expected) for stage, expected in reference.items()]
-
-
-def _compare_stage(stage: str, ours: Tensor, reference: Tensor) -> StageComparison:
     if ours.shape != reference.shape:
         raise ValueError(f"stage {stage} is {tuple(ours.shape)}, in the reference {tuple(reference.shape)}")
     is_mask = reference.dtype == torch.bool
     flips = (int((ours != reference).sum()), reference.numel()) if is_mask else None
     a, b = ours.double().flatten(), reference.double().flatten()
-    relative = 0.0 if is_mask else float((a - b).norm() / b.norm())
-    cosine = float(torch.nn.functional.cosine_similarity(a, b, dim=0))
-    return StageComparison(stage, float((a - b).abs().max()), relative, cosine, flips)
+    relative = 0.0 if is_mask or torch.equal(a, b) else float((a - b).norm() / b.norm())
+    return StageComparison(stage, float((a - b).abs().max()), relative, float(F.cosine_similarity(a, b, dim=0)), flips)
 
 
 @torch.inference_mode()
 def model_stages(model: VideoMask2Former, frames: Tensor) -> dict[str, Tensor]:
-    """Every stage of our model for frames (F, 3, H, W), each a clip of its own.
+    """Every stage of our model for frames (F, 3, H, W), each a clip of its own, or for clips (B, T, 3, H, W).
 
-    The default path, which makes neither full auxiliary masks nor resized ones, gives the last two stages.
+    The default path, which makes neither full auxiliary masks nor resized ones, gives the last two stages. Attention
+    masks are there where no twin attends, and where the cross-attention is by `F.scaled_dot_product_attention`.
     """
-    plain = model(frames[:, None], output_auxiliary=True, output_hidden=True)
-    default = model(frames[:, None])
+    clips = frames if frames.ndim == 5 else frames[:, None]
+    with _caught_masks(model) as masks:
+        plain = model(clips, output_auxiliary=True, output_hidden=True)
+    default = model(clips)
     features = plain.features
+
+    def of_masks(logits: Tensor) -> Tensor:
+        return logits if frames.ndim == 5 else logits[:, :, 0]
+
     stages = {f"backbone stride {4 * 2**i}": level for i, level in enumerate(features.backbone_maps)}
     stages |= {f"pixel decoder layer {i}": tokens for i, tokens in enumerate(features.encoder_layers)}
     stages |= {f"multi-scale stride {32 // 2**i}": level for i, level in enumerate(features.multi_scale)}
     stages["mask features"] = features.mask_features
     for i, prediction in enumerate(plain.auxiliary):
         stages[f"decoder {i} class logits"] = prediction.class_queries_logits
-        stages[f"decoder {i} mask logits"] = prediction.masks_queries_logits[:, :, 0]
-        if i < len(plain.attention_masks):
-            stages[f"decoder {i} attention mask"] = plain.attention_masks[i]
+        stages[f"decoder {i} mask logits"] = of_masks(prediction.masks_queries_logits)
+        if i in masks:
+            stages[f"decoder {i} attention mask"] = masks[i]
     stages["default path class logits"] = default.class_queries_logits
-    stages["default path mask logits"] = default.masks_queries_logits[:, :, 0]
+    stages["default path mask logits"] = of_masks(default.masks_queries_logits)
     return stages
 
 
+@contextmanager
+def _caught_masks(model: VideoMask2Former) -> Iterator[dict[int, Tensor]]:
+    """By layer, where its cross-attention may attend, (B, Q, S) bool, as PyTorch's attention is told."""
+    masks: dict[int, Tensor] = {}
+    layers = list(model.transformer_decoder.layers)
+    if any(isinstance(module, Fused) for layer in layers for module in layer.modules()):
+        yield masks  # looking closer would change what runs
+        return
+    mode = _CaughtMasks(masks)
+    with ExitStack() as stack:
+        for index, layer in enumerate(layers):
+            if isinstance(attention := getattr(layer, "cross_attn", None), nn.Module):
+                begin = attention.register_forward_pre_hook(lambda *_, index=index: mode.look_at(index))
+                end = attention.register_forward_hook(lambda *_: mode.look_at(None), always_call=True)
+                stack.callback(begin.remove)
+                stack.callback(end.remove)
+        stack.enter_context(mode)
+        yield masks
+
+
+class _CaughtMasks(TorchFunctionMode):
+    """Keeps the mask of each attention that is looked at."""
+
+    def __init__(self, masks: dict[int, Tensor]) -> None:
+        super().__init__()
+        self._masks = masks
+        self._index: int | None = None
+
+    def look_at(self, index: int | None) -> None:
+        self._index = index
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function is F.scaled_dot_product_attention and self._index is not None:
+            mask = kwargs.get("attn_mask", args[3] if len(args) > 3 else None)
+            if mask is not None:
+                allowed = mask if mask.dtype == torch.bool else mask.isfinite()
+                self._masks[self._index] = _of_all_heads(allowed)
+        return function(*args, **kwargs)
+
+
+def _of_all_heads(mask: Tensor) -> Tensor:
+    """(B, M, Q, S) as (B, Q, S) where all heads have the same."""
+    return mask[:, 0] if mask.ndim == 4 and bool((mask == mask[:, :1]).all()) else mask
+
+
 def transformers_model(model: VideoMask2Former) -> Any:
-    """The transformers model with the same weights and dtype, by way of a converted checkpoint folder."""
+    """The transformers model with the same weights and dtype, by way of a converted checkpoint folder.
+
+    Of a model whose backbone transformers does not have, the decoders alone: they get the maps of the model's own
+    backbone, which both share then and no stage compares.
+
+    Raises:
+        ImportError: transformers is not installed.
+        weights_convert.ConversionError: a model whose decoders it cannot express.
+    """
     try:
         import transformers
     except ImportError as error:
         raise ImportError("the reference needs transformers: pip install 'm2f-video[parity]'") from error
 
-    config, preprocessor = hf_config_from_native(model.config.to_dict())
+    try:
+        config, preprocessor = hf_config_from_native(model.config.to_dict())
+    except ConversionError:
+        if isinstance(model.config.backbone, SwinConfig):
+            raise
+        return _transformers_decoders(model, transformers)
     with TemporaryDirectory() as folder:
         write_checkpoint(Path(folder), from_native(model.state_dict(), "hf"), config, preprocessor)
         with _quiet(transformers.logging):
             reference = transformers.Mask2FormerForUniversalSegmentation.from_pretrained(folder, dtype=model.dtype)
     return reference.eval()
+
+
+def _transformers_decoders(model: VideoMask2Former, transformers: Any) -> Any:
+    """A transformers model whose backbone is the model's own."""
+    substitute = model.config.replace(backbone="timm:resnet18")  # of any widths; its weights are not used
+    config, _ = hf_config_from_native(substitute.to_dict())
+    config["backbone_config"]["hidden_sizes"] = list(model.backbone.channels)
+    with _quiet(transformers.logging):
+        reference = transformers.Mask2FormerForUniversalSegmentation(transformers.Mask2FormerConfig(**config))
+    reference.model.pixel_level_module.encoder = _SharedBackbone(model.backbone)
+    weights = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("backbone.")}
+    unused = VideoMask2Former(substitute).backbone.state_dict(prefix="backbone.")
+    converted = from_native(weights | unused, "hf")
+    names = reference.state_dict().keys()
+    reference.load_state_dict({name: tensor for name, tensor in converted.items() if name in names}, strict=True)
+    return reference.to(model.dtype).eval()
+
+
+class _SharedBackbone(nn.Module):
+    """A model's own backbone where transformers would have one; it stays in its dtype."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self._backbone = (backbone,)  # none of this module's parts, which are cast
+
+    def __deepcopy__(self, memo: Any) -> "_SharedBackbone":
+        return _SharedBackbone(*self._backbone)
+
+    def forward(self, pixel_values: Tensor) -> Any:
+        backbone = self._backbone[0]
+        maps = backbone(pixel_values.to(next(backbone.parameters()).dtype))
+        return SimpleNamespace(feature_maps=tuple(level.to(pixel_values.dtype) for level in maps))
 
 
 @contextmanager
@@ -192,20 +389,36 @@ def _quiet(logging: Any) -> Iterator[None]:
 
 @torch.inference_mode()
 def transformers_stages(reference: Any, frames: Tensor) -> dict[str, Tensor]:
-    """The stages of `model_stages`, from the transformers model, caught by hooks where it does not return them."""
-    pixel_level, decoder = reference.model.pixel_level_module, reference.model.transformer_module.decoder
+    """The stages of `model_stages`, from a transformers model, caught by hooks where it does not return them.
+
+    Raises:
+        ValueError: clips, or a module that is no such model.
+    """
+    if frames.ndim != 4:
+        raise ValueError("transformers has no model of clips; give frames (F, 3, H, W), each a clip of its own")
+    try:
+        pixel_level, decoder = reference.model.pixel_level_module, reference.model.transformer_module.decoder
+    except AttributeError as error:
+        raise ValueError(
+            f"the reference is a {type(reference).__name__}; give a VideoMask2Former, transformers' "
+            "Mask2FormerForUniversalSegmentation, or a function from frames to stages"
+        ) from error
     encoder_layers: list[Tensor] = []
-    attention_masks: list[Tensor] = []
+    masks: dict[int, Tensor] = {}
 
     def keep_tokens(_module: Any, _inputs: Any, output: Any) -> None:
         encoder_layers.append(output[0] if isinstance(output, tuple) else output)
 
-    def keep_mask(_module: Any, _inputs: Any, output: Any) -> None:
-        blocked = output[1].unflatten(0, (frames.shape[0], -1))[:, 0]  # (F * heads, Q, keys), equal over heads
-        attention_masks.append(attention_mask(-blocked.to(frames.dtype)))  # with the rule for all-blocked queries
+    def keep_mask(index: int) -> Callable[[Any, Any, Any], None]:
+        def keep(_module: Any, _inputs: Any, kwargs: Any) -> None:
+            blocked = kwargs["attn_mask"].bool().unflatten(0, (frames.shape[0], -1))  # (F, M, Q, S)
+            masks[index] = _of_all_heads(~blocked)
+
+        return keep
 
     hooks = [layer.register_forward_hook(keep_tokens) for layer in pixel_level.decoder.encoder.layers]
-    hooks.append(decoder.mask_predictor.register_forward_hook(keep_mask))
+    for index, layer in enumerate(decoder.layers):
+        hooks.append(layer.cross_attn.register_forward_pre_hook(keep_mask(index), with_kwargs=True))
     try:
         output = reference(pixel_values=frames, output_hidden_states=True, output_auxiliary_logits=True)
     finally:
@@ -214,15 +427,17 @@ def transformers_stages(reference: Any, frames: Tensor) -> dict[str, Tensor]:
 
     predictions = [(aux["class_queries_logits"], aux["masks_queries_logits"]) for aux in output.auxiliary_logits]
     predictions.append((output.class_queries_logits, output.masks_queries_logits))
-    stages = {f"backbone stride {4 * 2**i}": level for i, level in enumerate(output.encoder_hidden_states)}
+    stages: dict[str, Tensor] = {}
+    if not isinstance(pixel_level.encoder, _SharedBackbone):
+        stages = {f"backbone stride {4 * 2**i}": level for i, level in enumerate(output.encoder_hidden_states)}
     stages |= {f"pixel decoder layer {i}": tokens for i, tokens in enumerate(encoder_layers)}
     stages |= {f"multi-scale stride {32 // 2**i}": level for i, level in enumerate(output.pixel_decoder_hidden_states)}
     stages["mask features"] = output.pixel_decoder_last_hidden_state
     for i, (class_logits, mask_logits) in enumerate(predictions):
         stages[f"decoder {i} class logits"] = class_logits
         stages[f"decoder {i} mask logits"] = mask_logits
-        if i < len(predictions) - 1:
-            stages[f"decoder {i} attention mask"] = attention_masks[i]
+        if i in masks:
+            stages[f"decoder {i} attention mask"] = masks[i]
     stages["default path class logits"] = output.class_queries_logits
     stages["default path mask logits"] = output.masks_queries_logits
     return stages

@@ -369,6 +369,39 @@ def test_parity_passes_and_fails_by_exit_code(folder, capsys, monkeypatch):
     assert "OVER" in capsys.readouterr().out
 
 
+def test_parity_of_some_stages_on_a_video_is_written_as_json(folder, capsys, tmp_path):
+    pytest.importorskip("transformers")
+    options = ("--checkpoint", folder / "native", "--video", folder / "video.mp4", "--frames", 2, "--plain")
+    report = tmp_path / "parity.json"
+    assert run("parity", *options, "--stage", "mask features", "decoder 1", "--json", report) == 0
+    printed = capsys.readouterr().out
+    assert f"of {folder / 'video.mp4'}" in printed
+    content = json.loads(report.read_text())
+    names = ["mask features", "decoder 1 class logits", "decoder 1 mask logits", "decoder 1 attention mask"]
+    assert [stage["stage"] for stage in content["stages"]] == names
+    assert all(name in printed for name in names)
+    assert content["passed"] is True
+    assert content["frames"][:2] == [2, 3]
+    assert content["stages"][3]["flips"][0] == 0
+    assert content["stages"][0]["own_relative"] <= content["tolerance"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--random", 1, "--stage", "encoder"), "there is no stage 'encoder'; there are: backbone stride 4"),
+        (("--random", 1, "--video", "clip.mp4", "--height", 64), "leave them out with --video"),
+        (("--random", 1, "--video", "no.mp4"), "no.mp4"),
+        (("--random", 1, "--json", "no/such/folder.json"), "make it first"),
+    ],
+)
+def test_parity_names_what_is_wrong_with_its_options(options, message, folder, capsys):
+    pytest.importorskip("transformers")
+    size = () if "--video" in options else ("--height", 64, "--width", 96)
+    assert run("parity", *options, "--config", folder / "native" / "config.json", *size) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_parity_takes_one_kind_of_weights(folder, capsys):
     assert run("parity", "--checkpoint", folder / "native", "--random", 1) == 2
     assert "not both" in capsys.readouterr().err
