@@ -36,7 +36,7 @@ from m2f_video.benchmark import machine, measure, peak_bytes
 from m2f_video.config import VideoMask2FormerConfig
 from m2f_video.files import atomic_path
 from m2f_video.inference.segments import MASK_STRIDE
-from m2f_video.modeling.pixel_decoder import pixel_centres
+from m2f_video.modeling.position_encoding import pixel_centres
 from m2f_video.ops import BACKEND_VARIABLE, available_backends, ms_deform_attn, resolve_backend
 from m2f_video.ops.reference import sampling_locations_from_offsets
 from m2f_video.parity import random_frames, random_model, transformers_model

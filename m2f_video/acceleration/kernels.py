@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m2f_video.acceleration import cpu_kernels
+from m2f_video.ops import Shapes
 
 Activation = Literal["relu", "gelu"]
 _ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2}  # the kernels' numbers
@@ -276,7 +277,7 @@ def window_attention(qkv: Tensor, padding: Tensor, bias: Tensor, window_size: in
 
 def deformable_attention(
     value: Tensor,
-    spatial_shapes: tuple[tuple[int, int], ...],
+    spatial_shapes: Shapes,
     points: Tensor,
     offsets: Tensor,
     logits: Tensor,

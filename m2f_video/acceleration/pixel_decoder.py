@@ -19,12 +19,11 @@ from m2f_video.modeling.pixel_decoder import (
     MSDeformAttnPixelDecoder,
     PixelDecoderOutput,
 )
-from m2f_video.ops import BACKEND_VARIABLE
+from m2f_video.ops import BACKEND_VARIABLE, Shapes
 
 BLOCK = 32
 """Channels that the kernel for group norms takes at a time."""
 
-Shapes = tuple[tuple[int, int], ...]
 
 _LINEARS = dict.fromkeys(("value_proj", "sampling_offsets", "attention_weights", "output_proj"), nn.Linear)
 

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from m2f_video.config import GROUP_NORM_GROUPS
 from m2f_video.modeling.ms_deform_attn import MSDeformAttn
-from m2f_video.modeling.position_encoding import position_dtype, sine_2d
+from m2f_video.modeling.position_encoding import pixel_centres, position_dtype, sine_2d
+from m2f_video.ops import Shapes
 
 NUM_LEVELS = 3  # strides 32, 16 and 8 pass through the encoder
+Maps = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,8 @@ class PixelDecoderOutput:
     """
 
     mask_features: Tensor
-    multi_scale: tuple[Tensor, ...]
-    encoder_layers: tuple[Tensor, ...] | None = None
+    multi_scale: Maps
+    encoder_layers: Maps | None = None
 
 
 class GroupNorm(nn.GroupNorm):
@@ -68,9 +70,7 @@ class DeformableEncoderLayer(nn.Module):
         nn.init.xavier_uniform_(self.linear1.weight)
         nn.init.xavier_uniform_(self.linear2.weight)
 
-    def forward(
-        self, x: Tensor, position: Tensor, reference_points: Tensor, spatial_shapes: tuple[tuple[int, int], ...]
-    ) -> Tensor:
+    def forward(self, x: Tensor, position: Tensor, reference_points: Tensor, spatial_shapes: Shapes) -> Tensor:
         """Tokens (B, N, C) -> (B, N, C); positions (N, C) are added to the queries only, not to the values."""
         attended = self.self_attn(x + position, x, reference_points, spatial_shapes)
         x = self.self_attn_norm(x + self.dropout(attended))
@@ -105,9 +105,8 @@ class MSDeformAttnPixelDecoder(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.input_projections = nn.ModuleList(
-            _input_projection(channels, hidden_dim) for channels in reversed(in_channels[1:])
-        )
+        coarse_to_fine = reversed(in_channels[1:])
+        self.input_projections = nn.ModuleList(_input_projection(channels, hidden_dim) for channels in coarse_to_fine)
         self.level_embed = nn.Parameter(torch.randn(NUM_LEVELS, hidden_dim))
         self.layers = nn.ModuleList(
             DeformableEncoderLayer(
@@ -121,7 +120,7 @@ class MSDeformAttnPixelDecoder(nn.Module):
         nn.init.kaiming_uniform_(self.mask_projection.weight, a=1)
         nn.init.zeros_(cast("Tensor", self.mask_projection.bias))
 
-    def forward(self, maps: tuple[Tensor, ...], output_hidden: bool = False) -> PixelDecoderOutput:
+    def forward(self, maps: Maps, output_hidden: bool = False) -> PixelDecoderOutput:
         """Decode the maps of a batch of frames.
 
         Args:
@@ -129,12 +128,10 @@ class MSDeformAttnPixelDecoder(nn.Module):
             output_hidden: also keep the tokens after every encoder layer.
         """
         finest, *others = maps
-        levels = [
-            projection(level) for projection, level in zip(self.input_projections, reversed(others), strict=True)
-        ]  # coarse to fine
+        coarse_to_fine = zip(self.input_projections, reversed(others), strict=True)
+        levels = [projection(level) for projection, level in coarse_to_fine]
         shapes = tuple((level.shape[2], level.shape[3]) for level in levels)
         x = torch.cat([level.flatten(2).transpose(1, 2) for level in levels], dim=1)  # (B, N, C)
-
         multi_scale, encoder_layers = self.encode(x, shapes, output_hidden)
 
         # one step of a feature pyramid
@@ -142,36 +139,29 @@ class MSDeformAttnPixelDecoder(nn.Module):
         mask_features = self.mask_projection(self.output_conv(self.lateral_conv(finest) + coarse))
         return PixelDecoderOutput(mask_features, multi_scale, encoder_layers)
 
-    def encode(
-        self, x: Tensor, shapes: tuple[tuple[int, int], ...], output_hidden: bool = False
-    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...] | None]:
+    def encode(self, x: Tensor, shapes: Shapes, output_hidden: bool = False) -> tuple[Maps, Maps | None]:
         """Run the encoder on tokens (B, N, C) of levels of these shapes, (height, width) each.
 
         Returns:
             Each level as a map (B, C, H_l, W_l), channels last, and the tokens after every layer where asked for.
         """
         positions = self._positions(shapes, x)
-        references = torch.cat([pixel_centres(h, w, dtype=position_dtype(x), device=x.device) for h, w in shapes])
+        references = torch.cat([pixel_centres(*shape, dtype=position_dtype(x), device=x.device) for shape in shapes])
         encoder_layers = []
         for layer in self.layers:
             x = layer(x, positions, references, shapes)
             if output_hidden:
                 encoder_layers.append(x)
-        sizes = [height * width for height, width in shapes]
-        multi_scale = tuple(
-            tokens.unflatten(1, shape).permute(0, 3, 1, 2)
-            for tokens, shape in zip(x.split(sizes, dim=1), shapes, strict=True)
-        )
+        levels = zip(x.split([height * width for height, width in shapes], dim=1), shapes, strict=True)
+        multi_scale = tuple(tokens.unflatten(1, shape).permute(0, 3, 1, 2) for tokens, shape in levels)
         return multi_scale, tuple(encoder_layers) if output_hidden else None
 
-    def _positions(self, shapes: tuple[tuple[int, int], ...], x: Tensor) -> Tensor:
+    def _positions(self, shapes: Shapes, x: Tensor) -> Tensor:
         """Sine positions plus level embedding: (N, C) in the dtype of `x`."""
-        dim, dtype = x.shape[-1], position_dtype(x)
-        levels = [
-            sine_2d(height, width, dim, dtype=dtype, device=x.device).flatten(0, 1) + embedding
-            for (height, width), embedding in zip(shapes, self.level_embed.to(dtype), strict=True)
-        ]
-        return torch.cat(levels).to(x.dtype)
+        C, dtype = x.shape[-1], position_dtype(x)
+        sines = [sine_2d(*shape, C, dtype=dtype, device=x.device).flatten(0, 1) for shape in shapes]
+        levels = zip(sines, self.level_embed.to(dtype), strict=True)
+        return torch.cat([sine + embedding for sine, embedding in levels]).to(x.dtype)
 
 
 def _input_projection(in_channels: int, out_channels: int) -> nn.Sequential:
@@ -187,10 +177,3 @@ def _conv_norm(in_channels: int, out_channels: int, kernel_size: int) -> nn.Sequ
     convolution = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
     nn.init.kaiming_uniform_(convolution.weight, a=1)
     return nn.Sequential(convolution, GroupNorm(GROUP_NORM_GROUPS, out_channels))
-
-
-def pixel_centres(height: int, width: int, *, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
-    """Centres of a map's pixels, row by row: (H*W, 2) as (x, y), 0 and 1 being the outer edges."""
-    y = (torch.arange(height, dtype=dtype, device=device) + 0.5) / height
-    x = (torch.arange(width, dtype=dtype, device=device) + 0.5) / width
-    return torch.stack((x.expand(height, -1), y[:, None].expand(-1, width)), dim=-1).flatten(0, 1)

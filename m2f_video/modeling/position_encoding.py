@@ -1,4 +1,4 @@
-"""Sine position encodings: 2D for the pixel decoder and image models, 3D for the video decoder.
+"""Positions of pixels; their sine encodings: 2D for the pixel decoder and image models, 3D for the video decoder.
 
 T frames, H W height and width, C channels.
 """
@@ -46,3 +46,10 @@ def sine_3d(
 def position_dtype(features: Tensor) -> torch.dtype:
     """The dtype positions are computed in: never below float32, whatever the features have."""
     return torch.promote_types(features.dtype, torch.float32)
+
+
+def pixel_centres(height: int, width: int, *, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
+    """Centres of a map's pixels, row by row: (H*W, 2) as (x, y), 0 and 1 being the outer edges."""
+    y = (torch.arange(height, dtype=dtype, device=device) + 0.5) / height
+    x = (torch.arange(width, dtype=dtype, device=device) + 0.5) / width
+    return torch.stack((x.expand(height, -1), y[:, None].expand(-1, width)), dim=-1).flatten(0, 1)

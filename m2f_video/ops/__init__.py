@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from m2f_video.ops.embedding_bag import ms_deform_attn_embedding_bag, ms_deform_attn_embedding_bag_from_offsets
-from m2f_video.ops.reference import ms_deform_attn_reference, sampling_locations_from_offsets
+from m2f_video.ops.reference import Shapes, ms_deform_attn_reference, sampling_locations_from_offsets
 
 __all__ = [
     "Backend",
+    "Shapes",
     "available_backends",
     "ms_deform_attn",
     "ms_deform_attn_from_offsets",
@@ -35,7 +36,7 @@ _NO_TRITON = "triton is not installed; it comes with torch's CUDA builds for Lin
 
 def ms_deform_attn(
     value: Tensor,
-    spatial_shapes: tuple[tuple[int, int], ...],
+    spatial_shapes: Shapes,
     sampling_locations: Tensor,
     attention_weights: Tensor,
     backend: Backend = "auto",
@@ -73,7 +74,7 @@ def ms_deform_attn(
 
 def ms_deform_attn_from_offsets(
     value: Tensor,
-    spatial_shapes: tuple[tuple[int, int], ...],
+    spatial_shapes: Shapes,
     reference_points: Tensor,
     offsets: Tensor,
     attention_logits: Tensor,
@@ -177,9 +178,7 @@ def _triton_interpreted() -> bool:
     return INTERPRETED
 
 
-def _check_shapes(
-    value: Tensor, spatial_shapes: tuple[tuple[int, int], ...], locations: Tensor, weights: Tensor
-) -> None:
+def _check_shapes(value: Tensor, spatial_shapes: Shapes, locations: Tensor, weights: Tensor) -> None:
     if value.ndim != 4 or locations.ndim != 6 or locations.shape[-1] != 2:
         raise ValueError(
             f"value must be (B, N, M, D) and sampling_locations (B, Q, M, L, P, 2), "

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from m2f_video.ops.reference import Shapes
+
 CHUNK_BYTES = 2**19
 """Of a chunk's x or y: with no gradient to keep things for, queries are worked on in parts that stay in a cache."""
 
@@ -30,7 +32,7 @@ Rows are int32: they count value vectors, of which no machine holds 2^31."""
 
 def ms_deform_attn_embedding_bag(
     value: Tensor,
-    spatial_shapes: tuple[tuple[int, int], ...],
+    spatial_shapes: Shapes,
     sampling_locations: Tensor,
     attention_weights: Tensor,
 ) -> Tensor:
@@ -42,7 +44,7 @@ def ms_deform_attn_embedding_bag(
 
 def ms_deform_attn_embedding_bag_from_offsets(
     value: Tensor,
-    spatial_shapes: tuple[tuple[int, int], ...],
+    spatial_shapes: Shapes,
     reference_points: Tensor,
     offsets: Tensor,
     attention_logits: Tensor,
@@ -60,7 +62,7 @@ def _axes(positions: Tensor) -> tuple[Tensor, Tensor]:
 
 def _sums(
     value: Tensor,
-    spatial_shapes: tuple[tuple[int, int], ...],
+    spatial_shapes: Shapes,
     grid: "_Grid",
     corners: Callable[..., Corners],
     samples: tuple[Tensor, Tensor, Tensor],
@@ -111,7 +113,7 @@ class _Grid(NamedTuple):
     origin: Tensor  # (B, 1, M L P) int32: row of the upper left corner of the level's border
 
 
-def _grid(spatial_shapes: tuple[tuple[int, int], ...], samples: Tensor, dtype: torch.dtype) -> _Grid:
+def _grid(spatial_shapes: Shapes, samples: Tensor, dtype: torch.dtype) -> _Grid:
     """Constants for samples (B, Q, M, L, P, 2), whose positions are of this dtype."""
     (B, _, M, L, P, _), device = samples.shape, samples.device
 
@@ -188,7 +190,7 @@ def _cell(position: Tensor, first: Tensor, last: Tensor) -> tuple[Tensor, Tensor
     return position.detach().int(), position.frac()
 
 
-def _pad_levels(value: Tensor, spatial_shapes: tuple[tuple[int, int], ...]) -> Tensor:
+def _pad_levels(value: Tensor, spatial_shapes: Shapes) -> Tensor:
     """Surround every level by zero pixels, so that a corner outside needs no mask: its row is zero.
 
     (B, N, M, D) -> (B, sum of (H + BORDER)(W + BORDER), M, D)

@@ -9,10 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Shapes = tuple[tuple[int, int], ...]
+"""(height, width) of each level, in the order of its tokens."""
+
 
 def ms_deform_attn_reference(
     value: Tensor,
-    spatial_shapes: tuple[tuple[int, int], ...],
+    spatial_shapes: Shapes,
     sampling_locations: Tensor,
     attention_weights: Tensor,
 ) -> Tensor:
@@ -33,9 +36,7 @@ def ms_deform_attn_reference(
     return output.view(B, M * D, Q).transpose(1, 2).to(value.dtype)
 
 
-def sampling_locations_from_offsets(
-    reference_points: Tensor, offsets: Tensor, spatial_shapes: tuple[tuple[int, int], ...]
-) -> Tensor:
+def sampling_locations_from_offsets(reference_points: Tensor, offsets: Tensor, spatial_shapes: Shapes) -> Tensor:
     """Turn offsets in pixels of the level sampled into locations relative to it.
 
     Args:

@@ -27,6 +27,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.autotuner import Autotuner
 
+from m2f_video.ops.reference import Shapes
+
 _UNSPECIALIZED = ["rows", "queries", "tokens", "size_class"]  # else a kernel is compiled anew where 16 divides them
 
 
@@ -177,7 +179,7 @@ _tuned_backward_kernel = triton.autotune(**_TUNING, reset_to_zero=["grad_value"]
 
 def ms_deform_attn_triton(
     value: Tensor,
-    spatial_shapes: tuple[tuple[int, int], ...],
+    spatial_shapes: Shapes,
     sampling_locations: Tensor,
     attention_weights: Tensor,
 ) -> Tensor:

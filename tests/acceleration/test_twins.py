@@ -17,8 +17,8 @@ from m2f_video.modeling.pixel_decoder import (
     DeformableEncoderLayer,
     GroupNorm,
     MSDeformAttnPixelDecoder,
-    pixel_centres,
 )
+from m2f_video.modeling.position_encoding import pixel_centres
 from m2f_video.modeling.swin import Mlp, PatchMerging, SwinBlock
 from m2f_video.modeling.transformer_decoder import CrossAttention, DecoderLayer, Level, MaskProduct
 from tests.tolerances import relative_error

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from m2f_video.modeling.ms_deform_attn import MSDeformAttn, initial_offsets
-from m2f_video.modeling.pixel_decoder import pixel_centres
+from m2f_video.modeling.position_encoding import pixel_centres
 from m2f_video.ops import Backend
 from tests.golden_files import GOLDEN, read_info
 from tests.tolerances import assert_close, differences

@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from m2f_video.modeling.pixel_decoder import DeformableEncoderLayer, MSDeformAttnPixelDecoder, pixel_centres
-from m2f_video.modeling.position_encoding import sine_2d
+from m2f_video.modeling.pixel_decoder import DeformableEncoderLayer, MSDeformAttnPixelDecoder
+from m2f_video.modeling.position_encoding import pixel_centres, sine_2d
 from tests.tolerances import assert_close
 
 CHANNELS = (4, 6, 8, 10)
