@@ -12,11 +12,13 @@ import pickle
 import re
 import struct
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 import torch
 
+from weights_convert.bounds import MAX_VALUES, TOO_LARGE, all_values
 from weights_convert.errors import CheckpointError
 
 # What a broken or hostile pickle raises inside the unpickler, beside refused names.
@@ -33,25 +35,16 @@ BROKEN_PICKLE = (
     ValueError,
     struct.error,
 )
-REFUSED = (
-    "it asks for {:.80}, and only plain arrays, tensors and containers are read; do not trust this file, or have its "
-    "state dict saved alone"
-)
-_MAX_STEPS = 3_000_000  # of one pickle; the weights, averages and optimizer of a large model take 300,000
 _STEPS_OF_A_CALL = 20  # which takes as long
 _MAX_LINE = 1 << 28  # bytes; protocol 0 writes an array as a line
-_MAX_NESTING = 50
 _MAX_DIMENSIONS = 32
-_TOO_LARGE = "it nests too deeply, or holds too many values for a checkpoint; do not trust this file"
 
 
+@dataclass(slots=True, eq=False)
 class PickledTensor:
     """An array on its way out of a pickle; ``tensor`` is None until the pickle has given its content."""
 
-    __slots__ = ("tensor",)
-
-    def __init__(self, tensor: torch.Tensor | None = None) -> None:
-        self.tensor = tensor
+    tensor: torch.Tensor | None = None
 
     def set_state(self, state: Any) -> None:
         """Fill in the content as numpy's ndarray pickles it."""
@@ -74,13 +67,11 @@ class PickledStorage:
         self.data: np.ndarray = np.empty(count * dtype.itemsize, dtype=np.uint8)
 
 
+@dataclass(slots=True, eq=False)
 class UnreadTensor:
     """A tensor of a kind that weights never are, which the pickle may hold beside them."""
 
-    __slots__ = ("kind",)
-
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
+    kind: str
 
 
 class _PickledDtype:
@@ -109,20 +100,12 @@ class _PickledDict(dict[Any, Any]):
     def __init__(self, items: Any = ()) -> None:
         _put(self, items.items() if isinstance(items, dict) else _parts(items))
 
-    def set_state(self, state: object) -> None:
-        pass
 
-
+@dataclass(slots=True, eq=False)
 class _StandIn:
     """What the pickle gets for a name: it can be called and nothing else, so no state can be set on it."""
 
-    __slots__ = ("function",)
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
-
-    def __call__(self, *args: Any) -> Any:
-        return self.function(*args)
+    function: Callable[..., Any]
 
 
 def _parts(values: Any) -> list[Any]:
@@ -132,25 +115,23 @@ def _parts(values: Any) -> list[Any]:
     return list(values)
 
 
+def _check_hashed(values: Iterable[Any], kinds: tuple[type, ...], refusal: str) -> None:
+    """Refuse what may take for ever to hash: all but None, small integers and these kinds."""
+    for value in values:
+        if not (value is None or type(value) in kinds or (type(value) is int and value.bit_length() <= 64)):
+            raise CheckpointError(f"it has a {type(value).__name__} {refusal}")
+
+
 def _put(target: Any, items: Iterable[Any]) -> None:
-    """Set items of a dictionary, whose keys are strings, integers or None: hashing anything else may take for ever."""
+    """Set items of a dictionary."""
     for key, value in items:
-        if not (key is None or type(key) in (str, bool) or (type(key) is int and key.bit_length() <= 64)):
-            raise CheckpointError(
-                f"it has a {type(key).__name__} as a key; only texts and small integers are read as keys"
-            )
+        _check_hashed((key,), (str, bool), "as a key; only texts and small integers are read as keys")
         dict.__setitem__(target, key, value)
 
 
 def _members(values: Any = ()) -> set[Any]:
     members = _parts(values)
-    for value in members:
-        if not (
-            value is None
-            or type(value) in (str, bytes, bool, float)
-            or (type(value) is int and value.bit_length() <= 64)
-        ):
-            raise CheckpointError(f"it has a {type(value).__name__} in a set; only texts and numbers are read there")
+    _check_hashed(members, (str, bytes, bool, float), "in a set; only texts and numbers are read there")
     return set(members)
 
 
@@ -187,32 +168,23 @@ def _encode(text: str, encoding: Any = "latin1") -> bytes:
 
 
 def _strided(
-    storage: Any, offset: Any, size: Any, stride: Any, _gradient: Any = None, _hooks: Any = None, marks: Any = None
+    storage: Any, offset: Any, size: Any, stride: Any, _gradient: Any = None, _hooks: Any = None, *others: Any
 ) -> torch.Tensor | UnreadTensor:
-    if marks:
-        return UnreadTensor("conjugate or negative view")
-    return _typed(storage, offset, size, stride, storage.dtype)
-
-
-def _strided_of_dtype(
-    storage: Any, offset: Any, size: Any, stride: Any, _gradient: Any, _hooks: Any, dtype: Any, marks: Any = None
-) -> torch.Tensor | UnreadTensor:
-    return UnreadTensor("conjugate or negative view") if marks else _typed(storage, offset, size, stride, dtype)
-
-
-def _typed(storage: Any, offset: Any, size: Any, stride: Any, dtype: Any) -> torch.Tensor:
-    if not isinstance(storage, PickledStorage) or not isinstance(dtype, torch.dtype):
+    """A tensor; the others are its dtype, where that is not the storage's, and the marks of a view, where it has any."""
+    if not isinstance(storage, PickledStorage):
         raise CheckpointError("it holds a tensor without content; the file is damaged")
-    memory = torch.from_numpy(storage.data).untyped_storage()
-    flat = torch.empty(0, dtype=dtype).set_(memory)
+    if any(other for other in others if not isinstance(other, torch.dtype)):
+        return UnreadTensor("conjugate or negative view")
+    dtype = next((other for other in others if isinstance(other, torch.dtype)), storage.dtype)
+    flat = torch.empty(0, dtype=dtype).set_(torch.from_numpy(storage.data).untyped_storage())
     return torch.as_strided(flat, _sizes(size), _sizes(stride), *_sizes((offset,)))  # checks the bounds
 
 
 def _of_type(function: Any, _type: object, args: Any, _state: object) -> Any:
     """A tensor with attributes; classes of tensors other than PyTorch's own are refused by their names."""
-    if not isinstance(function, _StandIn) or function.function not in (_strided, _strided_of_dtype):
+    if not isinstance(function, _StandIn) or function.function is not _strided:
         return UnreadTensor("subclass")
-    return function(*_parts(args))
+    return _strided(*_parts(args))
 
 
 def _never(*_args: object) -> Any:
@@ -236,7 +208,7 @@ _ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
     ("torch.nn.parameter", "Parameter"): _never,
     ("torch._utils", "_rebuild_tensor"): _strided,
     ("torch._utils", "_rebuild_tensor_v2"): _strided,
-    ("torch._utils", "_rebuild_tensor_v3"): _strided_of_dtype,
+    ("torch._utils", "_rebuild_tensor_v3"): _strided,
     ("torch._utils", "_rebuild_parameter"): lambda tensor, *_flags: tensor,
     ("torch._utils", "_rebuild_parameter_with_state"): lambda tensor, *_flags: tensor,
     ("torch._tensor", "_rebuild_from_type_v2"): _of_type,
@@ -301,7 +273,7 @@ class _Bounded:
     def readline(self) -> bytes:
         line = self.file.readline(_MAX_LINE)
         if len(line) == _MAX_LINE:
-            raise CheckpointError(_TOO_LARGE)
+            raise CheckpointError(TOO_LARGE)
         return line
 
     def read(self, count: int) -> bytes:
@@ -324,7 +296,7 @@ class _RestrictedUnpickler(pickle._Unpickler):
     ) -> None:
         super().__init__(_Bounded(file, size), encoding="latin1")
         self._find_storage, self._load_storage = find_storage, load_storage
-        self._steps_left = _MAX_STEPS
+        self._steps_left = MAX_VALUES
         self._content_left = 4 * size + 1000  # protocol 2 gives the bytes of an array to two functions
 
     def find_class(self, module: str, name: str) -> Any:
@@ -333,7 +305,10 @@ class _RestrictedUnpickler(pickle._Unpickler):
         if (module, name) == ("torch.storage", "_load_from_bytes") and self._load_storage:
             return _StandIn(self._load_storage)
         if (module, name) not in _ALLOWED:
-            raise CheckpointError(REFUSED.format(f"{module}.{name}"))
+            raise CheckpointError(
+                f"it asks for {f'{module}.{name}':.80}, and only plain arrays, tensors and containers are read; "
+                "do not trust this file, or have its state dict saved alone"
+            )
         return _StandIn(_ALLOWED[module, name])
 
     def persistent_load(self, pid: Any) -> Any:
@@ -351,7 +326,7 @@ class _RestrictedUnpickler(pickle._Unpickler):
     def step(self, count: int = 1) -> None:
         self._steps_left -= count
         if self._steps_left < 0:
-            raise CheckpointError(_TOO_LARGE)
+            raise CheckpointError(TOO_LARGE)
 
     def spend(self, values: Any) -> None:
         """Count what a function is given: the same bytes given again and again would take any memory and time."""
@@ -369,7 +344,7 @@ class _RestrictedUnpickler(pickle._Unpickler):
             raise CheckpointError("it calls what is no function; the file is damaged")
         self.step(_STEPS_OF_A_CALL)
         self.spend(args)
-        self.append(function(*args))
+        self.append(function.function(*args))
 
     def load_build(self) -> None:
         state, target = self.stack.pop(), self.stack[-1]
@@ -381,16 +356,15 @@ class _RestrictedUnpickler(pickle._Unpickler):
 
     def load_setitem(self) -> None:
         value, key = self.stack.pop(), self.stack.pop()
-        _put(self.target(dict), [(key, value)])
+        self.put([key, value])
 
     def load_setitems(self) -> None:
-        items = self.pop_mark()
-        _put(self.target(dict), zip(items[::2], items[1::2], strict=True))
+        self.put(self.pop_mark())
 
     def load_dict(self) -> None:
         items = self.pop_mark()
         self.append({})
-        _put(self.stack[-1], zip(items[::2], items[1::2], strict=True))
+        self.put(items)
 
     def load_append(self) -> None:
         value = self.stack.pop()
@@ -416,6 +390,10 @@ class _RestrictedUnpickler(pickle._Unpickler):
         raise pickle.UnpicklingError("it makes an object of a class")
 
     load_inst = load_obj = load_newobj = load_newobj_ex = load_ext1 = load_ext2 = load_ext4 = load_object
+
+    def put(self, items: list[Any]) -> None:
+        """Set items of a dictionary: keys and values in turn."""
+        _put(self.target(dict), zip(items[::2], items[1::2], strict=True))
 
     def target(self, kind: type) -> Any:
         """The container that the next values go into."""
@@ -461,25 +439,7 @@ def load_pickle(
         raise
     except BROKEN_PICKLE as error:
         raise CheckpointError(f"it is a truncated or damaged pickle ({error!s:.80}); fetch it again") from error
-    _check_nesting(content)
+    for value in all_values(content):
+        if isinstance(value, int) and value.bit_length() > 1024:
+            raise CheckpointError("it holds a number of more than 1024 bits; do not trust this file")
     return content
-
-
-def _check_nesting(content: object) -> None:
-    """Bound what walks over the content: its depth, and its size with all that is there several times."""
-    level, left = [content], _MAX_STEPS
-    for _ in range(_MAX_NESTING):
-        inner: list[object] = []
-        for value in level:
-            if isinstance(value, dict):
-                inner.extend(value.values())
-            elif isinstance(value, list | tuple):
-                inner.extend(value)
-            elif isinstance(value, int) and value.bit_length() > 1024:
-                raise CheckpointError("it holds a number of more than 1024 bits; do not trust this file")
-            if len(inner) > left:
-                raise CheckpointError(_TOO_LARGE)
-        level, left = inner, left - len(inner)
-        if not level:
-            return
-    raise CheckpointError(_TOO_LARGE)
