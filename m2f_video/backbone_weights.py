@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from m2f_video.config import ConfigError, TimmBackboneConfig
-from m2f_video.hub import config_beside, first_misfit, in_words, naming, warn_of_other_function, weights_path
-from weights_convert import ConversionError, detect_format, import_state_dict, read_state_dict
+from m2f_video.hub import config_beside, first_misfit, in_words, warn_of_other_function, weights_path
+from weights_convert import ConversionError, detect_format, import_state_dict, naming, read_state_dict
 
 if TYPE_CHECKING:
     from m2f_video.modeling.video_mask2former import VideoMask2Former

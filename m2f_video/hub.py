@@ -18,6 +18,7 @@ from m2f_video.files import check_replaceable, made_directory, temporary_folder
 from weights_convert import (
     CheckpointError,
     ConversionError,
+    naming,
     native_config_from_hf,
     read_config,
     read_state_dict,
@@ -202,15 +203,6 @@ def in_words(changed: Mapping[str, tuple[Any, Any]]) -> str:
     """The first of the fields that differ, with both values."""
     first = [f"{name} is {shown(used)} (its own: {shown(own)})" for name, (own, used) in changed.items()][:2]
     return f"{'; '.join(first)}{f'; and {len(changed) - 2} more' if len(changed) > 2 else ''}"[:180]
-
-
-@contextmanager
-def naming(source: str | os.PathLike[str]) -> Iterator[None]:
-    """Let an error that says what is wrong with weights say where they are from."""
-    try:
-        yield
-    except ConversionError as error:
-        raise ConversionError(f"{source!s:.100}: {error}") from error
 
 
 def _local_path(source: str | os.PathLike[str]) -> Path:

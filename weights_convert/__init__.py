@@ -11,7 +11,7 @@ Command line: ``python -m weights_convert SRC DST [--to native|hf]``.
 from weights_convert.checkpoints import Checkpoint, read_checkpoint, read_config, read_state_dict, write_checkpoint
 from weights_convert.configs import hf_config_from_native, native_config_from_hf, to_native_config
 from weights_convert.convert import Translation, detect_format, from_native, import_state_dict, to_native
-from weights_convert.errors import CheckpointError, ConversionError
+from weights_convert.errors import CheckpointError, ConversionError, naming
 from weights_convert.torch_files import read_torch_file
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "from_native",
     "hf_config_from_native",
     "import_state_dict",
+    "naming",
     "native_config_from_hf",
     "read_checkpoint",
     "read_config",

@@ -5,7 +5,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +16,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from weights_convert.bounds import TOO_LARGE, all_values, check_regular
 from weights_convert.convert import detect_format
-from weights_convert.errors import CheckpointError
+from weights_convert.errors import CheckpointError, naming
 from weights_convert.pickles import PickledTensor, UnreadTensor, load_pickle
 from weights_convert.rules import StateDict
 from weights_convert.torch_files import LEGACY, load_torch_storage, read_torch_file
@@ -34,7 +35,6 @@ _LFS_POINTER = b"version https://git-lfs"
 _STAGING = ".writing-"
 _LEFTOVER = re.compile(rf"{re.escape(_STAGING)}[a-z0-9_]{{8}}")
 _MAX_JSON = 16 << 20  # bytes; the index of a large model is a tenth of it
-_MAX_NESTING = 50
 _CHUNK = 1 << 22  # values looked at together
 _MAX_FILE = 1 << 35  # bytes; ten times the largest model with its optimizer
 _MAX_SHARING = 4  # times that the same memory may be claimed by tensors of several keys
@@ -91,17 +91,11 @@ def read_state_dict(path: str | os.PathLike[str]) -> StateDict:
         CheckpointError: If the path is missing, the file damaged, unsafe or no checkpoint, or a weight is not finite.
     """
     path = Path(path)
-    try:
+    with _reading(path):
         if not path.exists():
             raise CheckpointError(f"{path} does not exist; give a checkpoint file or folder")
         state_dict = _read_folder(path) if path.is_dir() else _read_file(path)
         _check_values(path, state_dict)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "allocate memory" not in str(error):
-            raise
-        raise CheckpointError(f"{path} does not fit into memory; free some, or use a larger machine") from error
     return state_dict
 
 
@@ -113,16 +107,8 @@ def read_config(path: str | os.PathLike[str]) -> tuple[Json, Json | None]:
     """
     path = Path(path)
     beside = path.parent / PREPROCESSOR_NAME
-    try:
-        config = _read_json(path)
-    except CheckpointError as error:
-        if isinstance(error.__cause__, ValueError) and path.is_file() and _is_of_detectron2(path):
-            raise CheckpointError(
-                f"{path} is a config of detectron2, which cannot be read; give the config.json of such a model, or (to "
-                "m2f-video) a preset such as resnet50_youtubevis_2019"
-            ) from error
-        raise
-    return config, _read_json(beside) if beside.exists() else None
+    with _reading(path):
+        return _read_json(path), _read_json(beside) if beside.exists() else None
 
 
 def write_checkpoint(
@@ -186,11 +172,6 @@ def write_checkpoint(
                     parent.rmdir()
 
 
-def _is_of_detectron2(config: Path) -> bool:
-    with config.open("rb") as file:
-        return _DETECTRON2_CONFIG.search(file.read(1 << 16)) is not None
-
-
 def is_occupied(target: Path) -> bool:
     """Whether there is something where a checkpoint is to be written; what a killed writer left is nothing."""
     if target.is_dir():
@@ -227,37 +208,43 @@ def _remove_leftovers(folder: Path) -> None:
                     shutil.rmtree(path)
 
 
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Let the system's and the memory's errors say in one line which file cannot be read."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or path} cannot be read: {error.strerror or error}") from error
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "allocate memory" not in str(error):
+            raise
+        raise CheckpointError(f"{path} does not fit into memory; free some, or use a larger machine") from error
+
+
 def _read_json(path: Path) -> Json:
     """Parse a JSON object from a stranger: of bounded size and depth, and with numbers of 64 bits."""
+    check_regular(path)
+    with path.open("rb") as file:
+        text = file.read(_MAX_JSON + 1)
+    if len(text) > _MAX_JSON:
+        raise CheckpointError(f"{path} is larger than {_MAX_JSON >> 20} MB, as no config is; fetch it again")
     try:
-        _check_regular(path)
-        if path.stat().st_size > _MAX_JSON:
-            raise CheckpointError(f"{path} is larger than {_MAX_JSON >> 20} MB, as no config is; fetch it again")
-        content = json.loads(path.read_text(encoding="utf-8"))
-        level = [content]
-        for _ in range(_MAX_NESTING):
-            level = [part for value in level for part in _inside(value)]
-            if any(isinstance(value, int | float) and not _fits(value) for value in level):
-                raise ValueError("it holds a number out of the range of 64 bits")
-        if level:
-            raise RecursionError
-    except CheckpointError:
-        raise
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+        content = json.loads(text.decode("utf-8"))
     except RecursionError as error:
-        raise CheckpointError(f"{path} nests too deeply for a config; do not trust this checkpoint") from error
+        raise CheckpointError(f"{path}: {TOO_LARGE}") from error
     except ValueError as error:  # bad JSON or bad UTF-8
+        if _DETECTRON2_CONFIG.search(text, 0, 1 << 16):
+            raise CheckpointError(
+                f"{path} is a config of detectron2, which cannot be read; give the config.json of such a model, or (to "
+                "m2f-video) a preset such as resnet50_youtubevis_2019"
+            ) from error
         raise CheckpointError(f"{path} is not valid JSON ({error}); fetch it again") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} must hold a JSON object, but holds a {type(content).__name__}")
+    with naming(path):
+        if not all(_fits(value) for value in all_values(content) if isinstance(value, int | float)):
+            raise CheckpointError("it holds a number out of the range of 64 bits; fetch it again")
     return content
-
-
-def _inside(value: Any) -> Iterable[Any]:
-    if isinstance(value, dict):
-        return value.values()
-    return value if isinstance(value, list) else ()
 
 
 def _fits(number: float) -> bool:
@@ -288,7 +275,7 @@ def _read_shards(index: Path) -> StateDict:
 
 
 def _read_file(path: Path) -> StateDict:
-    _check_regular(path)
+    check_regular(path)
     with path.open("rb") as file:
         head = file.read(32)
     if path.stat().st_size > _MAX_FILE:  # a file with holes may claim any size
@@ -308,19 +295,9 @@ def _read_file(path: Path) -> StateDict:
         return _unwrapped(path, read_torch_file(path))
     if head[:1] not in (b"\x80", b"(", b"c", b"}"):  # how pickles of any protocol begin
         raise CheckpointError(f"{path} is not a checkpoint; give safetensors, a torch.save file or a pickle of weights")
-    try:
-        with path.open("rb") as file:
-            content = load_pickle(file, path.stat().st_size, load_storage=load_torch_storage)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from error
+    with path.open("rb") as file, naming(path):
+        content = load_pickle(file, path.stat().st_size, load_storage=load_torch_storage)
     return _unwrapped(path, content)
-
-
-def _check_regular(path: Path) -> None:
-    """Refuse pipes and devices, whose reading may block for ever."""
-    if path.exists() and not path.is_file():
-        kind = "a folder" if path.is_dir() else "a pipe, socket or device"
-        raise CheckpointError(f"{path} is {kind}, not a regular file; give a file, or copy its content to one")
 
 
 def _unwrapped(path: Path, content: object) -> StateDict:

@@ -11,7 +11,8 @@ import copy
 import math
 from typing import Any
 
-from weights_convert.errors import ConversionError
+from weights_convert.bounds import all_values
+from weights_convert.errors import ConversionError, naming
 
 Json = dict[str, Any]
 
@@ -94,7 +95,7 @@ RESNETS: dict[str, Json] = {
 """The timm models that transformers can express as a ResNet of its own, and what it calls that."""
 _PROCESSOR_FIXED: Json = {"do_resize": True, "do_rescale": True, "do_normalize": True, "resample": 2}
 _STAGES = {"out_features": ["stage1", "stage2", "stage3", "stage4"], "out_indices": [1, 2, 3, 4]}
-MOST_LABELS, _DEEPEST = 30_000, 10
+MOST_LABELS = 30_000
 _TEMPORAL_OF = {True: "joint", False: "per_frame"}  # by whether the architecture is VideoMask2Former...
 
 
@@ -112,7 +113,7 @@ def to_native_config(config: Json, preprocessor: Json | None = None, temporal: s
     Raises:
         ConversionError: If the config is of another kind, or as `native_config_from_hf`.
     """
-    _check_depth(config)
+    _check_bounds(config)
     if _get(config, "model_type") != _NATIVE_FIXED["model_type"]:
         return native_config_from_hf(config, preprocessor, temporal)
     _check_fixed("config", config, {"format_version": _NATIVE_FIXED["format_version"]})
@@ -140,7 +141,7 @@ def native_config_from_hf(config: Json, preprocessor: Json | None = None, tempor
     Raises:
         ConversionError: If a required field is missing or a value is one the native model cannot represent.
     """
-    _check_depth([config, preprocessor])
+    _check_bounds([config, preprocessor])
     if (model_type := _get(config, "model_type")) != _HF_FIXED["model_type"]:
         known = f"{_NATIVE_FIXED['model_type']} (native) and {_HF_FIXED['model_type']} (transformers)"
         raise ConversionError(f"config: model_type = {model_type!r:.60} is another architecture; known are {known}")
@@ -217,7 +218,7 @@ def hf_config_from_native(config: Json) -> tuple[Json, Json]:
     Raises:
         ConversionError: If a field is missing, or has no counterpart in transformers.
     """
-    _check_depth(config)
+    _check_bounds(config)
     _check_fixed("config", config, _NATIVE_FIXED)
     is_swin = _get(config, "backbone.type") == "swin"
     fields, own = (_SWIN_FIELDS + _FIELDS, "type") if is_swin else (_FIELDS, "name")
@@ -266,18 +267,10 @@ def _resnet(config: Json) -> Json:
     return RESNETS[name]
 
 
-def _check_depth(config: Any) -> None:
+def _check_bounds(config: Any) -> None:
     """Refuse what is nested further than any config, before something recursive meets it."""
-    level = [config]
-    for _ in range(_DEEPEST):
-        level = [
-            item
-            for value in level
-            if isinstance(value, (dict, list, tuple))
-            for item in (value.values() if isinstance(value, dict) else value)
-        ]
-    if level:
-        raise ConversionError("config: it nests too deeply; give the config.json of a model")
+    with naming("config"):
+        all_values(config)
 
 
 def _read(processor: Json, fit: str) -> Json:

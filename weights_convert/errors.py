@@ -1,5 +1,9 @@
 """What goes wrong when checkpoints meet: every error names the thing and the remedy."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 _LENGTH = 280  # characters: with a program's name before it still a line that can be read
 
 
@@ -15,3 +19,12 @@ class ConversionError(ValueError):
 
 class CheckpointError(ConversionError):
     """A file or folder that is not a readable (or writable) checkpoint."""
+
+
+@contextmanager
+def naming(source: str | os.PathLike[str]) -> Iterator[None]:
+    """Let an error that says what is wrong say where: in which file, or in the weights of which source."""
+    try:
+        yield
+    except ConversionError as error:
+        raise type(error)(f"{source!s:.100}: {error}") from error

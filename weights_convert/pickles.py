@@ -170,7 +170,7 @@ def _encode(text: str, encoding: Any = "latin1") -> bytes:
 def _strided(
     storage: Any, offset: Any, size: Any, stride: Any, _gradient: Any = None, _hooks: Any = None, *others: Any
 ) -> torch.Tensor | UnreadTensor:
-    """A tensor; the others are its dtype, where that is not the storage's, and the marks of a view, where it has any."""
+    """A tensor; the others are its dtype, where that is not the storage's, and the marks of a view."""
     if not isinstance(storage, PickledStorage):
         raise CheckpointError("it holds a tensor without content; the file is damaged")
     if any(other for other in others if not isinstance(other, torch.dtype)):

@@ -11,12 +11,12 @@ import re
 import sys
 import zipfile
 import zlib
-from pathlib import Path
 from typing import IO, BinaryIO
 
 import torch
 
-from weights_convert.errors import CheckpointError
+from weights_convert.bounds import check_regular
+from weights_convert.errors import CheckpointError, naming
 from weights_convert.pickles import BROKEN_PICKLE, PickledStorage, load_pickle
 
 LEGACY = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the magic number torch.save wrote before its zip files
@@ -42,19 +42,18 @@ def read_torch_file(path: str | os.PathLike[str]) -> object:
         MemoryError: If its content does not fit.
         OSError: If the system does not let it be read.
     """
-    if not Path(path).is_file():
-        raise CheckpointError(f"{path} is no regular file; give a file of torch.save")
-    with open(path, "rb") as file:
+    check_regular(path)
+    with open(path, "rb") as file, naming(path):
         try:
             return _read_zip(file) if file.read(2) == b"PK" else _read_legacy(file)
-        except CheckpointError as error:
-            raise CheckpointError(f"{path}: {error}") from error
+        except CheckpointError:
+            raise
         except (*BROKEN_PICKLE, zipfile.BadZipFile, zlib.error) as error:
-            raise CheckpointError(f"{path} is a damaged torch file ({error!s:.80}); fetch it again") from error
+            raise CheckpointError(f"it is a damaged torch file ({error!s:.80}); fetch it again") from error
         except OSError as error:
             if error.errno != errno.EINVAL:  # a place before the file's beginning, as a damaged directory names one
                 raise
-            raise CheckpointError(f"{path} is a damaged torch file; fetch it again") from error
+            raise CheckpointError("it is a damaged torch file; fetch it again") from error
 
 
 def load_torch_storage(data: bytes) -> PickledStorage:

@@ -170,7 +170,7 @@ def test_a_checkpoint_runs_nothing_and_holds_nothing_else(other: Any, reason: st
 def test_a_pipe_in_place_of_a_checkpoint_is_passed_over(tmp_path: Path) -> None:
     save(tmp_path, 2)
     os.mkfifo(tmp_path / "checkpoints/step-00000003.pt")
-    passed_over(tmp_path, "no regular file")
+    passed_over(tmp_path, "not a regular file")
 
 
 def test_a_renamed_file_is_passed_over(tmp_path: Path) -> None:
