@@ -18,6 +18,8 @@ from weights_convert import ConversionError, detect_format, import_state_dict, n
 if TYPE_CHECKING:
     from m2f_video.modeling.video_mask2former import VideoMask2Former
 
+_OF_BACKBONE = ("backbone.", "preprocessing.image_")  # fields of a config that a backbone's weights depend on
+
 
 @dataclass(frozen=True)
 class LoadedBackbone:
@@ -49,8 +51,8 @@ class LoadedBackbone:
 def load_backbone(model: "VideoMask2Former", source: str | os.PathLike[str]) -> LoadedBackbone:
     """Load the weights of a backbone into a model; all others stay as they are.
 
-    Warns where the model normalises frames otherwise than those that timm's weights were trained on, or where a config
-    beside the weights tells of another backbone.
+    Warns where the model normalises frames otherwise than those that the weights were trained on, as timm or a config
+    beside them says, or where that config tells of another backbone.
 
     Args:
         model: changed in place, or not at all where the weights do not fit.
@@ -90,7 +92,7 @@ def load_backbone(model: "VideoMask2Former", source: str | os.PathLike[str]) -> 
     if changed := _other_normalisation(tag, model):
         warnings.warn(f"the backbone of {name:.80} was trained on other frames: {in_words(changed)}", stacklevel=2)
     elif path and not tag:
-        warn_of_other_function(config_beside(path), model.config, name, of=("backbone.",), stacklevel=3)
+        warn_of_other_function(config_beside(path), model.config, name, of=_OF_BACKBONE, stacklevel=3)
     return LoadedBackbone(name, _by_group(weights), _by_group(kept), left_out)
 
 

@@ -4,8 +4,8 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar, Unpack
 
@@ -14,9 +14,7 @@ from torch import Tensor, nn
 
 from m2f_video.checked_config import ConfigError, shown
 from m2f_video.config import MODEL_TYPE, VideoMask2FormerConfig
-from m2f_video.files import check_replaceable, made_directory, temporary_folder
 from weights_convert import (
-    CheckpointError,
     ConversionError,
     naming,
     native_config_from_hf,
@@ -280,31 +278,6 @@ def first_misfit(expected: Mapping[str, Tensor], state_dict: Mapping[str, Tensor
     ]
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return f"{problems[0]:.130}{more}" if problems else None
-
-
-@contextmanager
-def staged_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder of the same name, whose files replace those of `folder` when the block ends well.
-
-    A model card (`README.md`) that is there already is kept. After an exception `folder` is as it was before.
-
-    Raises:
-        weights_convert.CheckpointError: the files cannot be written.
-    """
-    folder = folder.absolute()
-    with made_directory(folder):
-        try:
-            with temporary_folder(folder / folder.name) as temporary:
-                staging = temporary / folder.name
-                yield staging
-                files = sorted(staging.iterdir())
-                for file in files:
-                    check_replaceable(folder / file.name)
-                for file in files:
-                    if file.name != "README.md" or not (folder / file.name).exists():
-                        file.replace(folder / file.name)
-        except (OSError, CheckpointError) as error:  # which name the temporary folder
-            raise CheckpointError(f"{folder} cannot be written: {error.__cause__ or error}") from error
 
 
 def resolve_config(config: ConfigSource) -> VideoMask2FormerConfig:

@@ -248,6 +248,12 @@ def test_frames_that_timm_normalised_otherwise_are_said(source: str, edge: float
         load_backbone(model, source)
 
 
+def test_a_model_that_normalised_otherwise_is_said(folder: Path, tiny_config: VideoMask2FormerConfig) -> None:
+    preprocessing = replace(tiny_config.preprocessing, image_std=(1.0, 1.0, 1.0), shortest_edge=400)
+    with pytest.warns(UserWarning, match=r"another config than its own: preprocessing.image_std is \[1.0, 1.0, 1.0\]"):
+        load_backbone(VideoMask2Former(tiny_config.replace(preprocessing=preprocessing)), folder)
+
+
 def test_weights_of_another_backbone_of_the_same_shapes_are_said(tmp_path: Path) -> None:
     other = build("timm:resnet18")
     other.config = other.config.replace(backbone="timm:gluon_resnet18_v1b")

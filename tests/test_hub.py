@@ -16,12 +16,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from m2f_video.config import ConfigError, VideoMask2FormerConfig
-from m2f_video.hub import load_config, other_function, parse_device, parse_dtype, staged_folder
+from m2f_video.hub import load_config, other_function, parse_device, parse_dtype
 from m2f_video.inference.processor import VideoProcessor
 from m2f_video.modeling.video_mask2former import VideoMask2Former
 from tests.golden_files import original_weights
 from tests.tolerances import assert_close, identical
-from weights_convert import CheckpointError, ConversionError
+from weights_convert import CheckpointError, ConversionError, staged_folder
 
 # --- folders and files
 
@@ -499,7 +499,7 @@ def test_a_save_that_fails_makes_no_folder(
 
 def test_saving_onto_a_file_is_refused(tiny_model: VideoMask2Former, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(FileExistsError):
+    with pytest.raises(CheckpointError, match="file cannot be written: File exists"):
         tiny_model.save_pretrained(tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"
 
@@ -507,7 +507,6 @@ def test_saving_onto_a_file_is_refused(tiny_model: VideoMask2Former, tmp_path: P
 def test_staging_replaces_files_at_the_end_only(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("old")
     with staged_folder(tmp_path) as staging:
-        staging.mkdir()
         (staging / "a").write_text("new")
         assert (tmp_path / "a").read_text() == "old"
         assert staging.name == tmp_path.name
@@ -516,15 +515,14 @@ def test_staging_replaces_files_at_the_end_only(tmp_path: Path) -> None:
 
 def test_staging_is_all_or_nothing_and_clears_what_a_killed_writer_left(tmp_path: Path) -> None:
     folder = tmp_path / "model"
-    (folder / ".model.0a1b2c3d" / "model").mkdir(parents=True)
+    (folder / ".writing-0a1b2c3d" / "model").mkdir(parents=True)
     (folder / "b").mkdir()
 
     def write() -> None:
         with staged_folder(folder) as staging:
-            staging.mkdir()
             (staging / "a").write_text("new")
             (staging / "b").write_text("new")
 
-    with pytest.raises(CheckpointError, match="b is a folder"):
+    with pytest.raises(CheckpointError, match="model cannot be written: b is in the way"):
         write()
     assert [path.name for path in folder.iterdir()] == ["b"]

@@ -12,6 +12,7 @@ from weights_convert.checkpoints import Checkpoint, read_checkpoint, read_config
 from weights_convert.configs import hf_config_from_native, native_config_from_hf, to_native_config
 from weights_convert.convert import Translation, detect_format, from_native, import_state_dict, to_native
 from weights_convert.errors import CheckpointError, ConversionError, naming
+from weights_convert.staging import staged_folder
 from weights_convert.torch_files import read_torch_file
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "read_config",
     "read_state_dict",
     "read_torch_file",
+    "staged_folder",
     "to_native",
     "to_native_config",
     "write_checkpoint",

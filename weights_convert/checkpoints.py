@@ -4,12 +4,10 @@ import json
 import math
 import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -21,6 +19,7 @@ from weights_convert.convert import detect_format
 from weights_convert.errors import CheckpointError, naming
 from weights_convert.pickles import PickledTensor, UnreadTensor, load_pickle
 from weights_convert.rules import StateDict
+from weights_convert.staging import staged_folder
 from weights_convert.torch_files import LEGACY, load_torch_storage, read_torch_file
 
 Json = dict[str, Any]
@@ -32,8 +31,6 @@ _WEIGHTS = (WEIGHTS_NAME, WEIGHTS_NAME + ".index.json", "pytorch_model.bin", "py
 
 _DETECTRON2_CONFIG = re.compile(rb"^(_BASE_|MODEL|SOLVER|DATASETS|DATALOADER|INPUT|TEST):", re.MULTILINE)  # in YAML
 _LFS_POINTER = b"version https://git-lfs"
-_STAGING = ".writing-"
-_LEFTOVER = re.compile(rf"{re.escape(_STAGING)}[a-z0-9_]{{8}}")
 _MAX_JSON = 16 << 20  # bytes; the index of a large model is a tenth of it
 _CHUNK = 1 << 22  # values looked at together
 _MAX_FILE = 1 << 35  # bytes; ten times the largest model with its optimizer
@@ -81,7 +78,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     path = Path(path)
     state_dict = read_state_dict(path)
     config, preprocessor = read_config(path / CONFIG_NAME) if (path / CONFIG_NAME).exists() else (None, None)
-    return Checkpoint(state_dict, config, preprocessor, detect_format(state_dict))
+    with naming(path):
+        return Checkpoint(state_dict, config, preprocessor, detect_format(state_dict))
 
 
 def read_state_dict(path: str | os.PathLike[str]) -> StateDict:
@@ -117,9 +115,7 @@ def write_checkpoint(
     config: Json | None = None,
     preprocessor: Json | None = None,
 ) -> None:
-    """Write a checkpoint: all files beside the target first, then each renamed into place.
-
-    A failed or interrupted write changes nothing and leaves nothing behind; what a killed one left is removed first.
+    """Write a checkpoint, all of it or nothing, as `weights_convert.staging.staged_folder` does.
 
     Args:
         folder_or_file: A file name ending in ``.safetensors`` for the weights alone; anything else is a folder.
@@ -134,78 +130,20 @@ def write_checkpoint(
     weights_only = target.suffix == ".safetensors"
     if not weights_only and config is None:
         raise CheckpointError(f"{target} is to be a folder, which needs a config; give one, or a .safetensors file")
-    folder = target.parent if weights_only else target
     texts = {} if weights_only else {PREPROCESSOR_NAME: preprocessor, CONFIG_NAME: config}
-    created = [parent for parent in (folder, *folder.parents) if not parent.exists()]
-    done = False
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(folder)
-        with TemporaryDirectory(dir=folder, prefix=_STAGING) as staging, _locked(Path(staging)):
-            for name, content in texts.items():
-                if content is not None:
-                    Path(staging, name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-            weights = Path(staging, target.name if weights_only else WEIGHTS_NAME)
-            weights.touch()
-            mode = weights.stat().st_mode  # save_file would leave it readable by its owner only
-            copies = {
-                key: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-                for key, tensor in state_dict.items()
-            }
-            save_file(copies, weights, metadata={"format": "pt"})
-            weights.chmod(mode)
-            ready = sorted(Path(staging).iterdir())
-            for final in (folder / file.name for file in ready):
-                if final.exists() and not final.is_file():
-                    raise CheckpointError(f"{final} is in the way and no regular file; move it, or write elsewhere")
-            for file in ready:
-                file.replace(folder / file.name)
-        done = True
-    except OSError as error:
-        raise CheckpointError(f"{target} cannot be written: {error.strerror or error}") from error
-    except SafetensorError as error:
-        raise CheckpointError(f"{target} cannot be written: {error}") from error
-    finally:
-        if not done:
-            for parent in created:
-                with suppress(OSError):
-                    parent.rmdir()
-
-
-def is_occupied(target: Path) -> bool:
-    """Whether there is something where a checkpoint is to be written; what a killed writer left is nothing."""
-    if target.is_dir():
-        return any(not _LEFTOVER.fullmatch(path.name) for path in target.iterdir())
-    return os.path.lexists(target)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[bool]:
-    """Try to hold a folder against those who would take it for a leftover; gives whether it is held."""
-    try:
-        import fcntl
-    except ImportError:  # Windows, where leftovers stay
-        yield False
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        held = True
-    except OSError:  # someone else holds it, or the file system has no locks
-        held = False
-    try:
-        yield held
-    finally:
-        os.close(descriptor)
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """Remove what writers have left that were killed; what others are writing is locked."""
-    for path in list(folder.glob(f"{_STAGING}*")):
-        if _LEFTOVER.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
-            with _locked(path) as free:
-                if free:
-                    shutil.rmtree(path)
+    with staged_folder(target.parent if weights_only else target, named=target) as staging:
+        for name, content in texts.items():
+            if content is not None:
+                (staging / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        weights = staging / (target.name if weights_only else WEIGHTS_NAME)
+        weights.touch()
+        mode = weights.stat().st_mode  # save_file would leave it readable by its owner only
+        copies = {
+            key: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+            for key, tensor in state_dict.items()
+        }
+        save_file(copies, weights, metadata={"format": "pt"})
+        weights.chmod(mode)
 
 
 @contextmanager

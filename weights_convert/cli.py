@@ -14,17 +14,18 @@ from rich.console import Console
 from rich.table import Table
 
 from weights_convert.checkpoints import (
+    CONFIG_NAME,
     WEIGHTS_NAME,
     Checkpoint,
-    is_occupied,
     read_checkpoint,
     read_config,
     write_checkpoint,
 )
 from weights_convert.configs import RESNETS, hf_config_from_native, to_native_config
 from weights_convert.convert import Translation, export_state_dict, import_state_dict
-from weights_convert.errors import ConversionError
+from weights_convert.errors import ConversionError, naming
 from weights_convert.rules import StateDict, count_layers
+from weights_convert.staging import is_occupied
 
 _DESCRIPTION = """\
 Convert Video Mask2Former weights. SRC may be
@@ -118,7 +119,8 @@ def _convert(src: Path, dst: Path, to: str, config_file: Path | None, temporal: 
             "a .safetensors DST has no config, so --config and --temporal have no effect: leave them out"
         )
     checkpoint = read_checkpoint(src)
-    incoming = import_state_dict(checkpoint.state_dict, checkpoint.format)
+    with naming(src):
+        incoming = import_state_dict(checkpoint.state_dict, checkpoint.format)
     config: dict[str, Any] | None = None
     preprocessor: dict[str, Any] | None = None
     if not weights_only:
@@ -132,11 +134,11 @@ def _convert(src: Path, dst: Path, to: str, config_file: Path | None, temporal: 
 
 
 def _native_config(src: Path, checkpoint: Checkpoint, file: Path | None, temporal: str | None) -> dict[str, Any]:
-    if file is not None:
-        return to_native_config(*read_config(file), temporal)
-    if checkpoint.config is None:
+    config, preprocessor = read_config(file) if file else (checkpoint.config, checkpoint.preprocessor)
+    if config is None:
         raise ConversionError(f"SRC carries no config ({src}): give --config FILE or a DST ending in .safetensors")
-    return to_native_config(checkpoint.config, checkpoint.preprocessor, temporal)
+    with naming(file or src / CONFIG_NAME):
+        return to_native_config(config, preprocessor, temporal)
 
 
 def _check_fit(native: StateDict, config: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Sequence
 from functools import wraps
 from math import ceil
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar, Unpack, cast
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from m2f_video.inference.segments import SegmentationOutputs, Size, Sizes, check
 from m2f_video.video.arrays import ArrayVideo
 
 if TYPE_CHECKING:
-    from m2f_video.hub import ConfigSource
+    from m2f_video.hub import ConfigSource, HubOptions
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -82,25 +82,13 @@ class VideoProcessor:
         cls,
         source: str | os.PathLike[str],
         *,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
-        local_files_only: bool = False,
         config: "ConfigSource | None" = None,
+        **hub_options: "Unpack[HubOptions]",
     ) -> Self:
         """The processor of a published or saved model; the arguments are those of the model's `from_pretrained`."""
         from m2f_video.hub import load_config
 
-        return cls.from_config(
-            load_config(
-                source,
-                revision=revision,
-                token=token,
-                cache_dir=cache_dir,
-                local_files_only=local_files_only,
-                config=config,
-            )
-        )
+        return cls.from_config(load_config(source, config=config, **hub_options))
 
     def __call__(self, videos: Any, return_tensors: str = "pt") -> dict[str, Tensor]:
         """Model input of one video or a batch of them: `model(**processor(video))`.

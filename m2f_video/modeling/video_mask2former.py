@@ -16,12 +16,12 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from m2f_video.config import SwinConfig, VideoMask2FormerConfig
-from m2f_video.hub import load_model, parse_dtype, staged_folder, warn_of_slow_dtype
+from m2f_video.hub import load_model, parse_dtype, warn_of_slow_dtype
 from m2f_video.modeling.pixel_decoder import MSDeformAttnPixelDecoder
 from m2f_video.modeling.swin import SwinTransformer
 from m2f_video.modeling.timm_backbone import TimmBackbone
 from m2f_video.modeling.transformer_decoder import MaskedTransformerDecoder, MaskProduct, Prediction
-from weights_convert import write_checkpoint
+from weights_convert import staged_folder, write_checkpoint
 
 
 @dataclass(frozen=True)
@@ -375,7 +375,7 @@ class VideoMask2Former(
             save_directory: folder, made where missing.
             kwargs: of `PyTorchModelHubMixin.save_pretrained`, such as `push_to_hub=True` and `repo_id`.
         """
-        with staged_folder(Path(save_directory)) as staging:
+        with staged_folder(Path(save_directory), keep=["README.md"]) as staging:
             return super().save_pretrained(staging, **kwargs)
 
     def _save_pretrained(self, save_directory: Path) -> None:

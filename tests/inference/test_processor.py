@@ -206,10 +206,10 @@ def test_from_pretrained_passes_its_options_on(monkeypatch: pytest.MonkeyPatch) 
     hub.load_config = load_config  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "m2f_video.hub", hub)
     made = VideoProcessor.from_pretrained(
-        "someone/model", revision="v1", token=True, cache_dir="c", local_files_only=True
+        "someone/model", revision="v1", token=True, cache_dir="c", force_download=True
     )
     assert made.labels == LABELS
-    options = {"revision": "v1", "token": True, "cache_dir": "c", "local_files_only": True, "config": None}
+    options = {"revision": "v1", "token": True, "cache_dir": "c", "force_download": True, "config": None}
     assert calls == [("someone/model", options)]
 
 

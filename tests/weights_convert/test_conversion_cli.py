@@ -152,9 +152,14 @@ def test_bad_input_is_one_line(hf_folder, tmp_path, capsys):
     assert "does not exist" in fails(capsys, tmp_path / "none", tmp_path / "a")
     line = fails(capsys, WEIGHTS, tmp_path / "a", "--config", tmp_path / "none.json")
     assert "none.json cannot be read: No such file" in line
+    (tmp_path / "other.json").write_text('{"model_type": "detr"}')
+    line = fails(capsys, WEIGHTS, tmp_path / "a", "--config", tmp_path / "other.json")
+    assert "other.json: config: model_type = 'detr' is another architecture" in line
     weights = load_file(hf_folder / "model.safetensors")
     save_file(weights | {"model.more": torch.zeros(1)}, tmp_path / "more.safetensors")
-    assert "no rule for model.more" in fails(capsys, tmp_path / "more.safetensors", tmp_path / "a")
+    assert "more.safetensors: hf: no rule for model.more" in fails(
+        capsys, tmp_path / "more.safetensors", tmp_path / "a"
+    )
     assert not (tmp_path / "a").exists()
 
 

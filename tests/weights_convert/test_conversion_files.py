@@ -227,6 +227,12 @@ def test_what_is_no_regular_file_is_not_waited_for(tmp_path, name, make):
             read_checkpoint(path)
 
 
+def test_keys_of_no_known_format_name_their_file(tmp_path):
+    save_file({"a": torch.ones(1)}, tmp_path / "a.safetensors")
+    with pytest.raises(ConversionError, match=r"a\.safetensors: no known format"):
+        read_checkpoint(tmp_path / "a.safetensors")
+
+
 def test_a_link_to_nothing_is_named(tmp_path):
     (tmp_path / "a.pth").symlink_to("nowhere")
     with pytest.raises(CheckpointError, match=r"a\.pth is a link to nothing"):
