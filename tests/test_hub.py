@@ -379,7 +379,7 @@ def test_the_message_names_the_source_and_the_remedy(folder: Path) -> None:
 def test_a_truncated_file_is_named(folder: Path) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match=r"model\.safetensors is a damaged safetensors file"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: it is a damaged safetensors file"):
         VideoMask2Former.from_pretrained(folder)
 
 

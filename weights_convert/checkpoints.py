@@ -20,7 +20,7 @@ from weights_convert.errors import CheckpointError, naming
 from weights_convert.pickles import PickledTensor, UnreadTensor, load_pickle
 from weights_convert.rules import StateDict
 from weights_convert.staging import staged_folder
-from weights_convert.torch_files import LEGACY, load_torch_storage, read_torch_file
+from weights_convert.torch_files import LEGACY, load_torch_storage, read_torch
 
 Json = dict[str, Any]
 
@@ -93,7 +93,8 @@ def read_state_dict(path: str | os.PathLike[str]) -> StateDict:
         if not path.exists():
             raise CheckpointError(f"{path} does not exist; give a checkpoint file or folder")
         state_dict = _read_folder(path) if path.is_dir() else _read_file(path)
-        _check_values(path, state_dict)
+        with naming(path):
+            _check_values(state_dict)
     return state_dict
 
 
@@ -162,24 +163,23 @@ def _reading(path: Path) -> Iterator[None]:
 def _read_json(path: Path) -> Json:
     """Parse a JSON object from a stranger: of bounded size and depth, and with numbers of 64 bits."""
     check_regular(path)
-    with path.open("rb") as file:
+    with path.open("rb") as file, naming(path):
         text = file.read(_MAX_JSON + 1)
-    if len(text) > _MAX_JSON:
-        raise CheckpointError(f"{path} is larger than {_MAX_JSON >> 20} MB, as no config is; fetch it again")
-    try:
-        content = json.loads(text.decode("utf-8"))
-    except RecursionError as error:
-        raise CheckpointError(f"{path}: {TOO_LARGE}") from error
-    except ValueError as error:  # bad JSON or bad UTF-8
-        if _DETECTRON2_CONFIG.search(text, 0, 1 << 16):
-            raise CheckpointError(
-                f"{path} is a config of detectron2, which cannot be read; give the config.json of such a model, or (to "
-                "m2f-video) a preset such as resnet50_youtubevis_2019"
-            ) from error
-        raise CheckpointError(f"{path} is not valid JSON ({error}); fetch it again") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, but holds a {type(content).__name__}")
-    with naming(path):
+        if len(text) > _MAX_JSON:
+            raise CheckpointError(f"it is larger than {_MAX_JSON >> 20} MB, as no config is; fetch it again")
+        try:
+            content = json.loads(text.decode("utf-8"))
+        except RecursionError as error:
+            raise CheckpointError(TOO_LARGE) from error
+        except ValueError as error:  # bad JSON or bad UTF-8
+            if _DETECTRON2_CONFIG.search(text, 0, 1 << 16):
+                raise CheckpointError(
+                    "it is a config of detectron2, which cannot be read; give the config.json of such a model, or (to "
+                    "m2f-video) a preset such as resnet50_youtubevis_2019"
+                ) from error
+            raise CheckpointError(f"it is not valid JSON ({error}); fetch it again") from error
+        if not isinstance(content, dict):
+            raise CheckpointError(f"it must hold a JSON object, but holds a {type(content).__name__}")
         if not all(_fits(value) for value in all_values(content) if isinstance(value, int | float)):
             raise CheckpointError("it holds a number out of the range of 64 bits; fetch it again")
     return content
@@ -214,66 +214,64 @@ def _read_shards(index: Path) -> StateDict:
 
 def _read_file(path: Path) -> StateDict:
     check_regular(path)
-    with path.open("rb") as file:
-        head = file.read(32)
-    if path.stat().st_size > _MAX_FILE:  # a file with holes may claim any size
-        raise CheckpointError(f"{path} is larger than {_MAX_FILE >> 30} GB, as no checkpoint is; fetch it again")
-    if not head:
-        raise CheckpointError(f"{path} is empty; fetch it again")
-    if head.startswith(_LFS_POINTER):
-        raise CheckpointError(f"{path} is a pointer to a git-lfs file; run `git lfs pull`")
-    if head[8:9] == b"{":
-        if int.from_bytes(head[:8], "little") > _MAX_JSON:
-            raise CheckpointError(f"{path} has a header of more than {_MAX_JSON >> 20} MB, as no checkpoint has")
-        try:
-            return dict(load_file(path))
-        except SafetensorError as error:
-            raise CheckpointError(f"{path} is a damaged safetensors file ({error}); fetch it again") from error
-    if head.startswith(b"PK") or LEGACY in head:
-        return _unwrapped(path, read_torch_file(path))
-    if head[:1] not in (b"\x80", b"(", b"c", b"}"):  # how pickles of any protocol begin
-        raise CheckpointError(f"{path} is not a checkpoint; give safetensors, a torch.save file or a pickle of weights")
     with path.open("rb") as file, naming(path):
-        content = load_pickle(file, path.stat().st_size, load_storage=load_torch_storage)
-    return _unwrapped(path, content)
+        head = file.read(32)
+        if (size := file.seek(0, os.SEEK_END)) > _MAX_FILE:  # a file with holes may claim any size
+            raise CheckpointError(f"it is larger than {_MAX_FILE >> 30} GB, as no checkpoint is; fetch it again")
+        file.seek(0)
+        if not head:
+            raise CheckpointError("it is empty; fetch it again")
+        if head.startswith(_LFS_POINTER):
+            raise CheckpointError("it is a pointer to a git-lfs file; run `git lfs pull`")
+        if head[8:9] == b"{":
+            if int.from_bytes(head[:8], "little") > _MAX_JSON:
+                raise CheckpointError(f"it has a header of more than {_MAX_JSON >> 20} MB, as no checkpoint has")
+            try:
+                return dict(load_file(path))
+            except SafetensorError as error:
+                raise CheckpointError(f"it is a damaged safetensors file ({error}); fetch it again") from error
+        if head.startswith(b"PK") or LEGACY in head:
+            return _unwrapped(read_torch(file))
+        if head[:1] not in (b"\x80", b"(", b"c", b"}"):  # how pickles of any protocol begin
+            raise CheckpointError("it is not a checkpoint; give safetensors, a torch.save file or a pickle of weights")
+        return _unwrapped(load_pickle(file, size, load_storage=load_torch_storage))
 
 
-def _unwrapped(path: Path, content: object) -> StateDict:
+def _unwrapped(content: object) -> StateDict:
     for _ in range(3):  # {"model": {"state_dict": ...}} at the deepest
         if isinstance(content, dict):
             inner = (content.get(name) for name in ("model", "state_dict"))
             content = next((value for value in inner if isinstance(value, dict)), content)
     if not isinstance(content, dict) or not content:
-        raise CheckpointError(f"{path} holds no state dict but a {type(content).__name__}; save a model's state dict")
+        raise CheckpointError(f"it holds no state dict but a {type(content).__name__}; save a model's state dict")
     state_dict: StateDict = {}
     for key, value in content.items():
         tensor = value.tensor if isinstance(value, PickledTensor) else value
         if isinstance(value, UnreadTensor):
-            raise CheckpointError(f"{path}: {key!r:.120} is a {value.kind} tensor, not a plain one; save it dense")
+            raise CheckpointError(f"{key!r:.120} is a {value.kind} tensor, not a plain one; save it dense")
         if not isinstance(key, str) or not isinstance(tensor, torch.Tensor):
-            kind = type(tensor).__name__
-            raise CheckpointError(f"{path}: {key!r:.120} is a {kind}, not a tensor; keep only weights")
+            raise CheckpointError(f"{key!r:.120} is a {type(tensor).__name__}, not a tensor; keep only weights")
         state_dict[key] = tensor
     return state_dict
 
 
-def _check_values(path: Path, state_dict: StateDict) -> None:
+def _check_values(state_dict: StateDict) -> None:
     held: dict[int, int] = {}
     for key, tensor in state_dict.items():
         if tensor.dtype not in _DTYPES:
             kind = str(tensor.dtype).removeprefix("torch.")
-            raise CheckpointError(f"{path}: {key:.120} is a {kind} tensor, as no weights are; save it as float32")
+            raise CheckpointError(f"{key:.120} is a {kind} tensor, as no weights are; save it as float32")
         memory = tensor.untyped_storage()
         held[memory.data_ptr()] = memory.nbytes()
         if tensor.nbytes > memory.nbytes():  # a stride of 0 makes any size of a few bytes
-            raise CheckpointError(f"{path}: {key:.120} claims more values than the file holds; save it contiguous")
+            raise CheckpointError(f"{key:.120} claims more values than the file holds; save it contiguous")
     if sum(tensor.nbytes for tensor in state_dict.values()) > _MAX_SHARING * sum(held.values()):
-        raise CheckpointError(f"{path}: its tensors claim more values than the file holds; save them contiguous")
+        raise CheckpointError("its tensors claim more values than the file holds; save them contiguous")
     for key, tensor in state_dict.items():
         if tensor.is_floating_point() and (count := _count_not_finite(tensor)):
             raise CheckpointError(
-                f"{path}: {key:.120} has {count} NaN or infinite values of {tensor.numel()}; the training diverged or "
-                "the file is damaged: take an earlier checkpoint"
+                f"{key:.120} has {count} NaN or infinite values of {tensor.numel()}; the training diverged or the file "
+                "is damaged: take an earlier checkpoint"
             )
 
 

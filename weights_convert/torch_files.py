@@ -44,16 +44,21 @@ def read_torch_file(path: str | os.PathLike[str]) -> object:
     """
     check_regular(path)
     with open(path, "rb") as file, naming(path):
-        try:
-            return _read_zip(file) if file.read(2) == b"PK" else _read_legacy(file)
-        except CheckpointError:
+        return read_torch(file)
+
+
+def read_torch(file: BinaryIO) -> object:
+    """Like `read_torch_file`, from its beginning; errors do not name the file."""
+    try:
+        return _read_zip(file) if file.read(2) == b"PK" else _read_legacy(file)
+    except CheckpointError:
+        raise
+    except (*BROKEN_PICKLE, zipfile.BadZipFile, zlib.error) as error:
+        raise CheckpointError(f"it is a damaged torch file ({error!s:.80}); fetch it again") from error
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a place before the file's beginning, as a damaged directory names one
             raise
-        except (*BROKEN_PICKLE, zipfile.BadZipFile, zlib.error) as error:
-            raise CheckpointError(f"it is a damaged torch file ({error!s:.80}); fetch it again") from error
-        except OSError as error:
-            if error.errno != errno.EINVAL:  # a place before the file's beginning, as a damaged directory names one
-                raise
-            raise CheckpointError("it is a damaged torch file; fetch it again") from error
+        raise CheckpointError("it is a damaged torch file; fetch it again") from error
 
 
 def load_torch_storage(data: bytes) -> PickledStorage:

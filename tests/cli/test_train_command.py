@@ -268,7 +268,7 @@ def test_a_recipe_has_to_be_chosen(
         (("--device", "abacus"), "unknown device 'abacus'"),
         (("--init", "nowhere"), "nowhere does not exist"),
         (("--init-backbone", "nowhere"), "nowhere does not exist"),
-        (("--init-backbone", "{folder}/config.json"), "config.json is not a checkpoint"),
+        (("--init-backbone", "{folder}/config.json"), "config.json: it is not a checkpoint"),
         (("--init-backbone", "timm"), "the backbone is not timm's; name weights, such as timm:swin_tiny"),
         (("--init", "demo", "--init-backbone", "demo"), "give init or init_backbone, not both"),
         (("--model.temporal", "per_frame"), "an image model has no clips to learn from"),

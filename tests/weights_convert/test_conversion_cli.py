@@ -140,7 +140,7 @@ def test_a_config_of_detectron2_is_named(name, tmp_path, capsys):
     for text in ("_BASE_: Base.yaml\nMODEL:\n  MASK_ON: True\n", "# of the original\nMODEL:\n  MASK_ON: True\n"):
         (tmp_path / name).write_text(text)
         line = fails(capsys, WEIGHTS, tmp_path / "a", "--config", tmp_path / name)
-        assert f"{name} is a config of detectron2" in line
+        assert f"{name}: it is a config of detectron2" in line
         assert "resnet50_youtubevis_2019" in line
     (tmp_path / name).write_text("a: 1\n")
     assert "not valid JSON" in fails(capsys, WEIGHTS, tmp_path / "a", "--config", tmp_path / name)

@@ -182,7 +182,7 @@ def test_sharded_folder_errors(sharded):
 def test_bad_json_is_named(tmp_path, text):
     shutil.copy(WEIGHTS, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
-    with pytest.raises(CheckpointError, match=r"config\.json (is not valid JSON|must hold a JSON object)"):
+    with pytest.raises(CheckpointError, match=r"config\.json: it (is not valid JSON|must hold a JSON object)"):
         read_checkpoint(tmp_path)
 
 
@@ -208,7 +208,7 @@ def test_json_that_is_too_large_is_not_read(tmp_path):
     shutil.copy(WEIGHTS, tmp_path / "model.safetensors")
     with (tmp_path / "config.json").open("wb") as file:
         file.truncate(1 << 40)
-    with pytest.raises(CheckpointError, match=r"config\.json is larger than 16 MB"):
+    with pytest.raises(CheckpointError, match=r"config\.json: it is larger than 16 MB"):
         read_checkpoint(tmp_path)
 
 
@@ -798,7 +798,7 @@ def test_files_full_of_holes_are_not_read(tmp_path):
         with (tmp_path / name).open("ab") as file:
             file.write(head)
             file.truncate(1 << 41)
-        with pytest.raises(CheckpointError, match=f"{name} is larger than 32 GB"):
+        with pytest.raises(CheckpointError, match=f"{name}: it is larger than 32 GB"):
             read_checkpoint(tmp_path / name)
 
 
