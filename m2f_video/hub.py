@@ -263,19 +263,14 @@ def first_misfit(expected: Mapping[str, Tensor], state_dict: Mapping[str, Tensor
     Returns:
         The first, and how many more there are.
     """
-    problems = [f"missing {key} {tuple(expected[key].shape)}" for key in expected if key not in state_dict]
-    problems += [f"unexpected {key} {tuple(state_dict[key].shape)}" for key in state_dict if key not in expected]
-    both = [(key, tensor, state_dict[key]) for key, tensor in expected.items() if key in state_dict]
-    problems += [
-        f"{key} is {tuple(given.shape)}, the config makes it {tuple(own.shape)}"
-        for key, own, given in both
-        if given.shape != own.shape
-    ]
-    problems += [
-        f"{key} is {given.dtype}, not floating point"
-        for key, own, given in both
-        if own.is_floating_point() and not given.is_floating_point()
-    ]
+    problems = [f"missing {key} {tuple(own.shape)}" for key, own in expected.items() if key not in state_dict]
+    problems += [f"unexpected {key} {tuple(given.shape)}" for key, given in state_dict.items() if key not in expected]
+    for key, own in expected.items():
+        given = state_dict.get(key, own)
+        if given.shape != own.shape:
+            problems.append(f"{key} is {tuple(given.shape)}, the config makes it {tuple(own.shape)}")
+        elif own.is_floating_point() and not given.is_floating_point():
+            problems.append(f"{key} is {given.dtype}, not floating point")
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return f"{problems[0]:.130}{more}" if problems else None
 

@@ -2,27 +2,17 @@
 
 import argparse
 import os
-import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from weights_convert.checkpoints import (
-    CONFIG_NAME,
-    WEIGHTS_NAME,
-    Checkpoint,
-    read_checkpoint,
-    read_config,
-    write_checkpoint,
-)
+from weights_convert.checkpoints import CONFIG_NAME, WEIGHTS_NAME, read_config, read_state_dict, write_checkpoint
 from weights_convert.configs import RESNETS, hf_config_from_native, to_native_config
-from weights_convert.convert import Translation, export_state_dict, import_state_dict
+from weights_convert.convert import Translation, detect_format, export_state_dict, import_state_dict
 from weights_convert.errors import ConversionError, naming
 from weights_convert.rules import StateDict, count_layers
 from weights_convert.staging import is_occupied
@@ -58,8 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = _parser().parse_args(argv)
     try:
-        with _stoppable():
-            _convert(args.src, args.dst, args.to, args.config, args.temporal, args.overwrite)
+        _convert(args.src, args.dst, args.to, args.config, args.temporal, args.overwrite)
     except (ConversionError, OSError) as error:
         print(f"weights_convert: {ConversionError(str(error))}", file=sys.stderr)
         return 2
@@ -67,22 +56,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("weights_convert: interrupted, nothing written", file=sys.stderr)
         return 130
     return 0
-
-
-@contextmanager
-def _stoppable() -> Iterator[None]:
-    """Let the signals that ask to end do so as Ctrl-C does; one that is ignored stays so, as under nohup."""
-    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has only the first
-    numbers = [number for name in names if signal.getsignal(number := signal.Signals[name]) == signal.SIG_DFL]
-    if threading.current_thread() is not threading.main_thread():  # where no signal arrives
-        numbers = []
-    for number in numbers:
-        signal.signal(number, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        for number in numbers:
-            signal.signal(number, signal.SIG_DFL)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -118,26 +91,28 @@ def _convert(src: Path, dst: Path, to: str, config_file: Path | None, temporal: 
         raise ConversionError(
             "a .safetensors DST has no config, so --config and --temporal have no effect: leave them out"
         )
-    checkpoint = read_checkpoint(src)
+    state_dict = read_state_dict(src)
     with naming(src):
-        incoming = import_state_dict(checkpoint.state_dict, checkpoint.format)
+        source = detect_format(state_dict)
+        incoming = import_state_dict(state_dict, source)
     config: dict[str, Any] | None = None
     preprocessor: dict[str, Any] | None = None
     if not weights_only:
-        config = _native_config(src, checkpoint, config_file, temporal)
+        config = _native_config(src, config_file, temporal)
         _check_fit(incoming.state_dict, config)
         if to == "hf":
             config, preprocessor = hf_config_from_native(config)
     outgoing = export_state_dict(incoming.state_dict, to)
     write_checkpoint(dst, outgoing.state_dict, config, preprocessor)
-    _report(checkpoint.format, to, incoming, outgoing, dst)
+    _report(source, to, incoming, outgoing, dst)
 
 
-def _native_config(src: Path, checkpoint: Checkpoint, file: Path | None, temporal: str | None) -> dict[str, Any]:
-    config, preprocessor = read_config(file) if file else (checkpoint.config, checkpoint.preprocessor)
-    if config is None:
+def _native_config(src: Path, file: Path | None, temporal: str | None) -> dict[str, Any]:
+    path = file or src / CONFIG_NAME
+    if file is None and not path.exists():
         raise ConversionError(f"SRC carries no config ({src}): give --config FILE or a DST ending in .safetensors")
-    with naming(file or src / CONFIG_NAME):
+    config, preprocessor = read_config(path)
+    with naming(path):
         return to_native_config(config, preprocessor, temporal)
 
 

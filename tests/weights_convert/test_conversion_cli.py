@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 
@@ -163,6 +164,16 @@ def test_bad_input_is_one_line(hf_folder, tmp_path, capsys):
     assert not (tmp_path / "a").exists()
 
 
+def test_a_given_config_stands_in_for_a_broken_one(hf_folder, original, tmp_path, capsys):
+    shutil.copytree(hf_folder, tmp_path / "broken")
+    (tmp_path / "broken/config.json").write_text("{")
+    assert "config.json: it is not valid JSON" in fails(capsys, tmp_path / "broken", tmp_path / "a")
+    config = ("--config", str(hf_folder / "config.json"))
+    assert main([str(tmp_path / "broken"), str(tmp_path / "a"), *config]) == 0
+    assert main([str(tmp_path / "broken"), str(tmp_path / "a.safetensors")]) == 0
+    assert_same(load_file(tmp_path / "a.safetensors"), to_native(original))
+
+
 def test_native_config_that_hf_cannot_express(hf_folder, original, config, tmp_path, capsys):
     config["pixel_decoder"]["num_points"] = 8
     write_checkpoint(tmp_path / "native", to_native(original), config)
@@ -207,21 +218,24 @@ def test_a_config_that_is_not_whole(original, config, tmp_path, capsys):
 
 
 STOPPED = """
-import contextlib, io, os, signal, sys, time
+import contextlib, io, os, runpy, signal, time
 import weights_convert.checkpoints
-from weights_convert.cli import main
+def main():
+    try:
+        runpy.run_module("weights_convert", run_name="__main__")
+    except SystemExit as done:
+        return done.code
 def stop(*args, **options):
     os.kill(os.getpid(), number)
     time.sleep(20)
 weights_convert.checkpoints.save_file = stop
 for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
     with contextlib.redirect_stderr(io.StringIO()) as said:
-        code = main(sys.argv[1:])
+        code = main()
     print(code, said.getvalue(), end="")
-assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
 weights_convert.checkpoints.save_file = lambda tensors, file, metadata: os.kill(os.getpid(), signal.SIGHUP)
-print(main(sys.argv[1:]))
+print(main())
 """
 
 
