@@ -34,7 +34,7 @@ def load_initial_weights(model: VideoMask2Former, source: str) -> bool:
             f"{source:.80} would compute something else here than what it was trained for: {in_words(other)}; train "
             "with its own config, or without its weights"
         )
+    load_state_dict_strictly(model, weights if knows_classes else weights | head, source)
     if asked:
         warnings.warn(f"{source:.80} was trained for other frames: {in_words(asked)}", stacklevel=4)
-    load_state_dict_strictly(model, weights if knows_classes else weights | head, source)
     return knows_classes

@@ -1,5 +1,6 @@
 """What a run begins with."""
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,13 @@ def test_weights_of_an_image_model_begin_a_video_model_with_a_word(tmp_path: Pat
     )
     with pytest.warns(UserWarning, match=r"trained for other frames: temporal is 'joint'.*preprocessing.shortest_edge"):
         Trainer(CONFIG, VIDEOS, tmp_path / "made", init=str(tmp_path / "coco")).close()
+    weights = load_file(tmp_path / "coco/model.safetensors")
+    del weights["transformer_decoder.norm.weight"]
+    save_file(weights, tmp_path / "coco/model.safetensors")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing is said of weights that are not loaded
+        with pytest.raises(ConversionError, match=r"missing transformer_decoder\.norm\.weight"):
+            Trainer(CONFIG, VIDEOS, tmp_path / "again", init=str(tmp_path / "coco"))
 
 
 def test_a_run_killed_before_its_first_checkpoint_keeps_what_it_began_with(other: Path, tmp_path: Path) -> None:
