@@ -17,6 +17,7 @@ from weights_convert.errors import ConversionError, naming
 from weights_convert.rules import StateDict, count_layers
 from weights_convert.staging import is_occupied
 
+_HEAD = "transformer_decoder.class_head.weight"
 _DESCRIPTION = """\
 Convert Video Mask2Former weights. SRC may be
   - a folder or file of transformers (old or current key names, model.safetensors or pytorch_model.bin, sharded too),
@@ -98,34 +99,30 @@ def _convert(src: Path, dst: Path, to: str, config_file: Path | None, temporal: 
     config: dict[str, Any] | None = None
     preprocessor: dict[str, Any] | None = None
     if not weights_only:
-        config = _native_config(src, config_file, temporal)
-        _check_fit(incoming.state_dict, config)
-        if to == "hf":
-            config, preprocessor = hf_config_from_native(config)
-    outgoing = export_state_dict(incoming.state_dict, to)
+        if _HEAD not in incoming.state_dict:
+            raise ConversionError(f"SRC is a part of a model, no class head ({src}): give a DST ending in .safetensors")
+        path = config_file or src / CONFIG_NAME
+        if not config_file and not path.exists():
+            raise ConversionError(f"SRC carries no config ({src}): give --config FILE or a DST ending in .safetensors")
+        found = read_config(path)
+        with naming(path):
+            config = to_native_config(*found, temporal)
+            _check_fit(incoming.state_dict, config)
+            if to == "hf":
+                config, preprocessor = hf_config_from_native(config)
+    with naming(src):
+        outgoing = export_state_dict(incoming.state_dict, to)
     write_checkpoint(dst, outgoing.state_dict, config, preprocessor)
     _report(source, to, incoming, outgoing, dst)
 
 
-def _native_config(src: Path, file: Path | None, temporal: str | None) -> dict[str, Any]:
-    path = file or src / CONFIG_NAME
-    if file is None and not path.exists():
-        raise ConversionError(f"SRC carries no config ({src}): give --config FILE or a DST ending in .safetensors")
-    config, preprocessor = read_config(path)
-    with naming(path):
-        return to_native_config(config, preprocessor, temporal)
-
-
 def _check_fit(native: StateDict, config: dict[str, Any]) -> None:
-    """A folder must be a whole model, and its labels those of the weights."""
-    head = native.get("transformer_decoder.class_head.weight")
-    if head is None:
-        raise ConversionError("SRC is a part of a model (no class head): give a DST ending in .safetensors")
-    labels = config.get("labels")
-    if not isinstance(labels, list) or head.shape[0] != len(labels) + 1:
+    """A config must have as many labels and layers as the weights of a whole model."""
+    labels, classes = config.get("labels"), (native[_HEAD].shape or [1])[0] - 1
+    if not isinstance(labels, list) or len(labels) != classes:
         count = len(labels) if isinstance(labels, list) else "no"
         raise ConversionError(
-            f"the config has {count} labels, but the weights {head.shape[0] - 1} classes: give the matching --config"
+            f"the config has {count} labels, but the weights {classes} classes: give the matching --config"
         )
     try:
         layers = {f"{part}.layers.": config[part]["num_layers"] for part in ("pixel_decoder", "transformer_decoder")}

@@ -298,7 +298,7 @@ def _spell_hf(keys: Sequence[str]) -> list[str]:
 def _synthesise_hf(native: StateDict) -> StateDict:
     """The loss's class weights and the final norm of Swin, which no output depends on but transformers asks for."""
     extra: StateDict = {}
-    if (head := native.get("transformer_decoder.class_head.weight")) is not None:
+    if (head := native.get("transformer_decoder.class_head.weight")) is not None and head.dim():
         extra["criterion.empty_weight"] = head.new_ones(head.shape[0])
         extra["criterion.empty_weight"][-1:] = 0.1  # the no-object class
     if (norm := native.get("backbone.out_norms.3.weight")) is not None:

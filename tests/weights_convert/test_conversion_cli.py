@@ -210,6 +210,15 @@ def test_what_is_there_is_overwritten_only_when_told(hf_folder, tmp_path, capsys
     assert (tmp_path / "notes/a.txt").read_text() == "a"
 
 
+@pytest.mark.parametrize("target", ["native", "hf"])
+def test_a_class_head_of_one_number_is_named(target, original, hf_folder, tmp_path, capsys):
+    weights = to_native(original) | {"transformer_decoder.class_head.weight": torch.tensor(1.0)}
+    save_file(weights, tmp_path / "odd.safetensors")
+    argv = (tmp_path / "odd.safetensors", tmp_path / "a", "--to", target, "--config", hf_folder / "config.json")
+    assert "the config has 5 labels, but the weights 0 classes" in fails(capsys, *argv)
+    assert main([str(argv[0]), str(tmp_path / "b.safetensors"), "--to", target]) == 0
+
+
 def test_a_config_that_is_not_whole(original, config, tmp_path, capsys):
     for name, value in (("backbone", 5), ("backbone", {}), ("pixel_decoder", None), ("transformer_decoder", {})):
         write_checkpoint(tmp_path / "native", to_native(original), config | {name: value})
