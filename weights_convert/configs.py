@@ -82,6 +82,7 @@ _RESNET_FIXED: Json = {
     "backbone_config.downsample_in_bottleneck": False,
 }
 _TIMM_FIXED: Json = {"num_channels": 3, "features_only": True, "output_stride": None, "out_indices": [1, 2, 3, 4]}
+_TIMM_OPTIONS = {*_TIMM_FIXED, "out_features", "use_pretrained_backbone", "freeze_batch_norm_2d"}
 _BASIC: Json = {"layer_type": "basic", "hidden_sizes": [64, 128, 256, 512]}
 _BOTTLENECK: Json = {"layer_type": "bottleneck", "hidden_sizes": [256, 512, 1024, 2048]}
 RESNETS: dict[str, Json] = {
@@ -194,9 +195,14 @@ def _backbone(config: Json) -> Json:
             f"config: backbone_config has {', '.join(f'{name} = {value!r:.40}' for name, value in found.items())}, "
             f"which is none of {', '.join(RESNETS)}"
         )
-    if not isinstance(config.get(options) or {}, dict):
-        raise ConversionError(f"config: {options} = {config[options]!r:.60} must be an object")
+    given = config.get(options) or {}
+    if not isinstance(given, dict):
+        raise ConversionError(f"config: {options} = {given!r:.60} must be an object")
     _check_fixed("config", config, {f"{options}.{name}": wanted for name, wanted in _TIMM_FIXED.items()})
+    if options == "backbone_kwargs":  # any field of the named backbone's own config, which they replace
+        _check_fixed("config", config, {f"{options}.out_features": _STAGES["out_features"]})
+        if other := next((name for name in given if name not in _TIMM_OPTIONS), None):
+            raise ConversionError(f"config: {options}.{other!s:.60} = {given[other]!r:.60} cannot be represented")
     resnet = str(named).removeprefix("microsoft/").replace("resnet-", "resnet").split(".")[0]
     if isinstance(named, str) and resnet in RESNETS:
         return {"type": "timm", "name": resnet}

@@ -343,6 +343,14 @@ def test_a_timm_backbone_that_is_used_otherwise_is_named(is_timm, field, value):
     assert f"= {value!r}" in str(error.value)
 
 
+@pytest.mark.parametrize("option", [{"depths": [3, 4, 6, 3]}, {"out_features": ["stage4"]}, {5: 6}])
+def test_options_that_make_another_backbone_are_named(option):
+    changes = {"backbone": "microsoft/resnet-50", "backbone_config": None, "backbone_kwargs": option}
+    said = rf"config: backbone_kwargs\.{next(iter(option))} = .* cannot be represented"
+    with pytest.raises(ConversionError, match=said):
+        native_config_from_hf(published() | changes)
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"out_indices": (1, 2, 3, 4), "num_channels": 3, "output_stride": None, "features_only": True}]
 )
