@@ -13,7 +13,7 @@ from torch import Tensor
 
 from m2f_video.config import ConfigError, TimmBackboneConfig
 from m2f_video.hub import config_beside, first_misfit, in_words, warn_of_other_function, weights_path
-from weights_convert import ConversionError, detect_format, import_state_dict, naming, read_state_dict
+from weights_convert import ConversionError, import_state_dict, naming, read_state_dict
 
 if TYPE_CHECKING:
     from m2f_video.modeling.video_mask2former import VideoMask2Former
@@ -138,7 +138,7 @@ def _backbone_weights(
             }
             return weights, dict(Counter(k.split(".")[0] for k, name in spelled.items() if not name.startswith(parts)))
     with naming(source):
-        translation = import_state_dict(state_dict, detect_format(state_dict))
+        translation = import_state_dict(state_dict)
     weights = {key: tensor for key, tensor in translation.state_dict.items() if key.startswith("backbone.")}
     rest = Counter(key.split(".")[0] for key in translation.state_dict if key not in weights)
     return weights, dict(rest + translation.ignored)

@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from rich.table import Table
 
 from weights_convert.checkpoints import CONFIG_NAME, WEIGHTS_NAME, read_config, read_state_dict, write_checkpoint
 from weights_convert.configs import RESNETS, hf_config_from_native, to_native_config
-from weights_convert.convert import Translation, detect_format, export_state_dict, import_state_dict
+from weights_convert.convert import Translation, export_state_dict, import_state_dict
 from weights_convert.errors import ConversionError, naming
 from weights_convert.rules import StateDict, count_layers
 from weights_convert.staging import is_occupied
@@ -94,8 +95,7 @@ def _convert(src: Path, dst: Path, to: str, config_file: Path | None, temporal: 
         )
     state_dict = read_state_dict(src)
     with naming(src):
-        source = detect_format(state_dict)
-        incoming = import_state_dict(state_dict, source)
+        incoming = import_state_dict(state_dict)
     config: dict[str, Any] | None = None
     preprocessor: dict[str, Any] | None = None
     if not weights_only:
@@ -113,7 +113,7 @@ def _convert(src: Path, dst: Path, to: str, config_file: Path | None, temporal: 
     with naming(src):
         outgoing = export_state_dict(incoming.state_dict, to)
     write_checkpoint(dst, outgoing.state_dict, config, preprocessor)
-    _report(source, to, incoming, outgoing, dst)
+    _report(incoming, outgoing, dst)
 
 
 def _check_fit(native: StateDict, config: dict[str, Any]) -> None:
@@ -140,20 +140,20 @@ def _check_fit(native: StateDict, config: dict[str, Any]) -> None:
             )
 
 
-def _report(source: str, target: str, incoming: Translation, outgoing: Translation, dst: Path) -> None:
-    table = Table(title=f"{source} -> {target}", title_justify="left")
+def _report(incoming: Translation, outgoing: Translation, dst: Path) -> None:
+    table = Table(title=f"{incoming.format} -> {outgoing.format}", title_justify="left")
     table.add_column("group")
     table.add_column("tensors in", justify="right")
     table.add_column("tensors out", justify="right")
-    groups: dict[str, tuple[int, int]] = {}
+    taken, given = Counter[str](), Counter[str]()
     for key, names in incoming.pairs.items():
         group = ".".join(key.split(".")[:2])
-        taken, given = groups.get(group, (0, 0))
-        groups[group] = taken + len(names), given + len(outgoing.pairs[key])
-    for group, counts in groups.items():
-        table.add_row(group, *map(str, counts))
+        taken[group] += len(names)
+        given[group] += len(outgoing.pairs[key])
+    for group, count in taken.items():
+        table.add_row(group, str(count), str(given[group]))
     table.add_section()
-    table.add_row("all", *(str(sum(column)) for column in zip(*groups.values(), strict=True)))
+    table.add_row("all", str(taken.total()), str(given.total()))
     Console(soft_wrap=True, markup=False, emoji=False, highlight=False).print(table)
     for pattern, count in incoming.ignored.items():
         print(f"ignored {count} x {pattern}")

@@ -19,12 +19,14 @@ class Translation:
     """A translated state dict and what was done to get it.
 
     Attributes:
+        format: The format that is not the native one, of a state dict to or from it.
         state_dict: The result; every tensor is contiguous and owns its memory.
         pairs: For every native key, the keys of the other format it is made of or cut into.
         ignored: Keys left out on purpose: how many, by pattern.
         added: Keys the target format wants that hold no weights of the model.
     """
 
+    format: str
     state_dict: StateDict
     pairs: dict[str, list[str]]
     ignored: Counter[str] = field(default_factory=Counter)
@@ -69,7 +71,7 @@ def to_native(state_dict: Mapping[str, torch.Tensor], format: str | None = None)
     Raises:
         ConversionError: If a key is unknown or missing, or the parts of a cut tensor do not fit together.
     """
-    return import_state_dict(state_dict, format or detect_format(state_dict)).state_dict
+    return import_state_dict(state_dict, format).state_dict
 
 
 def from_native(state_dict: Mapping[str, torch.Tensor], format: str = "hf") -> StateDict:
@@ -89,8 +91,9 @@ def from_native(state_dict: Mapping[str, torch.Tensor], format: str = "hf") -> S
     return export_state_dict(state_dict, format).state_dict
 
 
-def import_state_dict(state_dict: Mapping[str, torch.Tensor], format: str) -> Translation:
+def import_state_dict(state_dict: Mapping[str, torch.Tensor], format: str | None = None) -> Translation:
     """Like `to_native`, with an account of what was mapped."""
+    format = format or detect_format(state_dict)
     form = _checked_format(state_dict, format)
     slots = [(rule, compile_pattern(name)) for rule in form.rules for name in rule.foreign]
     skips = [(pattern, compile_pattern(pattern)) for pattern in form.ignored]
@@ -120,7 +123,7 @@ def import_state_dict(state_dict: Mapping[str, torch.Tensor], format: str) -> Tr
     if format != "native":  # whoever loads a native one checks it against the model itself, which knows more
         result |= batch_counts(result)
         _check_whole(result, form)
-    return Translation(result, pairs, ignored)
+    return Translation(format, result, pairs, ignored)
 
 
 def export_state_dict(state_dict: Mapping[str, torch.Tensor], format: str) -> Translation:
@@ -140,7 +143,7 @@ def export_state_dict(state_dict: Mapping[str, torch.Tensor], format: str) -> Tr
         )
     _check_whole(state_dict, form)
     added = form.synthesise(dict(state_dict))
-    return Translation(result | added, pairs, added=tuple(added))
+    return Translation(format, result | added, pairs, added=tuple(added))
 
 
 def _check_whole(native: Mapping[str, torch.Tensor], form: Format) -> None:
