@@ -24,11 +24,12 @@ from typing import Any, Literal
 
 import torch
 import tyro
+from comparison import Comparison, Implementation, measure_parts
 from plot import draw
 from torch import Tensor, nn
 
 from m2f_video import benchmark as bench
-from m2f_video.benchmark import Implementation, Part, Report, Row
+from m2f_video.benchmark import Part, Row
 from m2f_video.cli.console import print_table, progress_bars
 from m2f_video.config import SwinConfig, VideoMask2FormerConfig
 from m2f_video.evaluation.report import check_writable
@@ -39,6 +40,7 @@ from m2f_video.video.reader import open_video
 
 EAGER, PREPARED, COMPILED = "ours eager", "ours prepared", "ours compiled"
 THEIRS, THEIRS_COMPILED = "transformers", "transformers compiled"
+AS_ONE = {bench.DEFORMABLE_ENCODER: bench.COMPILED_AS_ONE}
 
 
 def main(
@@ -91,16 +93,16 @@ def main(
         for count in frames:
             pixels = random_frames(count, height, width, seed=0).to(target)
             implementations = [each for dtype in dtypes for each in models[dtype].stages(pixels)]
-            rows += bench.measure_parts(implementations, frames=count, **options)
+            rows += measure_parts(implementations, frames=count, **options)
         video = Path(folder) / "video.mp4"
         bench.write_video(video, video_frames, height, width)
         implementations = [each for dtype in dtypes for each in models[dtype].end_to_end(video)]
-        rows += bench.measure_parts(implementations, frames=video_frames, **options)
+        rows += measure_parts(implementations, frames=video_frames, **options)
     if target.type == "cpu":
         nothing = Row(part=bench.WHOLE_MODEL, implementation="all on a GPU", dtype="", device="cuda", frames=frames[0])
         rows += [replace(nothing, dtype=dtype, note="without --device cuda") for dtype in dtypes]
 
-    report = Report(
+    report = Comparison(
         title=f"{preset}, random weights, {height} x {width}, {device}",
         machine=bench.machine(target),
         ceilings=ceilings,
@@ -159,11 +161,11 @@ class Models:
         found = []
         eager = bench.stages(self.ours[EAGER], pixels)
         for name, model in self.ours.items():
-            missing = bench.COMPILED_AS_ONE if name == COMPILED else {}
+            missing = AS_ONE if name == COMPILED else {}
             found.append(self._named(name, bench.stages(model, pixels, name == COMPILED), eager, missing))
         theirs = transformers_stages(list(self.theirs.values()), pixels)
         for name, parts in zip(self.theirs, theirs, strict=True):
-            missing = bench.COMPILED_AS_ONE if name == THEIRS_COMPILED else {}
+            missing = AS_ONE if name == THEIRS_COMPILED else {}
             parts = {part: function for part, function in parts.items() if part not in missing}
             found.append(self._named(name, parts, theirs[0], missing))
         for name, reason in self.failures.items():
@@ -198,7 +200,8 @@ def stage_modules(model: Any) -> tuple[nn.Module, ...]:
 
 def transformers_stages(models: Sequence[Any], pixels: Tensor) -> list[dict[str, Part]]:
     """The parts of each of transformers' models, with the inputs that they have within the first."""
-    inputs = bench.inputs_of(stage_modules(models[0]), lambda: models[0](pixel_values=pixels))
+    run = partial(models[0], pixel_values=pixels)
+    inputs = [bench.inputs_of(module, run) for module in stage_modules(models[0])]
 
     def stages(model: Any) -> dict[str, Part]:
         calls = zip(bench.PARTS, stage_modules(model), inputs, strict=False)

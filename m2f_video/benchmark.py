@@ -10,16 +10,15 @@ import os
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
@@ -32,6 +31,9 @@ from m2f_video.inference.whole import Progress, segment_video
 from m2f_video.modeling.video_mask2former import VideoMask2Former
 from m2f_video.video import VideoWriter
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
 Part = Callable[[], object]
 Compile = Literal["auto", "kernels", "model", "none"]
 
@@ -40,8 +42,8 @@ TRANSFORMER_DECODER, WHOLE_MODEL, END_TO_END = "transformer decoder", "whole mod
 PARTS = (BACKBONE, PIXEL_DECODER, DEFORMABLE_ENCODER, TRANSFORMER_DECODER, WHOLE_MODEL, END_TO_END)
 STRIDE = 32  # height and width must be multiples of it, so that stages and end to end see the same size
 NOT_MEASURED = "not measured"
-COMPILED_AS_ONE = {DEFORMABLE_ENCODER: "compiled as one with the pixel decoder"}
-"""Why it is missing of a compiled model."""
+COMPILED_AS_ONE = "compiled as one with the pixel decoder"
+"""Why the deformable encoder is missing of a compiled model."""
 
 
 def measure(
@@ -144,25 +146,6 @@ def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Implementation:
-    """Something to measure.
-
-    Attributes:
-        name: in tables.
-        dtype: it runs in.
-        parts: what to call, by a name of `PARTS`.
-        counted: the same parts in eager form, to count FLOPs of; empty where `parts` are eager.
-        missing: why a part is not measured, by its name.
-    """
-
-    name: str
-    dtype: torch.dtype
-    parts: Mapping[str, Part]
-    counted: Mapping[str, Part] = field(default_factory=dict)
-    missing: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
 class Row:
     """What was measured of one part of one implementation.
 
@@ -226,77 +209,58 @@ class Report:
         machine: where (`machine`).
         ceilings: GFLOP/s of a large matrix product (`matmul_ceiling`) by dtype.
         rows: what was measured.
-        baselines: implementations, as multiples of whose times those of the same part and dtype are given too.
     """
 
     title: str
     machine: Mapping[str, Any]
     ceilings: Mapping[str, float]
     rows: Sequence[Row]
-    baselines: Sequence[str] = ()
-
-    def ratios(self, row: Row) -> dict[str, float | None]:
-        """Median of a row by that of each baseline; None where one of them was not measured."""
-        same = [
-            other
-            for other in self.rows
-            if (other.part, other.dtype, other.device, other.frames) == (row.part, row.dtype, row.device, row.frames)
-        ]
-        medians = {other.implementation: other.quartiles[1] for other in same if other.seconds}
-        return {
-            name: row.quartiles[1] / medians[name] if row.seconds and name in medians else None
-            for name in self.baselines
-        }
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers."""
         head = {"title": self.title, "machine": self.machine, "ceiling_gflop_per_s": self.ceilings}
-        return head | {"rows": [row.to_dict() | {"ratio_to": self.ratios(row)} for row in self.rows]}
+        return head | {"rows": [row.to_dict() for row in self.rows]}
 
     def write(self, path: str | os.PathLike[str], **more: object) -> None:
         """Write it as JSON, with more fields after its own."""
         with atomic_path(path) as file:
             file.write_text(json.dumps(self.to_dict() | more, indent=2) + "\n")
 
-    def tables(self) -> list[Table]:
+    def columns(self, row: Row) -> dict[str, str]:
+        """Headings and cells of a row that was measured, but for what was measured and the seconds."""
+        numbers = {"GFLOP": (row.gflop, ".1f"), "GFLOP/s": (row.rate, ".1f"), "ceiling": (row.share, ".0%")}
+        numbers["peak MB"] = (row.peak_mb, ".0f")
+        return {name: "" if number is None else format(number, spec) for name, (number, spec) in numbers.items()}
+
+    def tables(self) -> "list[Table]":
         """One for each dtype."""
         return [self._table(dtype) for dtype in dict.fromkeys(row.dtype for row in self.rows)]
 
-    def _table(self, dtype: str) -> Table:
-        ratios = ["\n".join(f"/ {name}".rsplit(" ", 1)) for name in self.baselines]
-        headings = (
-            "part",
-            "frames",
-            "model",
-            "s/frame",
-            "quartiles",
-            *ratios,
-            "GFLOP",
-            "GFLOP/s",
-            "ceiling",
-            "peak MB",
-        )
-        table = Table(*headings, title=f"{self.title}, {dtype}")
-        previous = ""
-        for row in (row for row in self.rows if row.dtype == dtype):
-            if self.baselines and row.part != previous:
+    def _table(self, dtype: str) -> "Table":
+        from rich.table import Table
+
+        rows = [row for row in self.rows if row.dtype == dtype]
+        columns = {id(row): self.columns(row) for row in rows if row.seconds}
+        headings = dict.fromkeys(name for cells in columns.values() for name in cells)
+        table = Table("part", "frames", "model", "s/frame", "quartiles", *headings, title=f"{self.title}, {dtype}")
+        are_compared = len({row.implementation for row in rows}) > 1
+        for previous, row in zip([None, *rows], rows, strict=False):
+            if are_compared and (previous is None or row.part != previous.part):
                 table.add_section()
-            previous = row.part
             names = (row.part, str(row.frames), row.implementation)
             if not row.seconds:
                 table.add_row(*names, NOT_MEASURED, row.note)
                 continue
             first, median, third = row.quartiles
-            numbers = [(ratio, ".2f") for ratio in self.ratios(row).values()]
-            numbers += [(row.gflop, ".1f"), (row.rate, ".1f"), (row.share, ".0%"), (row.peak_mb, ".0f")]
-            cells = ("" if number is None else format(number, spec) for number, spec in numbers)
-            table.add_row(*names, f"{median:.3g}", f"{first:.3g} to {third:.3g}", *cells)
+            table.add_row(*names, f"{median:.3g}", f"{first:.3g} to {third:.3g}", *columns[id(row)].values())
         return table
 
 
 @torch.inference_mode()
-def measure_parts(
-    implementations: Sequence[Implementation],
+def measure_part(
+    part: str,
+    functions: Mapping[tuple[str, str], Part],
+    counted: Mapping[tuple[str, str], Part],
     *,
     frames: int,
     repeats: int,
@@ -304,40 +268,39 @@ def measure_parts(
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
 ) -> list[Row]:
-    """Time every part; the implementations take turns at it.
+    """Time a part; several implementations of it take turns.
 
     FLOPs are counted of all but `end to end`; memory is measured of the whole model and of that.
 
     Args:
-        implementations: that do the same.
-        frames: T that a part takes at a call.
+        part: one of `PARTS`.
+        functions: that do the same, by names of implementation and dtype.
+        counted: the same functions in eager form, to count FLOPs of.
+        frames: T that a function takes at a call.
         repeats: timed calls of each.
         ceilings: as in `Report`.
         device: where they run.
-        progress: called with a part, rounds done, and of how many.
+        progress: called with the part, rounds done, and of how many.
     """
-    rows: list[Row] = []
-    flops: dict[Part, int] = {}  # implementations may share what is counted
-    for part in PARTS:
-        functions = {str(i): these.parts[part] for i, these in enumerate(implementations) if part in these.parts}
-        report = None if progress is None else partial(progress, f"{part}, {frames} frame(s)")
-        seconds = measure(functions, repeats, device, report) if functions else {}
-        for i, these in enumerate(implementations):
-            dtype = str(these.dtype).removeprefix("torch.")
-            row = Row(part=part, implementation=these.name, dtype=dtype, device=str(device), frames=frames)
-            if part in these.missing:
-                rows.append(replace(row, note=these.missing[part]))
-            if part not in these.parts:
-                continue
-            row = replace(row, seconds=tuple(value / frames for value in seconds[str(i)]), ceiling=ceilings[dtype])
-            if part != END_TO_END:
-                counted = (these.counted or these.parts)[part]
-                flops[counted] = flops.get(counted) or count_flops(counted)
-                row = replace(row, gflop=flops[counted] / frames / 1e9)
-            if part in (WHOLE_MODEL, END_TO_END):
-                row = replace(row, peak_mb=peak_bytes(these.parts[part], device) / 1e6)
-            rows.append(row)
-    return rows
+    keys = {" ".join(key): key for key in functions}
+    report = None if progress is None else partial(progress, f"{part}, {frames} frame(s)")
+    seconds = measure({name: functions[key] for name, key in keys.items()}, repeats, device, report)
+    flops = {} if part == END_TO_END else {f: count_flops(f) for f in {counted[key] for key in functions}}
+    has_peak = part in (WHOLE_MODEL, END_TO_END)
+    return [
+        Row(
+            part=part,
+            implementation=key[0],
+            dtype=key[1],
+            device=str(device),
+            frames=frames,
+            seconds=tuple(value / frames for value in seconds[name]),
+            gflop=flops[counted[key]] / frames / 1e9 if flops else None,
+            ceiling=ceilings[key[1]],
+            peak_mb=peak_bytes(functions[key], device) / 1e6 if has_peak else None,
+        )
+        for name, key in keys.items()
+    ]
 
 
 def variant(model: VideoMask2Former, dtype: torch.dtype, prepare: bool, compile: Compile = "auto") -> VideoMask2Former:
@@ -365,7 +328,7 @@ def stages(model: VideoMask2Former, pixels: Tensor, compiled: bool = False) -> d
     }
     if not compiled:
         layers = model.pixel_decoder.layers
-        [((tokens, *others), options)] = inputs_of([layers[0]], parts[PIXEL_DECODER])
+        (tokens, *others), options = inputs_of(layers[0], parts[PIXEL_DECODER])
 
         def deformable_encoder() -> Tensor:
             x = tokens
@@ -380,20 +343,12 @@ def stages(model: VideoMask2Former, pixels: Tensor, compiled: bool = False) -> d
     }
 
 
-def inputs_of(modules: Sequence[nn.Module], function: Part) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """Arguments and keyword arguments that each module gets at its last call while the function runs."""
-    inputs: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-
-    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs[module] = args, kwargs
-
-    hooks = [module.register_forward_pre_hook(keep, with_kwargs=True) for module in modules]
-    try:
+def inputs_of(module: nn.Module, function: Part) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments and keyword arguments that a module gets at its last call while the function runs."""
+    inputs: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    with module.register_forward_pre_hook(lambda _, args, kwargs: inputs.append((args, kwargs)), with_kwargs=True):
         function()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return [inputs[module] for module in modules]
+    return inputs[-1]
 
 
 def end_to_end(model: VideoMask2Former, video: Path, height: int, width: int) -> Part:

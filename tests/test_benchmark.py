@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from m2f_video import benchmark as bench
-from m2f_video.benchmark import Implementation, Report, Row
+from m2f_video.benchmark import Report, Row
 from m2f_video.cli.main import main
 from m2f_video.modeling.video_mask2former import VideoMask2Former
 
@@ -62,14 +62,25 @@ def test_quartiles_rate_and_share():
     assert row(seconds=(7,)).rate is None
 
 
-def test_ratios_compare_the_same_part_and_dtype():
+@pytest.fixture
+def comparison(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    import comparison
+
+    return comparison
+
+
+def test_ratios_compare_the_same_part_and_dtype(comparison, capsys):
     ours = [row(seconds=(1,)), row(seconds=(4,), dtype="bfloat16"), row(part="whole model")]
     theirs = [
         row(implementation="theirs", seconds=(3,)),
         row(implementation="theirs", part="whole model", seconds=(9,)),
     ]
-    report = Report(title="t", machine={}, ceilings={}, rows=ours + theirs, baselines=("ours",))
-    assert [report.ratios(each)["ours"] for each in report.rows] == [1, 1, None, 3, None]
+    report = comparison.Comparison(title="t", machine={}, ceilings={}, rows=ours + theirs, baselines=("ours",))
+    ratios = [1, 1, None, 3, None]
+    assert [report.ratios(each)["ours"] for each in report.rows] == ratios
+    assert [each["ratio_to"]["ours"] for each in report.to_dict()["rows"]] == ratios
+    assert "3.00" in printed(report, capsys)
 
 
 def test_what_was_not_measured_is_said(capsys, tmp_path):
@@ -156,15 +167,15 @@ def test_parts_get_the_input_that_they_have_in_the_model(tiny_model):
             torch.testing.assert_close(parts[part]().masks_queries_logits, expected.masks_queries_logits)
 
 
-def test_parts_are_measured_per_frame_and_others_noted():
+def test_parts_are_measured_per_frame_and_others_noted(comparison):
     x = torch.randn(10, 10)
     product = {"backbone": lambda: x @ x, "end to end": lambda: x @ x}
-    ours = Implementation(name="ours", dtype=torch.float32, parts=product)
-    compiled = Implementation(
+    ours = comparison.Implementation(name="ours", dtype=torch.float32, parts=product)
+    compiled = comparison.Implementation(
         name="compiled", dtype=torch.float32, parts={"backbone": lambda: None}, counted=product,
         missing={"end to end": "no reader"},
     )  # fmt: skip
-    rows = bench.measure_parts([ours, compiled], frames=4, repeats=3, ceilings={"float32": 1.0})
+    rows = comparison.measure_parts([ours, compiled], frames=4, repeats=3, ceilings={"float32": 1.0})
     assert [(each.part, each.implementation) for each in rows] == [
         ("backbone", "ours"), ("backbone", "compiled"), ("end to end", "ours"), ("end to end", "compiled"),
     ]  # fmt: skip

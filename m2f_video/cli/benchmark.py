@@ -1,6 +1,5 @@
 """`m2f-video benchmark`."""
 
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -80,24 +79,31 @@ def benchmark(
 
     pixels = random_frames(frames, height, width, seed=0).to(target, model_dtype)
     ceilings: dict[str, float] = {dtype: bench.matmul_ceiling(model_dtype, target)}
-    measure = partial(bench.measure_parts, repeats=repeats, ceilings=ceilings, device=target)
+    measure = partial(bench.measure_part, repeats=repeats, ceilings=ceilings, device=target)
+    name = "plain" if plain else f"prepared, compile {compile}"
+    rows: list[bench.Row] = []
+
+    def add(part: str, function: bench.Part | None, counted: bench.Part | None, length: int, missing: str) -> None:
+        """Measure a part; or say why it is missing."""
+        if function is not None:
+            key: tuple[str, str] = (name, dtype)
+            rows.extend(measure(part, {key: function}, {key: counted or function}, frames=length, progress=progress))
+        else:
+            row = bench.Row(
+                part=part, implementation=name, dtype=dtype, device=str(target), frames=length, note=missing
+            )
+            rows.append(row)
+
     with TemporaryDirectory() as folder, progress_bars("round") as progress:
-        compiled = compile == "model"
-        ours = bench.Implementation(
-            name="plain" if plain else f"prepared, compile {compile}",
-            dtype=model_dtype,
-            parts=bench.stages(model, pixels, compiled),
-            counted=bench.stages(eager, pixels),
-            missing=bench.COMPILED_AS_ONE if compiled else {},
-        )
-        rows = measure([ours], frames=frames, progress=progress)
+        parts = bench.stages(model, pixels, compiled=compile == "model")
+        for part, counted in bench.stages(eager, pixels).items():
+            add(part, parts.get(part), counted, frames, bench.COMPILED_AS_ONE)
+        end_to_end = None
         if model.config.temporal == "joint":
             video = Path(folder) / "video.mp4"
             bench.write_video(video, video_frames, height, width)
-            ours = replace(ours, parts={bench.END_TO_END: bench.end_to_end(model, video, height, width)}, missing={})
-        else:
-            ours = replace(ours, parts={}, missing={bench.END_TO_END: "an image model, which makes no tracks"})
-        rows += measure([ours], frames=video_frames, progress=progress)
+            end_to_end = bench.end_to_end(model, video, height, width)
+        add(bench.END_TO_END, end_to_end, None, video_frames, "an image model, which makes no tracks")
 
     what = checkpoint or f"{preset}, random weights"
     report = bench.Report(

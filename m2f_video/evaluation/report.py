@@ -6,14 +6,15 @@ import os
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
-
-from rich.table import Table
+from typing import TYPE_CHECKING, Any
 
 from m2f_video.evaluation.tracking import TrackingMetrics, TrackingResult
 from m2f_video.evaluation.video_ap import STATS, VideoAPResult
 from m2f_video.files import atomic_path, check_replaceable
 from m2f_video.results.masks import plain_rle
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 RESULTS_FILE = "results.json"
 """Name that evaluation servers expect, alone at the root of the zip."""
@@ -21,8 +22,10 @@ _ROW_KEYS = ("video_id", "category_id", "score", "segmentations")
 _CLASS_STATS = ("AP", "AP50", "AP75", "AR1", "AR10")
 
 
-def tables(ap: VideoAPResult, tracking: TrackingResult | None = None) -> list[Table]:
+def tables(ap: VideoAPResult, tracking: TrackingResult | None = None) -> "list[Table]":
     """Tables overall and by class, in percent; a dash where there is nothing to measure by."""
+    from rich.table import Table
+
     overall = Table(*STATS, title="overall, %")
     overall.add_row(*(_percent(ap.stats[name]) for name in STATS))
     printed, headings = [overall], list[str]()
