@@ -17,13 +17,14 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from common import Worker, WorkerError, box_target, emit, orders, timed
 
 MODES = ("prepared", "onednn", "eager", "transformers", "training", "memory")
 PRESET = "swin_tiny_youtubevis_2019"
@@ -76,8 +77,9 @@ def _compare(options: argparse.Namespace) -> int:
         workers = {}
         try:
             for name, each in what.items():
-                workers[name] = _Worker(name, options, *each, Path(folder) / name)
-                workers[name].read()  # one after the other: building and warming up use all cores
+                print(f"{name}: {', '.join(map(str, each))}", flush=True)
+                workers[name] = _worker(options, *each, Path(folder) / name)
+                workers[name].answer()  # one after the other: building and warming up use all cores
             if not memory:
                 print(_distance(Path(folder), what), flush=True)
             rounds: list[dict[str, float]] = []
@@ -86,9 +88,12 @@ def _compare(options: argparse.Namespace) -> int:
                 measured = {}
                 for name in order:
                     time.sleep(0.05)  # threads of the one before go to sleep
-                    measured[name] = workers[name].run()
+                    workers[name].tell()
+                    measured[name] = workers[name].answer()
                 rounds.append(measured)
                 print(f"{number + 1}: " + ", ".join(f"{name} {measured[name]:.4g}" for name in what), flush=True)
+        except WorkerError as error:
+            raise SystemExit(f"{name}: the worker {error}") from error
         finally:
             for worker in workers.values():
                 worker.close()
@@ -114,39 +119,13 @@ def _compare(options: argparse.Namespace) -> int:
     return 0
 
 
-class _Worker:
-    """A process that runs one tree whenever it is told to."""
-
-    def __init__(self, name: str, options: argparse.Namespace, tree: Path, mode: str, dtype: str, output: Path) -> None:
-        command = [sys.executable, __file__, "--old", str(tree), "--worker", str(output), "--mode", mode]
-        command += ["--dtype", dtype]
-        for option in ("frames", "height", "width", "threads"):
-            command += [f"--{option}", str(getattr(options, option))]
-        cores = sorted(os.sched_getaffinity(0))[: options.threads]
-        environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": str(options.threads)}
-        print(f"{name}: {tree}, {mode}, {dtype}", flush=True)
-        self.name = name
-        self.process = subprocess.Popen(  # noqa: S603
-            command, cwd=tree, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
-        os.sched_setaffinity(self.process.pid, cores)  # before it has other threads
-
-    def run(self) -> float:
-        assert self.process.stdin is not None
-        self.process.stdin.write("go\n")
-        self.process.stdin.flush()
-        return self.read()
-
-    def read(self) -> float:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith("RESULT "):
-                return float(line.removeprefix("RESULT "))
-        raise SystemExit(f"the worker '{self.name}' ended with exit code {self.process.wait()}")
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
+def _worker(options: argparse.Namespace, tree: Path, mode: str, dtype: str, output: Path) -> Worker:
+    command = [__file__, "--old", str(tree), "--worker", str(output), "--mode", mode, "--dtype", dtype]
+    for option in ("frames", "height", "width", "threads"):
+        command += [f"--{option}", str(getattr(options, option))]
+    cores = sorted(os.sched_getaffinity(0))[: options.threads]
+    variables = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": str(options.threads)}
+    return Worker(command, variables, tree, cores)
 
 
 def _work(options: argparse.Namespace) -> int:
@@ -160,16 +139,15 @@ def _work(options: argparse.Namespace) -> int:
     torch.set_num_threads(options.threads)
     call = _call(options)
     if options.mode == "memory":
-        print("RESULT 0", flush=True)
+        emit("ready")
+        for _ in orders():
+            emit(call())
     else:
         torch.save(call(), options.worker)  # warms up, too
         call()
-        print("RESULT 0", flush=True)
-    for _ in sys.stdin:
-        start = time.perf_counter()
-        value = call()
-        seconds = (time.perf_counter() - start) / options.frames
-        print(f"RESULT {value if options.mode == 'memory' else seconds}", flush=True)
+        emit("ready")
+        for _ in orders():
+            emit(timed(call) / options.frames)
     return 0
 
 
@@ -220,14 +198,9 @@ def _call(options: argparse.Namespace) -> Callable[[], Any]:
 def _training_step(model: Any, pixels: Any) -> Callable[[], Any]:
     import torch
 
-    from m2f_video.training import ClipTarget, LossConfig, VideoMask2FormerLoss
+    from m2f_video.training import LossConfig, VideoMask2FormerLoss
 
-    instances, (frames, _, height, width) = 5, pixels.shape[1:]
-    generator = torch.Generator().manual_seed(0)
-    masks = torch.zeros(instances, frames, height, width, dtype=torch.bool)
-    for index, mask in enumerate(masks):
-        mask[:, index * height // 8 : (index + 2) * height // 8, index * width // 8 : (index + 2) * width // 8] = True
-    target = ClipTarget(torch.randint(model.config.num_labels, (instances,), generator=generator), masks)
+    target = box_target(5, model.config.num_labels, (pixels.shape[1], *pixels.shape[3:]))
     criterion = VideoMask2FormerLoss(LossConfig(), model.config.num_labels)
 
     def step() -> list[torch.Tensor]:

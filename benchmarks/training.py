@@ -28,6 +28,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 import tyro
+from common import box_target
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -48,16 +49,6 @@ LEVELS, HEADS, CHANNELS, POINTS = ((15, 27), (30, 54), (60, 108)), 8, 32, 4
 Mark = Callable[[], None]
 Step = Callable[[Mark], tuple[object, Tensor]]
 """Calls its argument before the loss; gives the output, which a training loop holds until the next, and the loss."""
-
-
-def box_target(instances: int, classes: int, size: tuple[int, int, int]) -> ClipTarget:
-    """Boxes with a quarter of the frames' sides, somewhere in each frame; `size` is (T, H, W)."""
-    generator = torch.Generator().manual_seed(0)
-    masks = torch.zeros(instances, *size, dtype=torch.bool)
-    for frame in masks.flatten(0, 1):
-        top, left = (0.75 * torch.rand(2, generator=generator) * torch.tensor(size[1:])).int().tolist()
-        frame[top : top + size[1] // 4, left : left + size[2] // 4] = True
-    return ClipTarget(torch.randint(classes, (instances,), generator=generator), masks)
 
 
 def our_step(model: Any, frames: Tensor, target: ClipTarget, backend: str, mark: Mark) -> tuple[object, Tensor]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from m2f_video.ops.embedding_bag import ms_deform_attn_embedding_bag, ms_deform_attn_embedding_bag_from_offsets
 from m2f_video.ops.reference import Shapes, ms_deform_attn_reference, sampling_locations_from_offsets
+from m2f_video.ops.triton_verified import VERIFIED
 
 __all__ = [
     "Backend",
@@ -117,8 +118,9 @@ def resolve_backend(backend: Backend, *inputs: Tensor) -> Literal["reference", "
     Without it, or where it says `auto`, the first of these that holds:
 
     - on a CPU: `embedding_bag`;
-    - `reference`. (`triton` has to be asked for: its kernels pass their tests in Triton's interpreter and compile for
-      sm_75 to sm_120, but have not run on a GPU yet.)
+    - on a CUDA device of a kind that the kernels have passed their tests on (`triton_verified.VERIFIED`), where they
+      can run on the inputs: `triton`;
+    - `reference`.
 
     Raises:
         ValueError: an unknown backend, named by the argument or the environment, or `triton` where it cannot run.
@@ -128,7 +130,7 @@ def resolve_backend(backend: Backend, *inputs: Tensor) -> Literal["reference", "
     if backend == "auto":
         backend = _backend_of_environment()
     if backend == "auto":
-        backend = "embedding_bag" if inputs[0].device.type == "cpu" else "reference"
+        backend = _automatic_backend(*inputs)
     if backend == "triton" and (reason := _why_not_triton(*inputs)):
         raise ValueError(f"deformable attention backend 'triton' cannot run: {reason}")
     return backend
@@ -142,6 +144,22 @@ def available_backends() -> dict[str, str | None]:
     elif not (torch.cuda.is_available() or _triton_interpreted()):
         reasons["triton"] = "there is no CUDA device"
     return reasons
+
+
+def _automatic_backend(*inputs: Tensor) -> Literal["reference", "embedding_bag", "triton"]:
+    device = inputs[0].device
+    if device.type == "cpu":
+        return "embedding_bag"
+    verified = device.type == "cuda" and _is_verified(device.index)
+    return "triton" if verified and not _why_not_triton(*inputs) else "reference"
+
+
+def _is_verified(index: int | None) -> bool:
+    """Whether the kernels have passed their tests on a card like this one, which must be NVIDIA's."""
+    if not VERIFIED or torch.version.cuda is None or not torch.cuda.is_available():
+        return False
+    card = torch.cuda.get_device_properties(index)  # which `torch.compile` knows as a constant
+    return (card.major, card.minor) in VERIFIED
 
 
 def _backend_of_environment() -> Backend:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -50,6 +51,15 @@ def test_the_kernels_under_the_interpreter() -> None:
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+@pytest.fixture(autouse=True)
+def _tuned_only_at_the_size_of_a_frame(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tuning compiles six kernels where one will do."""
+    if INSTALLED and "gpu" not in request.keywords:
+        from m2f_video.ops import triton_kernels
+
+        monkeypatch.setattr(triton_kernels, "_fixed_config", lambda: True)
+
+
 @pytest.fixture
 def deterministic() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
@@ -65,12 +75,15 @@ def output_and_gradients(
     inputs: dict[str, Tensor], shapes: Shapes, backend: str, grad_output: Tensor | None = None
 ) -> dict[str, Tensor]:
     """All of them, those of the reference in float64."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
     if backend == "reference":
         inputs = {name: tensor.detach().double().requires_grad_() for name, tensor in inputs.items()}
+        torch.use_deterministic_algorithms(False)  # or else the backward of `grid_sample` is an error on CUDA
     output = run(inputs, shapes, backend)
     if grad_output is None:  # integers are exact in any dtype
         grad_output = (torch.arange(output.numel()) % 7 - 3).view(output.shape)
     gradients = torch.autograd.grad(output, [inputs[name] for name in INPUTS], grad_output.to(output))
+    torch.use_deterministic_algorithms(deterministic)
     return {"output": output.detach(), **dict(zip(INPUTS, gradients, strict=True))}
 
 
@@ -224,8 +237,41 @@ def cuda_tensor() -> Iterator[Tensor]:
         yield torch.zeros(1, device="cuda")
 
 
-def test_auto_on_cuda_is_the_reference(cuda_tensor: Tensor) -> None:
-    assert resolve_backend("auto", cuda_tensor, cuda_tensor) == "reference"
+@pytest.mark.parametrize(
+    ("verified", "capability", "dtype", "nvidia", "expected"),
+    [
+        (set(), (9, 0), torch.float32, True, "reference"),
+        ({(8, 0)}, (9, 0), torch.float32, True, "reference"),
+        pytest.param({(8, 0), (9, 0)}, (9, 0), torch.bfloat16, True, "triton", marks=needs_triton),
+        ({(9, 0)}, (9, 0), torch.float64, True, "reference"),  # which the kernels do not take
+        ({(9, 0)}, (9, 0), torch.float32, False, "reference"),  # another make counts otherwise
+    ],
+)
+def test_auto_on_cuda_is_triton_where_it_has_passed(
+    verified: set, capability: tuple, dtype: torch.dtype, nvidia: bool, expected: str, cuda_tensor: Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(ops, "VERIFIED", frozenset(verified))
+    monkeypatch.setattr(torch.version, "cuda", "13.0" if nvidia else None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    card = SimpleNamespace(major=capability[0], minor=capability[1])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
+    assert resolve_backend("auto", cuda_tensor.to(dtype)) == expected
+
+
+def test_auto_on_cuda_that_is_not_there_is_the_reference(cuda_tensor: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "VERIFIED", frozenset({(9, 0)}))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert resolve_backend("auto", cuda_tensor) == "reference"
+
+
+def test_what_is_verified_does_not_break_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "VERIFIED", frozenset({(9, 0)}))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    doubled = torch.compile(lambda x: x if ops._is_verified(0) else 2 * x, fullgraph=True, backend="eager")
+    assert doubled(torch.ones(1)).item() == 2
+    same = torch.compile(lambda x: x if (9, 0) in ops.VERIFIED else 2 * x, fullgraph=True, backend="eager")
+    assert same(torch.ones(1)).item() == 1
 
 
 def test_triton_that_is_not_installed_is_an_error(cuda_tensor: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
