@@ -50,15 +50,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the part in progress, too
 
     folder = options.output or (None if options.rehearse else RESULTS)
+    slack = 5 if options.rehearse else 1  # for cores that others use too
     start = time.monotonic()
-    status, rows, _ = run_part("machine", MACHINE, options.rehearse)
+    status, rows, _ = run_part("machine", slack * MACHINE, options.rehearse)
     if status != "done":
         print("there is no CUDA device that PyTorch can use; --rehearse does all on a CPU", file=sys.stderr)
         return 2
     report: Row = {"machine": rows[0], "parts": {}, "rows": [], "output": {}}
     for part in options.part or PARTS:
-        left = ALL - (time.monotonic() - start)
-        seconds = max(PARTS[part], left) if part == "compiled" else min(PARTS[part], left)
+        left, most = slack * ALL - (time.monotonic() - start), slack * PARTS[part]
+        seconds = max(most, left) if part == "compiled" else min(most, left)
         status, rows, output = run_part(part, seconds, options.rehearse)
         report["parts"][part] = status
         report["rows"] += [{"part": part, **row} for row in rows]
