@@ -238,6 +238,7 @@ def stop(*args, **options):
     os.kill(os.getpid(), number)
     time.sleep(20)
 weights_convert.checkpoints.save_file = stop
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell has ignored in what it puts in the background
 for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
     with contextlib.redirect_stderr(io.StringIO()) as said:
         code = main()
