@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from m2f_video.config import PixelDecoderConfig, SwinConfig, TransformerDecoderConfig, VideoMask2FormerConfig
+from m2f_video.config import (
+    PixelDecoderConfig,
+    PreprocessingConfig,
+    SwinConfig,
+    TransformerDecoderConfig,
+    VideoMask2FormerConfig,
+)
 from m2f_video.data import SyntheticVideos
 from m2f_video.hub import load_state_dict_strictly
 from m2f_video.modeling.video_mask2former import VideoMask2Former
@@ -28,6 +34,7 @@ def tiny_config() -> VideoMask2FormerConfig:
         pixel_decoder=PixelDecoderConfig(hidden_dim=64, mask_dim=64, num_layers=2),
         transformer_decoder=TransformerDecoderConfig(hidden_dim=64, num_queries=10, num_layers=3, ffn_dim=128),
         labels=("person", "giant_panda", "lizard", "parrot", "skateboard"),
+        preprocessing=PreprocessingConfig(shortest_edge=64),  # by default frames of any size are made 480 pixels high
     )
 
 
