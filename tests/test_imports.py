@@ -6,20 +6,18 @@ import sys
 HEAVY = ("av", "pycocotools", "scipy", "timm", "torchvision", "transformers", "triton", "PIL", "tyro", "rich")
 
 
-def loaded_by(module: str, names: tuple[str, ...]) -> set[str]:
-    """Which of `names` a fresh interpreter has loaded after importing a module."""
-    code = f"import sys, {module}; print(*[name for name in {names!r} if name in sys.modules])"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)  # noqa: S603
-    assert result.returncode == 0, result.stderr
-    return set(result.stdout.split())
-
-
-def test_importing_the_package_loads_nothing_heavy() -> None:
-    assert loaded_by("m2f_video", HEAVY) == set()
-
-
-def test_the_converter_needs_nothing_of_the_package() -> None:
-    assert loaded_by("weights_convert", (*HEAVY, "m2f_video")) == set()
+def test_imports_load_nothing_heavy_and_the_converter_nothing_of_the_package() -> None:
+    """In one fresh interpreter, as each takes seconds to load PyTorch."""
+    steps = [("weights_convert", (*HEAVY, "m2f_video")), ("m2f_video", HEAVY), ("m2f_video.results.tracks", HEAVY)]
+    code = f"""
+import importlib, sys
+for module, names in {steps!r}:
+    importlib.import_module(module)
+    print(module, *[name for name in names if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)  # noqa: S603
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [module for module, _ in steps]
 
 
 def test_the_public_names() -> None:

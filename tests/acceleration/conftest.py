@@ -6,7 +6,13 @@ import torch
 
 from m2f_video import VideoMask2Former
 from m2f_video.acceleration import cpu_kernels
-from m2f_video.config import PixelDecoderConfig, SwinConfig, TransformerDecoderConfig, VideoMask2FormerConfig
+from m2f_video.config import (
+    PixelDecoderConfig,
+    PreprocessingConfig,
+    SwinConfig,
+    TransformerDecoderConfig,
+    VideoMask2FormerConfig,
+)
 from m2f_video.parity import random_model
 
 IN_LANES = VideoMask2FormerConfig(  # of widths that the compiled kernels know
@@ -14,6 +20,7 @@ IN_LANES = VideoMask2FormerConfig(  # of widths that the compiled kernels know
     pixel_decoder=PixelDecoderConfig(hidden_dim=64, mask_dim=64, num_layers=1, ffn_dim=64, num_heads=4, num_points=4),
     transformer_decoder=TransformerDecoderConfig(hidden_dim=64, num_queries=5, num_layers=3, num_heads=4, ffn_dim=64),
     labels=("cat", "dog"),
+    preprocessing=PreprocessingConfig(shortest_edge=64),
 )
 BACKBONES = {"swin": IN_LANES, "timm": IN_LANES.replace(backbone="timm:test_resnet")}
 

@@ -457,14 +457,6 @@ def test_an_interrupt_while_loading_ends_cleanly(monkeypatch, capsys):
     assert "interrupted" in capsys.readouterr().err
 
 
-def test_the_installed_command_runs(folder, tmp_path):
-    command = [sys.executable, "-m", "m2f_video", "segment", str(folder / "video.mp4")]
-    command += ["--checkpoint", str(folder / "native"), "--output", str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""  # no progress bar where there is no terminal
-
-
 def signalled(folder: Path, output: Path, kind: signal.Signals) -> tuple[int, str]:
     """Exit code and standard error of the command when it gets a signal while it draws the overlay."""
     large = np.repeat(synthetic_frames(FRAMES, 60, 90), 8, axis=0).repeat(6, axis=1).repeat(6, axis=2)
@@ -522,14 +514,14 @@ def test_no_message_is_over_300_characters_or_writes_to_the_terminal(capsys):
     assert message[:-1].isprintable()
 
 
-def test_names_that_are_no_text_are_printed(folder, tmp_path):
+def test_the_installed_command_prints_names_that_are_no_text(folder, tmp_path):
     name = os.fsdecode(b"caf\xe9.mp4")
     (tmp_path / name).write_bytes((folder / "video.mp4").read_bytes())
-    command = [sys.executable, "-m", "m2f_video", "segment", name, "--output", os.fsdecode(b"\xff"), "--no-overlay"]
+    command = [sys.executable, "-m", "m2f_video", "segment", name, "--output", os.fsdecode(b"\xff")]
     command += ["--checkpoint", str(folder / "native")]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)  # noqa: S603
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr) == (0, "")  # nor a progress bar, where there is no terminal
     assert "caf\\udce9.mp4" in done.stdout
     assert VideoSegmentation.load(tmp_path / os.fsdecode(b"\xff")).source == name
 
@@ -555,8 +547,21 @@ def test_names_of_classes_are_texts_and_no_markup(folder, tmp_path, capsys):
     assert all(label in printed for label in config["labels"][:3])
 
 
+@pytest.mark.parametrize("closed", ["stdout", "stderr"])
+def test_a_closed_stream_is_no_traceback(folder, tmp_path, closed, monkeypatch):
+    from m2f_video import __main__
+
+    command = ["m2f-video", "segment", f"{folder}/video.mp4", "--checkpoint", f"{folder}/native", "--no-overlay"]
+    monkeypatch.setattr(sys, "argv", [*command, "--output", f"{tmp_path}/out"])
+    monkeypatch.setattr(sys, closed, None)  # as Python starts with it
+    assert __main__.main() == 0
+    getattr(sys, closed).close()
+    assert (tmp_path / "out" / "tracks.json").exists()
+
+
+@pytest.mark.slow  # fresh interpreters
 @pytest.mark.parametrize("closed", [1, 2])
-def test_a_closed_stream_is_no_traceback(folder, tmp_path, closed):
+def test_the_installed_command_takes_closed_streams(folder, tmp_path, closed):
     command = f'exec "{sys.executable}" -m m2f_video segment "{folder}/video.mp4" --checkpoint "{folder}/native" '
     command += f'--no-overlay --output "{tmp_path}/out" {closed}>&-'
     done = subprocess.run(["/bin/sh", "-c", command], capture_output=True, text=True, check=False)  # noqa: S603
