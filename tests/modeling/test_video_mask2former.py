@@ -431,19 +431,3 @@ def test_features_of_two_sizes_cannot_be_joined(model: VideoMask2Former) -> None
 def test_a_config_of_another_type_is_refused(config: object) -> None:
     with pytest.raises(TypeError, match=f"VideoMask2FormerConfig, got {type(config).__name__}"):
         VideoMask2Former(config)
-
-
-def test_both_halves_and_the_whole_export(tiny_model: VideoMask2Former) -> None:
-    class Encoder(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = tiny_model
-
-        def forward(self, frames: Tensor) -> object:
-            return self.model.encode_frames(frames)
-
-    clip = torch.randn(1, 2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        for module, inputs, name in ((tiny_model, clip, "masks_queries_logits"), (Encoder(), clip[0], "mask_features")):
-            exported = torch.export.export(module, (inputs,)).module()
-            assert_close(getattr(exported(inputs), name), getattr(module(inputs), name))

@@ -43,8 +43,15 @@ needs_gpu = [
 
 @needs_triton
 @compiled_only
-def test_the_kernels_under_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=5", __file__]
+@pytest.mark.parametrize(
+    "selection",
+    [
+        pytest.param("not (three_levels or many or 1e or inf or 1000000000000)", id="small"),  # cases of one kind
+        pytest.param("triton", id="all", marks=pytest.mark.slow),
+    ],
+)
+def test_the_kernels_under_the_interpreter(selection: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", selection, __file__]
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     root = Path(__file__).parents[2]
     result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)  # noqa: S603

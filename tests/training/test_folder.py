@@ -20,6 +20,7 @@ from tests.training.tiny_run import (
     CONFIG,
     VIDEOS,
     assert_same_end,
+    copy_stopped_run,
     train,
     train_until,
 )
@@ -128,7 +129,7 @@ def test_a_file_system_without_locks_is_said(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_folder_that_holds_a_run_is_left_alone(whole: Path, tmp_path: Path) -> None:
-    train_until(1, tmp_path / "run")
+    copy_stopped_run(1, tmp_path / "run")
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "run").rglob("*")}
     for output in (tmp_path / "run", whole):
         with pytest.raises(ValueError, match=f"^{output} holds a training run already; go on with it by resume"):
@@ -139,7 +140,7 @@ def test_a_folder_that_holds_a_run_is_left_alone(whole: Path, tmp_path: Path) ->
 
 
 def test_another_config_is_named(tmp_path: Path) -> None:
-    train_until(1, tmp_path)
+    copy_stopped_run(1, tmp_path)
     with pytest.raises(ValueError, match=r"has another steps, seed; resume it with the config .*train\.json"):
         train(tmp_path, CONFIG.replace(steps=9, seed=1), resume=True)
     deeper = CONFIG.to_dict()
@@ -150,7 +151,7 @@ def test_another_config_is_named(tmp_path: Path) -> None:
 
 
 def test_other_data_are_refused(tmp_path: Path) -> None:
-    train_until(1, tmp_path)
+    copy_stopped_run(1, tmp_path)
     for videos in (SyntheticVideos(3, num_frames=4, height=32, width=64), SyntheticVideos(4, seed=1, num_frames=4)):
         with pytest.raises(ValueError, match=r"the training videos are not those that the run in .* began with"):
             train(tmp_path, videos=videos, resume=True)

@@ -13,7 +13,7 @@ from m2f_video import VideoMask2Former
 from m2f_video.config import ConfigError
 from m2f_video.training import Trainer
 from tests.tolerances import identical
-from tests.training.tiny_run import CONFIG, MODEL, VIDEOS, final_weights, train, train_until
+from tests.training.tiny_run import CONFIG, MODEL, VIDEOS, copy_stopped_run, final_weights, train, train_until
 from weights_convert import ConversionError
 
 
@@ -104,7 +104,7 @@ def test_a_run_killed_before_its_first_checkpoint_keeps_what_it_began_with(other
 def test_a_resumed_run_says_that_it_does_not_begin_anew(
     option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train_until(2, tmp_path)
+    copy_stopped_run(2, tmp_path)
     made = Trainer(CONFIG, VIDEOS, tmp_path, resume=True, **{option: "nowhere"})
     assert "\nnowhere is not loaded: the run goes on from its checkpoint\n" in capsys.readouterr().out
     made.close()

@@ -13,7 +13,7 @@ import torch
 
 from m2f_video.training import TrainConfig, Trainer
 from m2f_video.training.checkpoint import CheckpointWarning, list_checkpoints, load_latest_checkpoint
-from tests.training.tiny_run import CONFIG, VIDEOS, assert_same_end, rows, train, train_until
+from tests.training.tiny_run import CONFIG, VIDEOS, assert_same_end, copy_stopped_run, rows, train, train_until
 
 
 def test_a_resumed_run_ends_as_one_that_was_never_stopped(
@@ -58,7 +58,7 @@ def test_what_the_weights_do_not_depend_on_may_change(whole: Path, tmp_path: Pat
 
 
 def test_other_validation_videos_are_refused(tmp_path: Path) -> None:
-    train_until(2, tmp_path, CONFIG)
+    copy_stopped_run(2, tmp_path)
     with pytest.raises(ValueError, match=r"the validation videos are not those that the run in .* began with"):
         train(tmp_path, CONFIG, validation=VIDEOS, resume=True)
 
@@ -165,7 +165,7 @@ def first(weights: dict[str, torch.Tensor], change: Callable[[torch.Tensor], obj
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("stopped")
-    train_until(1, output)
+    copy_stopped_run(1, output)
     return output
 
 
@@ -189,7 +189,7 @@ def test_a_checkpoint_of_another_form_is_named(kind: str, stopped: Path, tmp_pat
 
 
 def test_groups_of_the_optimiser_are_those_of_the_config(whole: Path, tmp_path: Path) -> None:
-    train_until(2, tmp_path)
+    copy_stopped_run(2, tmp_path)
     file = tmp_path / "checkpoints" / "step-00000002.pt"
     state = torch.load(file)
     for group in state["optimizer"]["param_groups"]:
@@ -201,7 +201,7 @@ def test_groups_of_the_optimiser_are_those_of_the_config(whole: Path, tmp_path: 
 
 @pytest.mark.parametrize("size", [0, 0.5], ids=["empty", "half"])
 def test_a_damaged_checkpoint_is_passed_over(size: float, whole: Path, tmp_path: Path) -> None:
-    train_until(2, tmp_path)
+    copy_stopped_run(2, tmp_path)
     file = tmp_path / "checkpoints" / "step-00000002.pt"
     content = file.read_bytes()
     file.write_bytes(content[: int(size * len(content))])
@@ -211,7 +211,7 @@ def test_a_damaged_checkpoint_is_passed_over(size: float, whole: Path, tmp_path:
 
 
 def test_without_a_readable_checkpoint_nothing_is_touched(tmp_path: Path) -> None:
-    train_until(2, tmp_path)
+    copy_stopped_run(2, tmp_path)
     for _, file in list_checkpoints(tmp_path):
         file.write_bytes(b"")
     log = (tmp_path / "log.csv").read_text()

@@ -1,8 +1,10 @@
 """A training run so small that a step takes tens of milliseconds."""
 
 import csv
+import shutil
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -86,6 +88,18 @@ def train_until(step: int, output: Path, config: TrainConfig = CONFIG, **options
         patch.setattr(Trainer, "_save", stopping)
         with pytest.raises(Stopped):
             train(output, config, **options)
+
+
+@cache
+def _stopped_run(step: int) -> TemporaryDirectory:
+    folder = TemporaryDirectory()  # removed when the tests end
+    train_until(step, Path(folder.name))
+    return folder
+
+
+def copy_stopped_run(step: int, output: Path) -> None:
+    """Of a run that `train_until` stopped, which is made once."""
+    shutil.copytree(_stopped_run(step).name, output, dirs_exist_ok=True)
 
 
 def rows(output: Path, name: str = "log.csv") -> list[dict[str, str]]:
