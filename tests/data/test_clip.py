@@ -9,7 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from m2f_video.data import Augmentation, AugmentConfig, Clip, ClipDataset, ClipSampling, SyntheticVideos, sample_frames
+from m2f_video.data import Augmentation, AugmentConfig, Clip, ClipDataset, ClipSampling, sample_frames
+from tests.training.tiny_run import KeptVideos
 
 lengths, counts, ranges = st.integers(1, 60), st.integers(1, 8), st.integers(0, 30)
 
@@ -60,10 +61,12 @@ def test_bad_sampling():
         sample_frames(0, ClipSampling(), np.random.default_rng(0))
 
 
+VIDEOS = KeptVideos(3, 1, "easy", num_frames=9, height=32, width=48)
+
+
 def dataset(seed: int = 0) -> ClipDataset:
-    videos = SyntheticVideos(3, 1, "easy", num_frames=9, height=32, width=48)
     augment = Augmentation(AugmentConfig(shortest_edges=(24, 32), longest_edge=64))
-    return ClipDataset(videos, ClipSampling(num_frames=2, frame_range=4), augment, seed)
+    return ClipDataset(VIDEOS, ClipSampling(num_frames=2, frame_range=4), augment, seed)
 
 
 def test_clips_depend_on_seed_video_and_draw_alone():

@@ -81,8 +81,17 @@ def test_every_stage_agrees_for_other_configs(config: VideoMask2FormerConfig) ->
     assert result.passed, result.stages
 
 
-@pytest.mark.parametrize(("name", "size"), [("resnet18", (70, 90)), ("resnet50", (64, 96)), ("resnet50", (33, 130))])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("name", "size", "dtype"),
+    [
+        ("resnet18", (70, 90), torch.float64),
+        ("resnet50", (33, 130), torch.float32),
+        pytest.param("resnet18", (70, 90), torch.float32, marks=pytest.mark.slow),
+        pytest.param("resnet50", (33, 130), torch.float64, marks=pytest.mark.slow),
+        pytest.param("resnet50", (64, 96), torch.float32, marks=pytest.mark.slow),
+        pytest.param("resnet50", (64, 96), torch.float64, marks=pytest.mark.slow),
+    ],
+)
 def test_every_stage_agrees_with_a_resnet(name: str, size: tuple[int, int], dtype: torch.dtype) -> None:
     model = random_model(SMALL.replace(backbone=f"timm:{name}"), 1)
     result = compare(model, random_frames(2, *size, seed=0), dtype=dtype, plain=True)
