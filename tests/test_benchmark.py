@@ -207,14 +207,15 @@ def run(*arguments: object) -> int:
 SMALL = ("--height", 32, "--width", 64, "--repeats", 1, "--video-frames", 2)
 
 
-def test_the_command_measures_a_checkpoint(prepared, tmp_path, capsys):
+def test_the_command_measures_a_checkpoint(prepared, folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(folder.parent)
     file = tmp_path / "speed.json"
     options = ("--dtype", "bfloat16", "--frames", 3, "--threads", 1, "--compile", "model", "--json", file)
-    assert run("--checkpoint", "demo", *SMALL, *options) == 0
+    assert run("--checkpoint", "native", *SMALL, *options) == 0
     assert prepared == [{"dtype": torch.bfloat16, "compile": "model"}]
     text = capsys.readouterr().out
     assert all(part in text for part in bench.PARTS)
-    assert "demo, 32 x 64, bfloat16" in text
+    assert "native, 32 x 64, bfloat16" in text
     rows = {each["part"]: each for each in json.loads(file.read_text())["rows"]}
     assert list(rows) == list(bench.PARTS)
     assert rows.pop("deformable encoder")["seconds_per_frame"] == "not measured"  # compiled as one with the rest
