@@ -132,8 +132,17 @@ def cases() -> list[Any]:
     ]
 
 
+@pytest.fixture(scope="module")
+def of_unchanged(build: Build) -> dict[str, tuple[Tensor, list[float]]]:
+    """The predictions and scores of the models as they are."""
+    with torch.no_grad():
+        return {name: (predict(build(name)), scores(build(name), plain=False)) for name in ("swin", "timm")}
+
+
 @pytest.mark.parametrize(("kind", "way"), cases())
-def test_a_changed_module_runs(kind: type[nn.Module], way: str, build: Build) -> None:
+def test_a_changed_module_runs(
+    kind: type[nn.Module], way: str, build: Build, of_unchanged: dict[str, tuple[Tensor, list[float]]]
+) -> None:
     backbone = "timm" if kind is TimmBackbone else "swin"
 
     def altered() -> VideoMask2Former:
@@ -141,32 +150,31 @@ def test_a_changed_module_runs(kind: type[nn.Module], way: str, build: Build) ->
         WAYS[way](first_of(model, kind), kind)
         return model
 
-    with torch.no_grad():
-        unchanged = predict(build(backbone))
+    unchanged, before = of_unchanged[backbone]
     prepared = build(backbone).prepare_for_inference()
-    before = [track.score for track in segment_video(build(backbone), VIDEO, top_k=6).tracks]
     with class_patched(kind, way):
         results = {}
         with torch.no_grad():
-            expected = predict(altered())
+            model = altered()
+            expected = predict(model)
             assert relative_error(expected, unchanged) > 100 * TOLERANCE  # or this would test nothing
             WAYS[way](first_of(prepared, kind), kind)
             results["prepared, then changed"] = predict(prepared)
             results["changed, then prepared"] = predict(altered().prepare_for_inference())
-        if backbone != "timm":  # whose batch norms are another function then
-            results["training"] = predict(altered().train().requires_grad_(True))
         with torch.inference_mode():
-            results["inference mode"] = predict(altered())
-            with accelerated(altered()) as fast:
+            results["inference mode"] = predict(model)
+            with accelerated(model) as fast:
                 results["accelerated"] = predict(fast)
-            with accelerated(altered().train()) as fast:
-                results["accelerated, in training"] = predict(fast)
         if kind is not VideoMask2Former:  # whose two halves are called there
-            model = altered()
             plain = scores(model, plain=True)
             assert scores(model, plain=False) == pytest.approx(plain, rel=1e-3)
             assert plain != pytest.approx(before, rel=1e-3)
-            assert not any(isinstance(module, Fused) for module in model.modules())
+        assert not any(isinstance(module, Fused) for module in model.modules())
+        model = altered().train()
+        if backbone != "timm":  # whose batch norms are another function then
+            results["training"] = predict(model.requires_grad_(True))
+        with torch.inference_mode(), accelerated(model) as fast:
+            results["accelerated, in training"] = predict(fast)
     errors = {route: relative_error(result, expected) for route, result in results.items()}
     assert all(error < TOLERANCE for error in errors.values()), errors
     with torch.no_grad():
