@@ -464,7 +464,7 @@ def signalled(folder: Path, output: Path, kind: signal.Signals) -> tuple[int, st
         for frame in large:
             writer.write(frame)
     command = [sys.executable, "-m", "m2f_video", "segment", str(folder / "long.mp4"), "--plain"]
-    command += ["--checkpoint", str(folder / "native"), "--output", str(output), "--shortest-edge", "32"]
+    command += ["--checkpoint", str(folder / "native"), "--output", str(output), "--shortest-edge", "32", "--top-k", "1"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)  # noqa: S603
     while not list(output.glob(".overlay.*.mp4")):
         assert process.poll() is None, process.communicate()[1]
