@@ -45,7 +45,13 @@ def progress_bars(unit: str = "it") -> Iterator[Callable[[str, int, int | None],
             bar.close()
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Leave it to who reads nothing else either: rich would end the process with another exit code."""
+        raise BrokenPipeError
+
+
 def print_table(table: Table) -> None:
     """Print a table, at its full width where there is no terminal to fit."""
     width = None if Console().is_terminal else PLAIN_WIDTH
-    Console(width=width, markup=False, emoji=False, highlight=False).print(table)  # names of classes are just texts
+    _Console(width=width, markup=False, emoji=False, highlight=False).print(table)  # names of classes are just texts

@@ -464,7 +464,8 @@ def signalled(folder: Path, output: Path, kind: signal.Signals) -> tuple[int, st
         for frame in large:
             writer.write(frame)
     command = [sys.executable, "-m", "m2f_video", "segment", str(folder / "long.mp4"), "--plain"]
-    command += ["--checkpoint", str(folder / "native"), "--output", str(output), "--shortest-edge", "32", "--top-k", "1"]
+    command += ["--checkpoint", str(folder / "native"), "--output", str(output)]
+    command += ["--shortest-edge", "32", "--top-k", "1"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)  # noqa: S603
     while not list(output.glob(".overlay.*.mp4")):
         assert process.poll() is None, process.communicate()[1]
@@ -526,7 +527,18 @@ def test_the_installed_command_prints_names_that_are_no_text(folder, tmp_path):
     assert VideoSegmentation.load(tmp_path / os.fsdecode(b"\xff")).source == name
 
 
-def test_nobody_reading_the_output_is_no_traceback(folder):
+def test_nobody_reading_the_output_is_told_by_the_exit_code(monkeypatch, capsys):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert run("info") == 141
+        print("what is flushed when the process ends")
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.slow  # a fresh interpreter
+def test_nobody_reading_the_output_is_no_traceback():
     command = [sys.executable, "-m", "m2f_video", "info"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # noqa: S603
     assert process.stdout is not None

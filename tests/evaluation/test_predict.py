@@ -25,8 +25,9 @@ from m2f_video.evaluation import (
     prepare_ground_truth,
 )
 from m2f_video.evaluation.journal import Journal
+from tests.training.tiny_run import KeptVideos
 
-VIDEOS = SyntheticVideos(3, seed=5, num_frames=4, height=32, width=64)
+VIDEOS = KeptVideos(3, seed=5, num_frames=4, height=32, width=64)
 
 
 @pytest.fixture(scope="module")

@@ -14,12 +14,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from m2f_video.data import SyntheticVideos
 from m2f_video.distributed import mean_over_workers, share_buffers
 from m2f_video.training import OptimConfig, Trainer, Worker, join_workers, trainer
-from tests.training.tiny_run import EXACT, HARD, column, largest_difference, plain_descent, rows
+from tests.training.tiny_run import EXACT, HARD, KeptVideos, column, largest_difference, plain_descent, rows
 
-HELD_OUT = SyntheticVideos(3, seed=1, num_frames=2, height=32, width=64)
+HELD_OUT = KeptVideos(3, seed=1, num_frames=2, height=32, width=64)
 CONFIG = EXACT.replace(
     batch_size=4, steps=3, checkpoint_every=3, optim=OptimConfig(learning_rate=1e-2, clip_norm=1.0, ema_decay=0.5)
 )
