@@ -474,13 +474,29 @@ def signalled(folder: Path, output: Path, kind: signal.Signals) -> tuple[int, st
     return process.wait(), process.communicate()[1]
 
 
-SLOW = pytest.mark.slow
+SIGNALS = [signal.SIGTERM, signal.SIGHUP, signal.SIGINT]
 
 
-@pytest.mark.parametrize(
-    "kind", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=SLOW), pytest.param(signal.SIGINT, marks=SLOW)]
-)
-def test_signals_end_as_an_interrupt_does(folder, tmp_path, kind):
+@pytest.mark.parametrize("kind", SIGNALS)
+def test_signals_end_as_an_interrupt_does(folder, tmp_path, capsys, monkeypatch, kind):
+    from m2f_video import __main__
+
+    command = ["m2f-video", "segment", f"{folder}/video.mp4", "--checkpoint", f"{folder}/native"]
+    monkeypatch.setattr(sys, "argv", [*command, "--output", f"{tmp_path}/out"])
+    monkeypatch.setattr(VideoWriter, "write", lambda *_: signal.raise_signal(kind))
+    usual = signal.default_int_handler if kind == signal.SIGINT else signal.SIG_DFL
+    before = signal.signal(kind, usual)
+    try:
+        assert __main__.main() == 130
+    finally:
+        signal.signal(kind, before)
+    assert capsys.readouterr().err == "m2f-video: interrupted\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow  # fresh interpreters
+@pytest.mark.parametrize("kind", SIGNALS)
+def test_a_signalled_process_ends_as_an_interrupted_one_does(folder, tmp_path, kind):
     assert signalled(folder, tmp_path / "out", kind) == (130, "m2f-video: interrupted\n")
     assert list(tmp_path.iterdir()) == []
 

@@ -74,7 +74,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         port = server.getsockname()[1]
-    mp.spawn(run_worker, args=(two, port), nprocs=2)
+    mp.set_forkserver_preload(["m2f_video.training", "m2f_video.inference.whole"])  # once for both processes
+    mp.start_processes(run_worker, args=(two, port), nprocs=2, start_method="forkserver")
     train_all(one, Worker(0, 1, torch.device("cpu")))
     return one, two
 
