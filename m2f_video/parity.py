@@ -20,7 +20,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from math import isfinite
+from math import isfinite, nan
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -43,6 +43,9 @@ REPORTED = torch.bfloat16
 """Compared without a tolerance: it rounds attention bits over the threshold, after which two decoders look at different
 pixels."""
 
+BLOCKED = -50.0
+"""What is added to the product of a query and a key that it is not to attend to, at most: exp(-50) is 2e-22."""
+
 Stages = Mapping[str, Tensor]
 Reference = nn.Module | Callable[[Tensor], Stages]
 """A transformers model, a `VideoMask2Former`, or a function that gives the stages for frames."""
@@ -59,6 +62,7 @@ class StageComparison:
             rounding moves across the threshold is no error of this stage, and the next stage shows its effect.
         cosine: cosine of the angle between the two, flattened.
         flips: for attention masks, (bits that differ, bits); None for others.
+        shapes: ours and the reference's where they differ, and nothing can be compared; all numbers are NaN then.
     """
 
     stage: str
@@ -66,6 +70,7 @@ class StageComparison:
     relative: float
     cosine: float
     flips: tuple[int, int] | None = None
+    shapes: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
 
 @dataclass(frozen=True)
@@ -165,8 +170,8 @@ def compare(
         stages: names of stages to compare, or their first words (`decoder`, `decoder 3`); all where empty.
 
     Raises:
-        ValueError: another dtype, frames of another shape or not finite, stages that neither side has, none on both
-            sides, or of two shapes.
+        ValueError: another dtype, frames of another shape or not finite, stages that neither side has, or none on both
+            sides.
         ImportError: transformers is not installed.
         weights_convert.ConversionError: a model whose decoders transformers cannot express.
     """
@@ -193,7 +198,7 @@ def compare(
         raise ValueError("the model and the reference have no such stage in common")
     return Parity(
         [compare_stage(name, ours[name], expected[name]) for name in chosen],
-        [compare_stage(name, own[name], expected[name]) for name in chosen if own],
+        [compare_stage(name, own[name], expected[name]) for name in chosen if name in own],
         only_model=[name for name in ours if name not in expected and _is_chosen(name, stages)],
         only_reference=[name for name in expected if name not in ours and _is_chosen(name, stages)],
         tolerance=TOLERANCES.get(dtype),
@@ -223,14 +228,14 @@ def _check_names(stages: Sequence[str], known: Sequence[str]) -> None:
 
 
 def compare_stage(stage: str, ours: Tensor, reference: Tensor) -> StageComparison:
-    """Compare two tensors; boolean ones by the bits that differ.
-
-    Raises:
-        ValueError: they differ in shape.
-    """
-    if ours.shape != reference.shape:
-        raise ValueError(f"stage {stage} is {tuple(ours.shape)}, in the reference {tuple(reference.shape)}")
+    """Compare two tensors; boolean ones by the bits that differ, in every head where one side has a mask for each."""
     is_mask = reference.dtype == torch.bool
+    if is_mask and {ours.ndim, reference.ndim} == {3, 4}:
+        ours, reference = (mask if mask.ndim == 4 else mask[:, None] for mask in (ours, reference))
+        heads = max(ours.shape[1], reference.shape[1])
+        ours, reference = (mask.expand(-1, heads, -1, -1) for mask in (ours, reference))
+    if ours.shape != reference.shape:
+        return StageComparison(stage, nan, nan, nan, shapes=(tuple(ours.shape), tuple(reference.shape)))
     flips = (int((ours != reference).sum()), reference.numel()) if is_mask else None
     a, b = ours.double().flatten(), reference.double().flatten()
     relative = 0.0 if is_mask or torch.equal(a, b) else float((a - b).norm() / b.norm())
@@ -303,7 +308,7 @@ class _CaughtMasks(TorchFunctionMode):
         if function is F.scaled_dot_product_attention and self._index is not None:
             mask = kwargs.get("attn_mask", args[3] if len(args) > 3 else None)
             if mask is not None:
-                allowed = mask if mask.dtype == torch.bool else mask.isfinite()
+                allowed = mask if mask.dtype == torch.bool else mask > BLOCKED
                 self._masks[self._index] = _of_all_heads(allowed)
         return function(*args, **kwargs)
 

@@ -1,6 +1,7 @@
 """Acceleration for the length of a call, and for good."""
 
 import copy
+import inspect
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,13 +33,13 @@ def accelerated(model: Model, plain: bool = False) -> Iterator[Model]:
     Twins are put into the model itself, so that hooks and references see its own modules. Calls at a time, of several
     threads too, share them: the first puts a twin in place, the last takes it out. What wants gradients meanwhile runs
     plain. A model that has modules in training mode is not switched under whoever trains it: what is given then is a
-    copy of its modules in evaluation mode, with the same weights.
+    copy of its modules in evaluation mode, with the same weights; what modules store as they run is stored there.
 
     Args:
         model: on any device, in any mode; twins are for a CPU.
-        plain: no twins, evaluation mode alone.
+        plain: no twins, evaluation mode alone. Of a model that has twins in place, it is such a copy, too.
     """
-    if any(module.training for module in model.modules()):
+    if any(module.training or (plain and isinstance(module, Fused)) for module in model.modules()):
         model = in_evaluation_mode(model)
     twins = () if plain else _twins(model)
     with _LOCK:
@@ -65,7 +66,7 @@ def accelerated(model: Model, plain: bool = False) -> Iterator[Model]:
 
 
 def in_evaluation_mode(model: Model) -> Model:
-    """A copy of a model's modules in evaluation mode, that has the same weights, hooks and patches.
+    """A copy of a model's modules in evaluation mode, without twins, that has the same weights, hooks and patches.
 
     A patch that is a method is bound to the copy. Any other may hold modules of the model, which nobody can exchange
     there: it runs them as they are, and a line says so. What `torch.compile` made of a module is left out.
@@ -79,9 +80,9 @@ def in_evaluation_mode(model: Model) -> Model:
         for name, patch in module.__dict__.items():
             if isinstance(patch, MethodType) and patch.__self__ is module:
                 twin.__dict__[name] = MethodType(patch.__func__, twin)
-            elif callable(patch) and hasattr(type(module), name) and _may_hold_modules(patch):
+            elif module.training and callable(patch) and _holds_a_module(patch):
                 _say_once(
-                    f"m2f-video: {name} of a {type(module).__name__} is patched by what is no method, and may run "
+                    f"m2f-video: {name} of a {type(module).__name__} is a function or object of its own, and may run "
                     "modules in training mode, with dropout; call model.eval() first"
                 )
     compiled = [module for module in model.modules() if module not in copies]
@@ -93,10 +94,13 @@ def in_evaluation_mode(model: Model) -> Model:
     return cast("Model", all_copies[model])
 
 
-def _may_hold_modules(patch: object) -> bool:
+def _holds_a_module(patch: object) -> bool:
+    """Whether a function or object runs a module, or a method of one, that it has kept."""
+    kept = list(getattr(patch, "__dict__", {}).values())
     if isinstance(patch, FunctionType):
-        return bool(patch.__closure__ or patch.__defaults__ or patch.__kwdefaults__)
-    return True
+        variables = inspect.getclosurevars(patch).nonlocals
+        kept += [*variables.values(), *(patch.__defaults__ or ()), *(patch.__kwdefaults__ or {}).values()]
+    return any(isinstance(getattr(value, "__self__", value), nn.Module) for value in (patch, *kept))
 
 
 def prepare(model: nn.Module, compile: Compile = "auto") -> None:

@@ -1,12 +1,35 @@
 """Twin of the assembled model: on a CPU frames are encoded one by one, as what a cache holds is made faster."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from timm.layers import DropPath
+from torch import Tensor, nn
 
-from m2f_video.acceleration.swap import Fused, are_values
+from m2f_video.acceleration.swap import Fused, are_values, plain_type
+from m2f_video.acceleration.written_for import Function, functions_of
+from m2f_video.modeling.ms_deform_attn import MSDeformAttn
+from m2f_video.modeling.pixel_decoder import DeformableEncoderLayer, GroupNorm, MSDeformAttnPixelDecoder
+from m2f_video.modeling.swin import (
+    Mlp,
+    PatchEmbedding,
+    PatchMerging,
+    SwinBlock,
+    SwinStage,
+    SwinTransformer,
+    WindowAttention,
+)
 from m2f_video.modeling.video_mask2former import FrameFeatures, VideoMask2Former, VideoMask2FormerOutput
+
+OURS = (
+    SwinTransformer, PatchEmbedding, SwinStage, SwinBlock, WindowAttention, Mlp, PatchMerging,
+    MSDeformAttnPixelDecoder, DeformableEncoderLayer, MSDeformAttn, GroupNorm,
+)  # fmt: skip
+APART = (
+    *OURS, nn.Sequential, nn.ModuleList, nn.Linear, nn.Conv2d, nn.LayerNorm, nn.ReLU, nn.Dropout, DropPath, nn.Identity
+)  # fmt: skip
+"""What treats every frame by itself. Of anything else in backbone and pixel decoder nobody knows."""
 
 
 class FrameByFrame(Fused, VideoMask2Former):
@@ -14,12 +37,35 @@ class FrameByFrame(Fused, VideoMask2Former):
 
     plain = VideoMask2Former
     needs_kernels = False
+    types = (FrameFeatures,)
+
+    @classmethod
+    def functions(cls) -> list[Function]:
+        """With those of all that it calls frame by frame."""
+        return functions_of((cls.plain, *APART), cls.types)
+
+    @classmethod
+    def called(cls, module: VideoMask2Former) -> Mapping[str, type[nn.Module]]:
+        """All of backbone and pixel decoder."""
+        return {
+            f"{part}.{name}".rstrip("."): plain_type(inside)
+            for part in ("backbone", "pixel_decoder")
+            for name, inside in getattr(module, part).named_modules()
+        }
+
+    @classmethod
+    def misfit(cls, module: VideoMask2Former) -> str | None:
+        """What may look at several frames."""
+        others = ((name, kind) for name, kind in cls.called(module).items() if kind not in APART)
+        return next((f"{name} is a {kind.__name__}, which may mix frames" for name, kind in others), None)
 
     def takes(self, dtype: torch.dtype | None, *args: Any, **kwargs: Any) -> bool:
-        """Several frames, whose hidden states are not asked for."""
+        """Several frames, whose hidden states are not asked for, and from which nothing is to be learnt."""
         names = ("output_auxiliary", "output_hidden", "frames_per_chunk")
         options = dict(zip(names, args[1:], strict=False)) | kwargs
         if len(args) != 1 or not isinstance(args[0], Tensor) or args[0].ndim != 5 or set(options) - set(names):
+            return False
+        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters()):
             return False
         return are_values(None, args[0]) and not (options.get("output_hidden") or options.get("frames_per_chunk"))
 

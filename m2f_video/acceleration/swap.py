@@ -13,7 +13,7 @@ bit patterns as it was, as exchanging rows does, ever; and patches of PyTorch's 
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
+from types import CodeType, MappingProxyType
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -27,6 +27,7 @@ from m2f_video.acceleration import cpu_kernels
 from m2f_video.acceleration.written_for import Function, changed, functions_of
 
 State = Literal["fused", "oneDNN", "plain"]
+_CALL = nn.Module.__call__
 
 
 class Fused(nn.Module):
@@ -38,12 +39,17 @@ class Fused(nn.Module):
     parts: ClassVar[Mapping[str, type[nn.Module]]] = {}
     """Exact types of the modules inside whose work the twin does too, by name."""
     types: ClassVar[tuple[type, ...]] = ()
-    """Types of arguments whose methods the twin stands for."""
+    """Types of arguments whose methods and properties the twin stands for."""
 
     @classmethod
     def functions(cls) -> list[Function]:
         """All of ours whose work the twin does."""
         return functions_of((cls.plain, *cls.parts.values()), cls.types)
+
+    @classmethod
+    def called(cls, module: Any) -> Mapping[str, type[nn.Module]]:
+        """Exact types of modules inside, by name, which the twin calls and which must be as they are all the same."""
+        return {}
 
     @classmethod
     def misfit(cls, module: Any) -> str | None:
@@ -110,7 +116,8 @@ class Seal:
     Attributes:
         packed: of `Fused.pack`.
         dtype: of the weights; None where there are none.
-        functions: whose work the twin does: where each is found, its name there, and itself.
+        functions: whose work the twin does, and what these name: where each is found, its name there, itself, and for a
+            function what is behind it and its code.
         methods: names of those that are methods, which nobody may have patched on a module.
         parts: modules inside: where each is found, its name there, itself, its plain type, and how many are in it.
         settings: numbers, names, sizes and what is None: where each is found, its name there, and its value.
@@ -121,7 +128,7 @@ class Seal:
 
     packed: Any
     dtype: torch.dtype | None
-    functions: tuple[tuple[Mapping[str, Any], str, Any], ...]
+    functions: tuple[tuple[Mapping[str, Any], str, Any, Any, CodeType | None], ...]
     methods: frozenset[str]
     parts: tuple[tuple[Mapping[str, Any], str, nn.Module, type[nn.Module], int], ...]
     settings: tuple[tuple[Mapping[str, Any], str, Any], ...]
@@ -143,8 +150,8 @@ class Seal:
                 return False
             if learns and tensor.requires_grad:
                 return False
-        for place, name, function in self.functions:
-            if place.get(name) is not function:
+        for place, name, value, function, code in self.functions:
+            if place.get(name) is not value or (function is not None and function.__code__ is not code):
                 return False
         for place, name, setting in self.settings:
             if place.get(name) != setting:
@@ -178,6 +185,8 @@ def _is_untouched(part: nn.Module, kind: type[nn.Module], methods: frozenset[str
     """Whether a call of a part is the forward of this type, and drops nothing."""
     if type(part) is not kind and not (isinstance(part, Fused) and part.plain is kind):
         return False
+    if kind.__call__ is not _CALL:
+        return False
     if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
         return False
     if part.training and _drops(part):
@@ -197,14 +206,15 @@ def refusal(module: nn.Module, twin: type[Fused]) -> str | None:
     methods = _methods(functions)
     if patched := sorted(methods & module.__dict__.keys()):
         return f"its {patched[0]} is patched"
-    for name, kind in twin.parts.items():
+    inside = {**twin.parts, **twin.called(module)}
+    for name, kind in inside.items():
         part = _find(module, name)
         if part is None or not _is_type(part, kind):
             return f"{name} is a {type(part).__name__}"
         if not _is_untouched(part, kind, methods):
             return f"{name} is {'dropping' if part.training and _drops(part) else 'hooked or patched'}"
         if isinstance(part, nn.Sequential | nn.ModuleList):
-            known = [other for other in twin.parts if other.rpartition(".")[0] == name]
+            known = [other for other in inside if other.rpartition(".")[0] == name]
             if len(part) != len(known):
                 return f"{name} has {len(part)} layers, not {len(known)}"
     for function in functions:
@@ -268,7 +278,7 @@ def fuse(module: nn.Module, twins: Sequence[type[Fused]]) -> list[Fused]:
         restore(*module.modules())
         return []
     for twin in twins:
-        if twin.plain is _plain_type(module) and refusal(module, twin) is None:
+        if twin.plain is plain_type(module) and refusal(module, twin) is None:
             others = [other for child in _others(module, twin) for other in fuse(child, twins)]
             return [_put(module, twin), *others]
     restore(module)
@@ -290,7 +300,8 @@ def _is_compiled(module: nn.Module) -> bool:
     return module._compiled_call_impl is not None or "_orig_mod" in module._modules
 
 
-def _plain_type(module: nn.Module) -> type[nn.Module]:
+def plain_type(module: nn.Module) -> type[nn.Module]:
+    """Of a module, whether a twin is in its place or not."""
     return module.plain if isinstance(module, Fused) else type(module)
 
 
@@ -298,7 +309,7 @@ def _put(module: nn.Module, twin: type[Fused]) -> Fused:
     """Change the class of a module and seal it, unless it is sealed already and that holds, weights' bits included."""
     old: Seal | None = module.__dict__.get("_seal") if type(module) is twin else None
     links = tuple(_links(module, twin))
-    inside = [module, *(part for _, _, part, _, _ in links)]
+    inside = [module, *(cast("nn.Module", _find(module, name)) for name in twin.parts)]
     tensors = tuple(_tensors(inside))
     bits = _bits(tensor for _, _, tensor, _, _ in tensors)
     if old is not None and old.bits == bits and old.holds(module):
@@ -311,7 +322,7 @@ def _put(module: nn.Module, twin: type[Fused]) -> Fused:
     module.__dict__["_seal"] = Seal(
         packed,
         dtype=next((tensor.dtype for _, _, tensor, _, _ in tensors if tensor.is_floating_point()), None),
-        functions=tuple((function.place, function.name, function.value) for function in functions),
+        functions=tuple((each.place, each.name, each.value, each.function, each.code) for each in functions),
         methods=_methods(functions),
         parts=links,
         settings=tuple(_settings(inside)),
@@ -344,7 +355,7 @@ def _settings(modules: list[nn.Module]) -> Iterator[tuple[Mapping[str, Any], str
 def _links(
     module: nn.Module, twin: type[Fused]
 ) -> Iterator[tuple[Mapping[str, Any], str, nn.Module, type[nn.Module], int]]:
-    for name, kind in twin.parts.items():
+    for name, kind in {**twin.parts, **twin.called(module)}.items():
         *above, last = name.split(".")
         parent = cast("nn.Module", _find(module, ".".join(above)))
         part = cast("nn.Module", parent._modules[last])
@@ -393,7 +404,7 @@ def report(model: nn.Module, twins: Sequence[type[Fused]]) -> list[ModuleReport]
     for name, module in model.named_modules(remove_duplicate=False):
         if module in covered:
             continue
-        kind = _plain_type(module)
+        kind = plain_type(module)
         if isinstance(module, Fused):
             seal: Seal | None = module.__dict__.get("_seal")
             touched = seal is None or not seal.holds(module)

@@ -1,20 +1,22 @@
 """Which functions a twin does the work of, and whether they are still what it was written for.
 
 A twin that stands for `attention_mask` must step back when somebody edits `attention_mask`: by a patch at run time, or
-in the file. So the digests of the source of all such functions are kept beside the twins. After a change,
-`python -m m2f_video.acceleration` writes them anew, once the tests say that the twins do what the functions now say.
+in the file. So the digests of the source of all such functions are kept beside the twins, and of what they name: other
+functions, constants, classes and modules. After a change, `python -m m2f_video.acceleration` writes them anew, once the
+tests say that the twins do what the functions now say.
 """
 
 import inspect
 import io
 import json
+import linecache
 import tokenize
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
-from types import CodeType, FunctionType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 from torch import nn
@@ -27,7 +29,7 @@ _PASSING = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, to
 
 @dataclass(frozen=True)
 class Function:
-    """A function, or a constant of one: where it is found, its name there, and itself when it was looked up."""
+    """A function, or what one names: where it is found, its name there, and itself when it was looked up."""
 
     place: Any  # namespace of a module or class
     name: str
@@ -39,21 +41,37 @@ class Function:
         """Whether it is of this project, and not PyTorch's."""
         return self.title.startswith(_OURS)
 
+    @property
+    def function(self) -> FunctionType | None:
+        """What is behind a method, static or class method or property; None where there is none in Python."""
+        return _plain_function(self.value)
+
+    @property
+    def code(self) -> CodeType | None:
+        """What a function does, which can be exchanged in it."""
+        return None if self.function is None else self.function.__code__
+
     def digest(self) -> str:
-        """Of a function's source, or of a number."""
-        function = _plain_function(self.value)
-        return _hash(repr(self.value)) if function is None else _hash_source(function.__code__)
+        """Of a function's source and the kind of thing it is, a number, or the name of a class or module."""
+        if self.code is not None:
+            return _hash_source(self.code, type(self.value).__name__)
+        if isinstance(self.value, type):
+            return _hash(f"{self.value.__module__}.{self.value.__qualname__}")
+        return _hash(self.value.__name__ if isinstance(self.value, ModuleType) else repr(self.value))
 
 
 def functions_of(modules: Iterable[type[nn.Module]], arguments: Iterable[type]) -> list[Function]:
-    """What the forwards of modules are made of, and the properties of arguments."""
+    """What the forwards of modules are made of, and the methods and properties of arguments."""
     found: dict[str, Function] = {}
     for module in modules:
         _add_method(module, "forward", found)
     for kind in arguments:
-        for name, value in vars(kind).items():
-            if isinstance(value, property):
-                _add_method(kind, name, found)
+        prefix = f"{kind.__module__}.{kind.__qualname__}."
+        written = {title.removeprefix(prefix) for title in _written_titles() if title.startswith(prefix)}
+        own = {name for name, value in vars(kind).items() if _plain_function(value) and not name.startswith("__")}
+        for name in sorted(own | written):
+            _add_method(kind, name, found)
+            found.setdefault(prefix + name, Function(vars(kind), name, vars(kind).get(name), prefix + name))  # gone
     return list(found.values())
 
 
@@ -74,7 +92,7 @@ def _add_method(kind: type, name: str, found: dict[str, Function]) -> None:
 
 
 def _add_functions(function: FunctionType, found: dict[str, Function]) -> None:
-    """Add all functions of ours, and constants, that one names, and those that these name.
+    """Add all functions of ours, constants, classes and modules that one names, and what these functions name.
 
     They are called by where they are named: what somebody put there instead need not be a function of ours.
     """
@@ -82,15 +100,15 @@ def _add_functions(function: FunctionType, found: dict[str, Function]) -> None:
     for name in _names(function.__code__):
         value, title = place.get(name), f"{place['__name__']}.{name}"
         is_ours = isinstance(value, FunctionType) and (value.__module__ or "").startswith(_OURS)
-        is_constant = isinstance(value, int | float | str) and not name.startswith("__")
-        if title not in found and (is_ours or is_constant or _is_written_down(title)):
+        is_named = isinstance(value, int | float | str | type | ModuleType) and not name.startswith("__")
+        if title not in found and (is_ours or is_named or _is_written_down(title)):
             found[title] = Function(place, name, value, title)
             if isinstance(value, FunctionType):
                 _add_functions(value, found)
 
 
 def _is_written_down(title: str) -> bool:
-    return title.removeprefix("m2f_video.") in _written_for()
+    return title in _written_titles()
 
 
 def _names(code: CodeType) -> Iterator[str]:
@@ -101,17 +119,18 @@ def _names(code: CodeType) -> Iterator[str]:
 
 
 def _plain_function(value: Any) -> FunctionType | None:
-    """The function behind a method, static method or property; None where there is none of ours."""
     value = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
     return value if isinstance(value, FunctionType) else None
 
 
 def changed(function: Function) -> str | None:
     """What is wrong with a function: it is not the one that twins were written for."""
+    place = getattr(function.function, "__globals__", {}).get("__name__")  # where it finds what it names
     if not function.is_ours:
-        place = getattr(function.value, "__globals__", {}).get("__name__")  # __module__ may be that of what it wraps
         return None if place and function.title.startswith(f"{place}.") else f"{function.title} is patched"
     title = function.title.removeprefix("m2f_video.")
+    if function.code is not None and not (place or "").startswith(_OURS):
+        return f"{title} is a function of {place}"
     if _written_for().get(title) != function.digest():
         return f"{title} is not what the twin was written for"
     return None
@@ -124,19 +143,37 @@ def _written_for() -> dict[str, str]:
 
 
 @cache
-def _hash_source(code: CodeType) -> str:
-    """Of a function's source, without comments, docstrings and layout; empty where there is no source."""
+def _written_titles() -> frozenset[str]:
+    return frozenset(f"m2f_video.{title}" for title in _written_for())
+
+
+@cache
+def _hash_source(code: CodeType, kind: str) -> str:
+    """Of a function's source, without comments, docstrings and layout; empty where there is none that made it."""
     try:
         source = inspect.getsource(code)
     except (OSError, TypeError):
         return ""
+    if code not in _codes_of(code.co_filename):  # the file was changed after it was imported
+        return ""
     lines = iter(io.StringIO(inspect.cleandoc("\n" + source)).readline, "")
-    words, before = [], tokenize.NEWLINE
+    words, before = [kind], tokenize.NEWLINE
     for token in tokenize.generate_tokens(lambda: next(lines, "")):
         if token.type not in _PASSING and not (token.type == tokenize.STRING and before in _PASSING):
             words.append(token.string)
         before = token.type
     return _hash(" ".join(words))
+
+
+@cache
+def _codes_of(file: str) -> frozenset[CodeType]:
+    """Of all functions that are in a file now."""
+    found, new = set[CodeType](), [compile("".join(linecache.getlines(file)), file, "exec", dont_inherit=True)]
+    while new:
+        inner = [constant for code in new for constant in code.co_consts if isinstance(constant, CodeType)]
+        found.update(inner)
+        new = inner
+    return frozenset(found)
 
 
 def _hash(text: str) -> str:

@@ -86,7 +86,9 @@ def parity(
     print(f"{what}; {size} {source}, {how}, against {reference} in float64")
     table = Table("stage", "max abs", "relative", "1 - cosine", "mask bits", f"{reference}'s own")
     for mine, theirs in zip(result.stages, result.own, strict=True):
-        if mine.flips is None:
+        if mine.shapes is not None:
+            table.add_row(mine.stage, f"{mine.shapes[0]} in the model, {mine.shapes[1]} in {reference}")
+        elif mine.flips is None:
             numbers = (f"{mine.max_abs:.1e}", f"{mine.relative:.1e}", f"{max(1 - mine.cosine, 0):.0e}", "")
             table.add_row(mine.stage, *numbers, f"{theirs.relative:.1e}")
         else:

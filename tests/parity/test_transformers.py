@@ -195,6 +195,25 @@ def test_masks_of_the_reference_are_those_it_uses() -> None:
     assert not result.passed
 
 
+def test_masks_that_are_added_are_masks() -> None:
+    """Whether by minus infinity or by any large number, and where heads differ."""
+    model = random_model(SMALL, 1)
+    attention = model.transformer_decoder.layers[1].cross_attn
+    attend = attention.attend
+    attention.attend = lambda q, k, v, mask: attend(q, k, v, -1e4 * (~mask).float())
+    result = compare(model, random_frames(1, 64, 96, seed=0), random_model(SMALL, 1), plain=True)
+    assert result.passed
+    assert flips(result) == [0] * 4
+
+
+def test_a_prepared_reference_is_run_as_it_is_written() -> None:
+    model, reference = random_model(IN_LANES, 1), random_model(IN_LANES, 1).prepare_for_inference()
+    result = compare(model, random_frames(1, 64, 96, seed=0), reference, plain=True)
+    assert result.passed
+    assert flips(result) == [0] * 4
+    assert len(result.own) == len(result.stages)
+
+
 def test_attention_without_a_mask_is_a_stage_of_the_reference_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_model(SMALL, 1)
     attention = model.transformer_decoder.layers[1].cross_attn
@@ -299,9 +318,17 @@ def test_a_number_that_is_none_is_not_within_tolerance() -> None:
     assert parity_of(("a", one), ("b", 2 * one), tolerance=None).worst.stage == "b"
 
 
-def test_stages_of_two_shapes_are_named() -> None:
-    with pytest.raises(ValueError, match=r"stage a is \(4,\), in the reference \(3,\)"):
-        compare_stage("a", torch.ones(4), torch.ones(3))
+def test_stages_of_two_shapes_are_named_and_no_number() -> None:
+    comparison = compare_stage("a", torch.ones(4), torch.ones(3))
+    assert comparison.shapes == ((4,), (3,))
+    assert math.isnan(comparison.relative)
+
+
+def test_a_mask_for_each_head_is_compared_in_every_head() -> None:
+    reference = torch.tensor([[[True, False]]])
+    ours = torch.tensor([[[[True, False]], [[True, True]], [[False, False]]]])
+    for pair in ((ours, reference), (reference, ours)):
+        assert compare_stage("mask", *pair).flips == (2, 6)
 
 
 @pytest.mark.parametrize(
