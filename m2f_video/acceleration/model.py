@@ -61,16 +61,19 @@ class FrameByFrame(Fused, VideoMask2Former):
 
     def takes(self, dtype: torch.dtype | None, *args: Any, **kwargs: Any) -> bool:
         """Several frames, whose hidden states are not asked for, and from which nothing is to be learnt."""
-        names = ("output_auxiliary", "output_hidden", "frames_per_chunk")
-        options = dict(zip(names, args[1:], strict=False)) | kwargs
-        if len(args) != 1 or not isinstance(args[0], Tensor) or args[0].ndim != 5 or set(options) - set(names):
+        names = ("pixel_values", "output_auxiliary", "output_hidden", "frames_per_chunk")
+        options = dict(zip(names, args, strict=False)) | kwargs
+        pixel_values = options.get("pixel_values")
+        if len(args) + len(kwargs) != len(options) or set(options) - set(names):
+            return False
+        if not isinstance(pixel_values, Tensor) or pixel_values.ndim != 5:
             return False
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters()):
             return False
-        return are_values(None, args[0]) and not (options.get("output_hidden") or options.get("frames_per_chunk"))
+        return are_values(None, pixel_values) and not (options.get("output_hidden") or options.get("frames_per_chunk"))
 
     def fused(
-        self, packed: None, pixel_values: Tensor, output_auxiliary: bool = False, **_: Any
+        self, packed: None, pixel_values: Tensor, output_auxiliary: bool = False, *_: Any, **__: Any
     ) -> VideoMask2FormerOutput:
         """As the plain one's."""
         frames = pixel_values.flatten(0, 1)

@@ -189,3 +189,23 @@ def test_an_attribute_that_runs_a_module_is_said(
     with accelerated(model.train()):
         pass
     assert any("apply_dropout of a DeformableEncoderLayer" in line for line in said)
+
+
+@pytest.mark.parametrize("call", [
+    lambda model, x: model(x), lambda model, x: model(pixel_values=x), lambda model, x: model(x, True),
+    lambda model, x: model(x, False, False, None), lambda model, x: model(x, output_auxiliary=True),
+])  # fmt: skip
+def test_frames_are_encoded_one_by_one_however_a_model_is_called(
+    call: Callable[[VideoMask2Former, Tensor], Any], model: VideoMask2Former, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with torch.no_grad():
+        expected = call(model, clip(3)).class_queries_logits
+        sizes: list[int] = []
+        blocks = model.prepare_for_inference().backbone.stages[0].blocks
+        fused = type(blocks[0]).fused
+        monkeypatch.setattr(
+            type(blocks[0]), "fused", lambda self, packed, x: (sizes.append(len(x)), fused(self, packed, x))[1]
+        )
+        assert relative_error(call(model, clip(3)).class_queries_logits, expected) < 1e-4
+    assert sizes == [1] * 3 * (len(sizes) // 3)
+    assert sizes
