@@ -50,7 +50,7 @@ def info(checkpoint: str | None = None, config: str | None = None, dtype: DtypeN
     for backend, reason in available_backends().items():
         print(f"{backend}: {'can run' if reason is None else f'cannot run, {reason}'}")
     reason = cpu_kernels.why_no_kernels()
-    kept = f"none, {reason}" if reason else f"compiled when a video is first segmented, kept in {cpu_kernels.folder()}"
+    kept = f"none, {reason}" if reason else f"compiled once, for the first video, and kept in {cpu_kernels.folder()}"
     print(f"kernels for a CPU: {kept}")
     if checkpoint is not None:
         print_table(_modules(checkpoint, config, dtype))

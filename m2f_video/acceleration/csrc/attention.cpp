@@ -30,24 +30,18 @@ int vectors_of(int queries) { return std::min((queries + LANES - 1) / LANES, QUE
 
 // --- words
 
-inline Bits load_words(const float* from) {
-    Bits words;
-    std::memcpy(&words, from, sizeof words);
-    return words;
-}
+inline Bits load_words(const float* from) { return read<Bits>(from); }
 
 // Of the first `count` numbers, which may be more than there is room for; the rest is zero.
 template <typename T>
 inline Bits load_words(const T* from, int count) {
+    if (count >= LANES * PER_WORD<T>) return read<Bits>(from);
     Bits words = {};
-    if (count >= LANES * PER_WORD<T>)
-        std::memcpy(&words, from, sizeof words);
-    else
-        std::memcpy(&words, from, count * sizeof(T));
+    std::memcpy(&words, from, count * sizeof(T));
     return words;
 }
 
-inline void store_words(float* to, Bits words) { std::memcpy(to, &words, sizeof words); }
+inline void store_words(float* to, Bits words) { write(to, words); }
 
 inline void unpack(Vec (&numbers)[1], Bits words) { numbers[0] = (Vec)words; }
 

@@ -92,8 +92,7 @@ inline void load_pairs(const float* from, Vec& x, Vec& y) {
 }
 
 inline void load_pairs(const bfloat16* from, Vec& x, Vec& y) {
-    Bits pairs;  // x in the lower half, and a bfloat16 is the upper half of a float
-    std::memcpy(&pairs, from, sizeof pairs);
+    const Bits pairs = read<Bits>(from);  // x in the lower half, and a bfloat16 is the upper half of a float
     x = (Vec)(pairs << 16);
     y = (Vec)(pairs & 0xffff0000u);
 }
@@ -115,7 +114,7 @@ inline void store_weights(uint32_t (&words)[2][LANES], Vec left, Vec right) {
 
 inline void store_weights(uint32_t (&words)[1][LANES], Vec left, Vec right) {
     const Bits pairs = (rounded(left) >> 16) | (rounded(right) & 0xffff0000u);
-    std::memcpy(words[0], &pairs, sizeof pairs);
+    write(words[0], pairs);
 }
 
 // Of positions in pixels, 0 being the centre of one that would come before the level's first. Beyond the border, or
@@ -154,8 +153,7 @@ inline void sum_corners(const Corners<T>* corners, int64_t samples, const uint32
                 const uint32_t* from = table + corners->cell[half][lane] * words;
                 for (int side = 0; side < 2 / PIXELS<T>; ++side, from += words)
                     for (int v = 0; v < VECTORS; ++v) {
-                        Bits cell;
-                        std::memcpy(&cell, from + v * LANES, sizeof cell);
+                        const auto cell = read<Bits>(from + v * LANES);
                         sums[half][v] = add_product(sums[half][v], corners->weights[half][side][lane], cell, T{});
                     }
             }
@@ -204,7 +202,7 @@ void fill_table(const T* value, int64_t N, int64_t step, const int64_t* shapes, 
                     const Vec pixel = column > 0 ? load_channels(next - 1, channel) : Vec{};
                     const Vec right = column < width ? load_channels(next, channel) : Vec{};
                     const Bits both = words_of(pixel, right, T{});
-                    std::memcpy(cell + channel, &both, sizeof both);
+                    write(cell + channel, both);
                 }
                 next += column < width;
             }

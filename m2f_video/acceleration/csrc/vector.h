@@ -22,25 +22,36 @@ struct bfloat16 {
     uint16_t bits;
 };
 
+// A vector at any address, in one move. A memcpy becomes moves as wide as the compiler prefers, which on some machines
+// is half a vector; and what was just written in halves is read as a whole slowly.
+template <typename V>
+struct __attribute__((packed, may_alias)) Unaligned {
+    V vector;
+};
+
+template <typename V>
+inline V read(const void* from) {
+    return ((const Unaligned<V>*)from)->vector;
+}
+
+template <typename V>
+inline void write(void* to, V x) {
+    ((Unaligned<V>*)to)->vector = x;
+}
+
 inline Vec broadcast(float x) { return x - Vec{}; }
 
 inline Vec maximum(Vec a, Vec b) { return a > b ? a : b; }  // b where a is NaN
 
-inline Vec load(const float* from) {
-    Vec x;
-    std::memcpy(&x, from, sizeof x);
-    return x;
-}
+inline Vec load(const float* from) { return read<Vec>(from); }
 
 inline Vec load(const bfloat16* from) {
-    HalfBits half;
-    std::memcpy(&half, from, sizeof half);
-    return (Vec)(__builtin_convertvector(half, Bits) << 16);
+    return (Vec)(__builtin_convertvector(read<HalfBits>(from), Bits) << 16);
 }
 
-inline void store(float* to, Vec x) { std::memcpy(to, &x, sizeof x); }
+inline void store(float* to, Vec x) { write(to, x); }
 
-inline void store(int32_t* to, Int x) { std::memcpy(to, &x, sizeof x); }
+inline void store(int32_t* to, Int x) { write(to, x); }
 
 inline void store(bfloat16* to, Vec x) {  // rounded to the nearest, ties to even
 #if defined(__AVX512BF16__)
@@ -49,7 +60,7 @@ inline void store(bfloat16* to, Vec x) {  // rounded to the nearest, ties to eve
     const Bits bits = (Bits)x, rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     const HalfBits half = __builtin_convertvector(x == x ? rounded : Bits{} + 0x7fc0u, HalfBits);
 #endif
-    std::memcpy(to, &half, sizeof half);
+    write(to, half);
 }
 
 // 32 neighbours in the order that costs least: one after the other in float, but in bfloat16 the even ones, then
@@ -61,8 +72,7 @@ struct Pair {
 inline Pair load_pair(const float* from) { return {load(from), load(from + LANES)}; }
 
 inline Pair load_pair(const bfloat16* from) {
-    Bits words;
-    std::memcpy(&words, from, sizeof words);
+    const Bits words = read<Bits>(from);
     return {(Vec)(words << 16), (Vec)(words & 0xffff0000u)};
 }
 
@@ -77,7 +87,7 @@ inline Bits rounded(Vec x) { return (Bits)x + 0x7fffu + (((Bits)x >> 16) & 1u); 
 
 inline void store_pair(bfloat16* to, const Pair& pair) {
     const Bits words = (rounded(pair.first) >> 16) | (rounded(pair.second) & 0xffff0000u);
-    std::memcpy(to, &words, sizeof words);
+    write(to, words);
 }
 
 // The first `count` of 16; the rest is zero, or stays as it is.
