@@ -140,15 +140,38 @@ class TransformerDecoderConfig(CheckedConfig):
     num_queries: int = 100
     """Number of learnable queries: the most objects one clip can have."""
     num_layers: int = 9
-    """Decoder layers; layer i attends to level i mod 3 (strides 32, 16, 8)."""
+    """Decoder layers; of several levels, layer i attends to level i mod 3 (strides 32, 16, 8)."""
     num_heads: int = 8
     """Heads of cross- and self-attention."""
     ffn_dim: int = 2048
     """Hidden width of each layer's feed-forward network."""
+    dropout: float = 0.0
+    """Dropout of attention weights, after each part of a layer and inside the feed-forward network. Acts in training
+    only. Without it is better (arXiv 2112.01527, table 5)."""
+    cross_attention: Literal["masked", "full", "mask_pooling", "smca"] = "masked"
+    """How queries see pixels (table 4): those that their mask covers, all, the mean of those that it covers, or those
+    near a place that they predict."""
+    layer_order: Literal["cross_first", "self_first"] = "cross_first"
+    """Which attention a layer begins with (table 5)."""
+    query_features: Literal["learnable_supervised", "learnable", "zero"] = "learnable_supervised"
+    """What queries begin as (table 5): features of their own, which predict masks and are trained to; features of
+    their own; or zeros. Only the first give the first layer masks; with the others it attends everywhere."""
+    features: Literal["round_robin", "concatenated", "single"] = "round_robin"
+    """Which of strides 32, 16, 8 a layer attends to (table 4): one after the other, all as one sequence, or `scale`."""
+    scale: Literal[8, 16, 32] = 8
+    """Stride of the `single` level."""
+    temporal_position: Literal["sine_3d", "sine_2d", "none"] = "sine_3d"
+    """Positions of keys: in space and time (arXiv 2112.10764, section 3.1), in space alone, or none."""
 
     def _check(self) -> None:
-        _require_range(self, hidden_dim=MOST_WIDTH, num_queries=2000, num_layers=MOST_LAYERS)
+        _require_range(self, hidden_dim=MOST_WIDTH, num_queries=2000)
         _require_range(self, num_heads=MOST_HEADS, ffn_dim=MOST_HIDDEN)
+        check_fields(self, f"must be 0 to {MOST_LAYERS}", lambda depth: 0 <= depth <= MOST_LAYERS, "num_layers")
+        check_fields(self, "must be in [0, 1)", lambda rate: 0 <= rate < 1, "dropout")
+        require(
+            self.scale == 8 or self.features == "single",
+            f"TransformerDecoderConfig.scale={shown(self.scale)} is of features='single', got {shown(self.features)}",
+        )
         for divisor, why in (
             (4, "sine positions have y and x halves of sine and cosine"),
             (self.num_heads, "num_heads"),

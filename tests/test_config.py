@@ -52,7 +52,9 @@ def weight_shapes(config: VideoMask2FormerConfig) -> Any:
 def outputs(config: VideoMask2FormerConfig, training: bool = False) -> Any:
     """Predictions with the same weights, whatever the config."""
     model = VideoMask2Former(config)
-    model.load_state_dict(random_model(BASE, 0).state_dict())
+    weights = random_model(BASE, 0).state_dict()
+    weights = {name: weights[name][: len(tensor)] for name, tensor in model.state_dict().items()}
+    model.load_state_dict(weights)
     model.train(training)
     torch.manual_seed(0)
     with torch.no_grad():
@@ -95,6 +97,13 @@ CASES: dict[type, dict[str, tuple[Any, Effect]]] = {
         "num_layers": (2, weight_shapes),
         "num_heads": (2, outputs),
         "ffn_dim": (8, weight_shapes),
+        "dropout": (0.9, outputs_in_training),
+        "cross_attention": ("full", outputs),
+        "layer_order": ("self_first", outputs),
+        "query_features": ("zero", weight_shapes),
+        "features": ("concatenated", outputs),
+        "scale": (16, outputs),
+        "temporal_position": ("sine_2d", outputs),
     },
     PreprocessingConfig: {
         "shortest_edge": (40, model_input),
@@ -126,6 +135,8 @@ def test_every_field_has_an_effect(cls: type, name: str) -> None:
         base, changed = BASE, BASE.replace(**{name: value})
     else:
         base, part = PARTS[cls]
+        if name == "scale":
+            base = base.replace(transformer_decoder=dataclasses.replace(base.transformer_decoder, features="single"))
         changed = base.replace(**{part: dataclasses.replace(getattr(base, part), **{name: value})})
     assert effect(base) == effect(base)
     assert effect(changed) != effect(base)
@@ -307,9 +318,14 @@ def test_replacing_validates_again() -> None:
         *[(PixelDecoderConfig, "dropout", bad, "dropout") for bad in (-0.1, 1.0, math.nan)],
         *[
             (TransformerDecoderConfig, name, bad, f"TransformerDecoderConfig.{name} must be positive")
-            for name in ("hidden_dim", "num_queries", "num_layers", "num_heads", "ffn_dim")
+            for name in ("hidden_dim", "num_queries", "num_heads", "ffn_dim")
             for bad in (0, -8)
         ],
+        *[(TransformerDecoderConfig, "num_layers", bad, "num_layers must be 0 to 128") for bad in (-1, 10**7)],
+        *[(TransformerDecoderConfig, "dropout", bad, "dropout") for bad in (-0.1, 1.0, math.nan)],
+        (TransformerDecoderConfig, "cross_attention", "slot", "cross_attention must be .*'smca'"),
+        (TransformerDecoderConfig, "scale", 4, "scale must be .*8.*16.*32"),
+        (TransformerDecoderConfig, "scale", 32, "scale=32 is of features='single', got 'round_robin'"),
         (TransformerDecoderConfig, "hidden_dim", 250, "not divisible by 4"),
         (TransformerDecoderConfig, "num_heads", 7, "not divisible by 7"),
         *[
@@ -341,7 +357,7 @@ def test_replacing_validates_again() -> None:
             for cls, names in {
                 SwinConfig: ("embed_dim", "window_size", "mlp_ratio"),
                 PixelDecoderConfig: ("hidden_dim", "mask_dim", "num_layers", "ffn_dim", "num_heads", "num_points"),
-                TransformerDecoderConfig: ("hidden_dim", "num_queries", "num_layers", "num_heads", "ffn_dim"),
+                TransformerDecoderConfig: ("hidden_dim", "num_queries", "num_heads", "ffn_dim"),
                 PreprocessingConfig: ("shortest_edge", "longest_edge", "size_divisor"),
             }.items()
             for name in names

@@ -55,6 +55,13 @@ _NATIVE_FIXED: Json = {
     "model_type": "m2f-video",
     "format_version": 1,
     "pixel_decoder.num_points": 4,
+    "transformer_decoder.dropout": 0.0,
+    "transformer_decoder.cross_attention": "masked",
+    "transformer_decoder.layer_order": "cross_first",
+    "transformer_decoder.query_features": "learnable_supervised",
+    "transformer_decoder.features": "round_robin",
+    "transformer_decoder.scale": 8,
+    "transformer_decoder.temporal_position": "sine_3d",
 }
 _HF_FIXED: Json = {
     "model_type": "mask2former",

@@ -161,7 +161,7 @@ class Seal:
                 return False
             if not _is_untouched(part, kind, self.methods):
                 return False
-        return not _patched(module, self.methods)
+        return not (_patched(module, self.methods) or (module.training and _drops(module)))
 
     def learns(self) -> bool:
         """Whether a call now is part of learning these weights."""
@@ -195,7 +195,9 @@ def _is_untouched(part: nn.Module, kind: type[nn.Module], methods: frozenset[str
 
 
 def _drops(part: nn.Module) -> bool:
-    return getattr(part, "p", getattr(part, "drop_prob", 0)) > 0
+    """Whether a module drops something in training, by its own account."""
+    rates = (getattr(part, name, 0) for name in ("p", "drop_prob", "dropout"))
+    return any(isinstance(rate, int | float) and rate > 0 for rate in rates)
 
 
 def refusal(module: nn.Module, twin: type[Fused]) -> str | None:

@@ -1,6 +1,6 @@
 """Twins of the transformer decoder's parts."""
 
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -9,14 +9,8 @@ from torch import Tensor, nn
 from m2f_video.acceleration import kernels
 from m2f_video.acceleration.kernels import LANES, PackedLinear
 from m2f_video.acceleration.swap import Fused, are_values
-from m2f_video.modeling.transformer_decoder import (
-    Attention,
-    CrossAttention,
-    DecoderLayer,
-    Level,
-    MaskProduct,
-    SelfAttention,
-)
+from m2f_video.modeling.cross_attention import Attention, CrossAttention, Level, SelfAttention
+from m2f_video.modeling.transformer_decoder import DecoderLayer, MaskProduct
 
 
 class _CrossAttention(NamedTuple):
@@ -121,6 +115,7 @@ class FusedDecoderLayer(Fused, DecoderLayer):
         "linear1": nn.Linear,
         "linear2": nn.Linear,
         "ffn_norm": nn.LayerNorm,
+        "dropout": nn.Dropout,
     }
     types = (Level,)
 
@@ -131,7 +126,7 @@ class FusedDecoderLayer(Fused, DecoderLayer):
         norms = module.cross_attn_norm, module.self_attn_norm, module.ffn_norm
         if any(norm.weight is None or norm.bias is None for norm in norms):
             return "a norm is not affine"
-        attentions = _misfit(module.cross_attn) or _misfit(module.self_attn)
+        attentions = _misfit(cast("CrossAttention", module.cross_attn)) or _misfit(module.self_attn)
         return attentions or next((reason for layer in layers if (reason := kernels.misfit(layer))), None)
 
     def pack(self) -> _Layer:
@@ -140,7 +135,7 @@ class FusedDecoderLayer(Fused, DecoderLayer):
         C = attn.out_proj.in_features
         weight, bias = attn.in_proj_weight, attn.in_proj_bias
         return _Layer(
-            _CrossAttention.of(self.cross_attn),
+            _CrossAttention.of(cast("CrossAttention", self.cross_attn)),
             PackedLinear.of(weight[: 2 * C], bias[: 2 * C]),
             PackedLinear.of(weight[2 * C :], bias[2 * C :]),
             *(PackedLinear.of(layer.weight, layer.bias) for layer in (attn.out_proj, self.linear1, self.linear2)),
@@ -156,7 +151,9 @@ class FusedDecoderLayer(Fused, DecoderLayer):
 
     def fused(self, packed: _Layer, x: Tensor, query_position: Tensor, level: Level, mask_logits: Tensor) -> Tensor:
         """(B, Q, C) -> (B, Q, C)."""
-        attended = packed.cross.attend(x + query_position, level, mask_logits, self.cross_attn.num_heads)
+        attended = packed.cross.attend(
+            x + query_position, level, mask_logits, cast("CrossAttention", self.cross_attn).num_heads
+        )
         x = kernels.linear(attended, packed.cross.output, residual=x, after=self.cross_attn_norm)
 
         q, k = kernels.linear(x + query_position, packed.self_qk).chunk(2, -1)

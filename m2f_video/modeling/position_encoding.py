@@ -6,7 +6,7 @@ T frames, H W height and width, C channels.
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 TEMPERATURE = 10000.0
 EPSILON = 1e-6
@@ -53,3 +53,39 @@ def pixel_centres(height: int, width: int, *, dtype: torch.dtype, device: torch.
     y = (torch.arange(height, dtype=dtype, device=device) + 0.5) / height
     x = (torch.arange(width, dtype=dtype, device=device) + 0.5) / width
     return torch.stack((x.expand(height, -1), y[:, None].expand(-1, width)), dim=-1).flatten(0, 1)
+
+
+class SinePosition3D(nn.Module):
+    """Positions of keys in space and time (arXiv 2112.10764, section 3.1).
+
+    Args:
+        dim: channels C.
+    """
+
+    def __init__(self, *, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, features: Tensor, frames: int, height: int, width: int) -> tuple[Tensor, Tensor]:
+        """Positions in the dtype of these features: (H*W, C) of a pixel in its frame, and (T, C) of a frame."""
+        dtype, device = position_dtype(features), features.device
+        pixel = sine_2d(height, width, self.dim, dtype=dtype, device=device).flatten(0, 1)
+        frame = sine_1d(frames, self.dim, dtype=dtype, device=device)
+        return pixel.to(features), frame.to(features)
+
+
+class SinePosition2D(SinePosition3D):
+    """Positions in space alone: all frames look as if they were one."""
+
+    def forward(self, features: Tensor, frames: int, height: int, width: int) -> tuple[Tensor, Tensor]:
+        """As `SinePosition3D`."""
+        pixel, frame = super().forward(features, frames, height, width)
+        return pixel, torch.zeros_like(frame)
+
+
+class NoPosition(SinePosition3D):
+    """Keys that are features alone."""
+
+    def forward(self, features: Tensor, frames: int, height: int, width: int) -> tuple[Tensor, Tensor]:
+        """As `SinePosition3D`."""
+        return features.new_zeros(height * width, self.dim), features.new_zeros(frames, self.dim)

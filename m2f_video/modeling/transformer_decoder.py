@@ -1,20 +1,27 @@
 """Masked-attention transformer decoder (arXiv 2112.01527, section 3.2.1; over time: arXiv 2112.10764, section 3).
 
 Queries attend to the pixels of a clip that their previous mask covers, level by level. A clip is one sequence of keys:
-frames outermost, then rows, then columns.
+frames outermost, then rows, then columns. What the paper compares (tables 4 and 5) are classes beside the published
+one, or arguments: cross-attention in `cross_attention.py`, the order within a layer, queries and features here.
 
 B clips, T frames, Q queries, C channels, H W height and width of a level, S = T*H*W keys, M heads, K classes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from m2f_video.modeling.pixel_decoder import NUM_LEVELS
-from m2f_video.modeling.position_encoding import position_dtype, sine_1d, sine_2d
+from m2f_video.modeling.cross_attention import CrossAttention, Level, SelfAttention, attention_mask
+from m2f_video.modeling.position_encoding import SinePosition3D
+
+QueryFeatures = Literal["learnable_supervised", "learnable", "zero"]
+FeatureUse = Literal["round_robin", "concatenated", "single"]
+SCALES = (32, 16, 8)
+"""Strides of the levels, coarse to fine."""
 
 
 @dataclass(frozen=True)
@@ -58,16 +65,6 @@ class MaskProduct(nn.Module):
         return (mask_embeddings @ pixels.transpose(1, 2)).unflatten(-1, (-1, *mask_features.shape[-2:]))
 
 
-def attention_mask(mask_logits: Tensor) -> Tensor:
-    """Which keys each query may attend to (arXiv 2112.01527, equation 2): (B, Q, S) logits -> (B, Q, S) bool.
-
-    This is the one place where masked attention gets its mask. A key is blocked where sigmoid(logit) < 0.5, which is
-    where the logit is negative. A query whose keys are all blocked attends to all of them instead.
-    """
-    blocked = mask_logits.detach() < 0
-    return ~blocked | blocked.all(-1, keepdim=True)
-
-
 def resize_frames(frames: Tensor, size: tuple[int, int]) -> Tensor:
     """Bilinear resize of (B, X, Y, H, W) to (B, X, Y, *size), without antialiasing."""
     flat = frames.flatten(0, 1)
@@ -84,99 +81,6 @@ def _input_projection(in_channels: int, out_channels: int) -> nn.Conv2d:
     return convolution
 
 
-@dataclass(frozen=True)
-class Level:
-    """One level of a batch of clips, as cross-attention reads it: S = T*H*W keys and values.
-
-    Keys and values are made where they are projected, and not kept: those of a long clip take more memory than all
-    else that a layer needs.
-
-    Attributes:
-        size: (H, W).
-        tokens: features of the pixels, (B, T, H*W, C).
-        embedding: learned, of the level, (C,).
-        pixel_position: of a pixel in its frame, (H*W, C).
-        frame_position: of a frame in its clip, (T, C).
-    """
-
-    size: tuple[int, int]
-    tokens: Tensor
-    embedding: Tensor
-    pixel_position: Tensor
-    frame_position: Tensor
-
-    @property
-    def values(self) -> Tensor:
-        """Features: (B, T, H*W, C)."""
-        return self.tokens + self.embedding
-
-    @property
-    def keys(self) -> Tensor:
-        """Features plus positions in space and time (arXiv 2112.10764, section 3.1): (B, T, H*W, C)."""
-        return self.values + (self.pixel_position + self.frame_position[:, None])
-
-
-class Attention(nn.Module):
-    """Multi-head attention with the query, key and value projections in one parameter.
-
-    Args:
-        dim: channels C.
-        num_heads: heads M.
-    """
-
-    def __init__(self, *, dim: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
-        self.out_proj = nn.Linear(dim, dim)
-        nn.init.xavier_uniform_(self.in_proj_weight)
-        nn.init.xavier_uniform_(self.out_proj.weight)
-        nn.init.zeros_(self.out_proj.bias)
-
-    def projections(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Weight (C, C) and bias (C,) of queries, of keys, and of values."""
-        return zip(self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3), strict=True)
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Attention of projected queries (B, Q, C) to projected keys and values (B, S, C), where mask (B, Q, S) is."""
-        q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, M, Q or S, C/M)
-        output = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None])
-        return self.out_proj(output.transpose(1, 2).flatten(2))
-
-
-class SelfAttention(Attention):
-    """Queries attend to each other; positions take part in queries and keys."""
-
-    def forward(self, x: Tensor, position: Tensor) -> Tensor:
-        """Queries (B, Q, C) and their positions (Q, C) -> (B, Q, C)."""
-        of_queries, of_keys, of_values = self.projections()
-        positioned = x + position
-        return self.attend(F.linear(positioned, *of_queries), F.linear(positioned, *of_keys), F.linear(x, *of_values))
-
-
-class CrossAttention(Attention):
-    """Queries attend to the pixels of a clip that their masks cover."""
-
-    def forward(self, query: Tensor, level: Level, mask_logits: Tensor | None = None) -> Tensor:
-        """Attend.
-
-        Args:
-            query: (B, Q, C), positions included.
-            level: what is attended to.
-            mask_logits: (B, Q, S), whose `attention_mask` says where a query may attend; None lets every query attend
-                everywhere.
-
-        Returns:
-            (B, Q, C).
-        """
-        of_queries, of_keys, of_values = self.projections()
-        k = F.linear(level.keys, *of_keys).flatten(1, 2)  # (B, S, C)
-        v = F.linear(level.values, *of_values).flatten(1, 2)
-        mask = None if mask_logits is None else attention_mask(mask_logits)
-        return self.attend(F.linear(query, *of_queries), k, v, mask)
-
-
 class DecoderLayer(nn.Module):
     """Masked cross-attention, self-attention, feed-forward network: in this order, each post-norm.
 
@@ -184,35 +88,56 @@ class DecoderLayer(nn.Module):
         dim: channels C.
         num_heads: attention heads.
         ffn_dim: hidden width of the feed-forward network.
+        dropout: of attention weights, after each of the three parts and inside the last, in training.
+        cross_attention: makes the cross-attention from `dim`, `num_heads` and `dropout`.
     """
 
-    def __init__(self, *, dim: int, num_heads: int, ffn_dim: int) -> None:
+    def __init__(
+        self,
+        *,
+        dim: int,
+        num_heads: int,
+        ffn_dim: int,
+        dropout: float = 0.0,
+        cross_attention: Callable[..., nn.Module] = CrossAttention,
+    ) -> None:
         super().__init__()
-        self.cross_attn = CrossAttention(dim=dim, num_heads=num_heads)
+        self.cross_attn = cross_attention(dim=dim, num_heads=num_heads, dropout=dropout)
         self.cross_attn_norm = nn.LayerNorm(dim)
-        self.self_attn = SelfAttention(dim=dim, num_heads=num_heads)
+        self.self_attn = SelfAttention(dim=dim, num_heads=num_heads, dropout=dropout)
         self.self_attn_norm = nn.LayerNorm(dim)
         self.linear1 = nn.Linear(dim, ffn_dim)
         self.linear2 = nn.Linear(ffn_dim, dim)
         self.ffn_norm = nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(dropout)
         nn.init.xavier_uniform_(self.linear1.weight)
         nn.init.xavier_uniform_(self.linear2.weight)
 
-    def forward(self, x: Tensor, query_position: Tensor, level: Level, mask_logits: Tensor) -> Tensor:
+    def forward(self, x: Tensor, query_position: Tensor, level: Level, mask_logits: Tensor | None) -> Tensor:
         """Update the queries.
 
         Args:
             x: queries (B, Q, C).
             query_position: (Q, C), added to queries and to the keys of the self-attention.
             level: of the clips, to attend to.
-            mask_logits: (B, Q, S), whose `attention_mask` says where a query may attend.
+            mask_logits: (B, Q, S), whose `attention_mask` says where a query may attend; None: everywhere.
 
         Returns:
             (B, Q, C).
         """
-        x = self.cross_attn_norm(x + self.cross_attn(x + query_position, level, mask_logits))
-        x = self.self_attn_norm(x + self.self_attn(x, query_position))
-        return self.ffn_norm(x + self.linear2(F.relu(self.linear1(x))))
+        x = self.cross_attn_norm(x + self.dropout(self.cross_attn(x + query_position, level, mask_logits)))
+        x = self.self_attn_norm(x + self.dropout(self.self_attn(x, query_position)))
+        return self.ffn_norm(x + self.dropout(self.linear2(self.dropout(F.relu(self.linear1(x))))))
+
+
+class SelfFirstDecoderLayer(DecoderLayer):
+    """Self-attention first, the standard order (arXiv 2112.01527, table 5)."""
+
+    def forward(self, x: Tensor, query_position: Tensor, level: Level, mask_logits: Tensor | None) -> Tensor:
+        """As `DecoderLayer`."""
+        x = self.self_attn_norm(x + self.dropout(self.self_attn(x, query_position)))
+        x = self.cross_attn_norm(x + self.dropout(self.cross_attn(x + query_position, level, mask_logits)))
+        return self.ffn_norm(x + self.dropout(self.linear2(self.dropout(F.relu(self.linear1(x))))))
 
 
 class MaskedTransformerDecoder(nn.Module):
@@ -228,6 +153,16 @@ class MaskedTransformerDecoder(nn.Module):
         num_heads: attention heads.
         ffn_dim: hidden width of each layer's feed-forward network.
         num_labels: classes K.
+        dropout: of the layers, in training.
+        query_features: what the queries begin as: `learnable_supervised`, features of their own that predict masks,
+            which are trained as such and tell the first layer where to attend; `learnable` ones or `zero`, which
+            predict nothing, so that the first layer attends everywhere.
+        features: levels are attended to in turns (`round_robin`), by all layers as one sequence (`concatenated`), or
+            only one of them is (`single`).
+        scale: stride of the single one.
+        decoder_layer: makes a layer from `dim`, `num_heads`, `ffn_dim`, `dropout` and `cross_attention`.
+        cross_attention: makes that of each layer.
+        position_encoding: makes the positions of keys from `dim`.
     """
 
     def __init__(
@@ -241,18 +176,32 @@ class MaskedTransformerDecoder(nn.Module):
         num_heads: int,
         ffn_dim: int,
         num_labels: int,
+        dropout: float = 0.0,
+        query_features: QueryFeatures = "learnable_supervised",
+        features: FeatureUse = "round_robin",
+        scale: int = 8,
+        decoder_layer: Callable[..., nn.Module] = DecoderLayer,
+        cross_attention: Callable[..., nn.Module] = CrossAttention,
+        position_encoding: Callable[..., nn.Module] = SinePosition3D,
     ) -> None:
         super().__init__()
-        self.query_features = nn.Embedding(num_queries, hidden_dim)
+        self.supervises_queries = query_features == "learnable_supervised"
+        self.concatenates = features == "concatenated"
+        self.scales = (scale,) if features == "single" else SCALES
+        self.query_features = None if query_features == "zero" else nn.Embedding(num_queries, hidden_dim)
         self.query_positions = nn.Embedding(num_queries, hidden_dim)
-        self.level_embed = nn.Embedding(NUM_LEVELS, hidden_dim)
+        self.level_embed = nn.Embedding(len(self.scales), hidden_dim)
         adapts = in_channels != hidden_dim
         self.input_projections = nn.ModuleList(
-            _input_projection(in_channels, hidden_dim) for _ in range(NUM_LEVELS if adapts else 0)
+            _input_projection(in_channels, hidden_dim) for _ in range(len(self.scales) if adapts else 0)
         )
         self.layers = nn.ModuleList(
-            DecoderLayer(dim=hidden_dim, num_heads=num_heads, ffn_dim=ffn_dim) for _ in range(num_layers)
+            decoder_layer(
+                dim=hidden_dim, num_heads=num_heads, ffn_dim=ffn_dim, dropout=dropout, cross_attention=cross_attention
+            )
+            for _ in range(num_layers)
         )
+        self.position_encoding = position_encoding(dim=hidden_dim)
         self.mask_product = MaskProduct()
         self.norm = nn.LayerNorm(hidden_dim)
         self.class_head = nn.Linear(hidden_dim, num_labels + 1)
@@ -277,30 +226,32 @@ class MaskedTransformerDecoder(nn.Module):
             output_auxiliary: also give the predictions at every depth.
             output_hidden: also give the queries and attention masks at every depth.
         """
-        levels = [self._level(features, index) for index, features in enumerate(multi_scale)]
-        resized: dict[int, Tensor] = {}  # mask features at the size of a level
+        levels = self._levels(multi_scale)
+        resized: dict[int, list[Tensor]] = {}  # mask features at the sizes of a level
 
-        x = self.query_features.weight.expand(mask_features.shape[0], -1, -1)
+        x = self._initial_queries().expand(mask_features.shape[0], -1, -1)
         queries, attention_masks, auxiliary = [x], [], []
         for index, layer in enumerate(self.layers):
-            number = index % NUM_LEVELS
+            number = index % len(levels)
             level = levels[number]
-            class_logits, mask_embeddings = self._predict(x)
-            if output_auxiliary:
-                masks = self.mask_product(mask_embeddings, mask_features)
-                auxiliary.append(Prediction(class_logits, masks))
-                mask_logits = resize_frames(masks.detach(), level.size)
-            else:
-                if number not in resized:
-                    resized[number] = resize_frames(mask_features.detach(), level.size)
-                mask_logits = self.mask_product(mask_embeddings.detach(), resized[number])
-                if number == NUM_LEVELS - 1 and mask_features.shape[1] > 1:
-                    del resized[number]  # the finest is large: of several frames it costs less to make than to keep
-            mask_logits = mask_logits.flatten(2)  # (B, Q, S)
+            mask_logits = None
+            if index > 0 or self.supervises_queries:
+                class_logits, mask_embeddings = self._predict(x)
+                if output_auxiliary:
+                    masks = self.mask_product(mask_embeddings, mask_features)
+                    auxiliary.append(Prediction(class_logits, masks))
+                    parts = [resize_frames(masks.detach(), size) for size in level.sizes]
+                else:
+                    if number not in resized:
+                        resized[number] = [resize_frames(mask_features.detach(), size) for size in level.sizes]
+                    parts = [self.mask_product(mask_embeddings.detach(), features) for features in resized[number]]
+                    if number == len(levels) - 1 and mask_features.shape[1] > 1:
+                        del resized[number]  # the finest is large: of several frames it costs less to make than to keep
+                mask_logits = _as_keys(parts)
             x = layer(x, self.query_positions.weight, level, mask_logits)
             if output_hidden:
                 queries.append(x)
-                attention_masks.append(attention_mask(mask_logits))
+                attention_masks.append(_visible(mask_logits, x, level))
 
         class_logits, mask_embeddings = self._predict(x)
         if output_auxiliary:
@@ -313,6 +264,12 @@ class MaskedTransformerDecoder(nn.Module):
             attention_masks=tuple(attention_masks) if output_hidden else None,
         )
 
+    def _initial_queries(self) -> Tensor:
+        """(Q, C)."""
+        if self.query_features is None:
+            return torch.zeros_like(self.query_positions.weight)
+        return self.query_features.weight
+
     def _predict(self, queries: Tensor) -> tuple[Tensor, Tensor]:
         """Class logits (B, Q, K+1) and mask embeddings (B, Q, mask_dim); the norm serves the heads alone."""
         x = self.norm(queries)
@@ -322,15 +279,29 @@ class MaskedTransformerDecoder(nn.Module):
             x = F.relu(layer(x))
         return class_logits, last(x)
 
+    def _levels(self, multi_scale: Sequence[Tensor]) -> list[Level]:
+        """Levels (B, T, C', H, W) as cross-attention reads them."""
+        used = [features for features, scale in zip(multi_scale, SCALES, strict=True) if scale in self.scales]
+        levels = [self._level(features, index) for index, features in enumerate(used)]
+        return [Level.concatenate(levels)] if self.concatenates else levels
+
     def _level(self, features: Tensor, index: int) -> Level:
-        """A level (B, T, C', H, W) as cross-attention reads it."""
         T, H, W = features.shape[1], *features.shape[-2:]
         if self.input_projections:
             features = self.input_projections[index](features.flatten(0, 1)).unflatten(0, features.shape[:2])
         tokens = features.flatten(3).transpose(2, 3)  # (B, T, H*W, C), a view where channels come last
-        dim, dtype, device = tokens.shape[-1], position_dtype(tokens), tokens.device
-        pixel_position = sine_2d(H, W, dim, dtype=dtype, device=device).flatten(0, 1)
-        frame_position = sine_1d(T, dim, dtype=dtype, device=device)
-        return Level(
-            (H, W), tokens, self.level_embed.weight[index], pixel_position.to(tokens), frame_position.to(tokens)
-        )
+        positions = self.position_encoding(tokens, T, H, W)
+        return Level(((H, W),), tokens, self.level_embed.weight[index], *positions)
+
+
+def _as_keys(mask_logits: list[Tensor]) -> Tensor:
+    """Mask logits (B, Q, T, H, W) at the sizes of a level, in the order of its keys: (B, Q, S)."""
+    if len(mask_logits) == 1:
+        return mask_logits[0].flatten(2)
+    return torch.cat([logits.flatten(3) for logits in mask_logits], dim=3).flatten(2)
+
+
+def _visible(mask_logits: Tensor | None, queries: Tensor, level: Level) -> Tensor:
+    if mask_logits is not None:
+        return attention_mask(mask_logits)
+    return torch.ones(*queries.shape[:2], level.tokens[0, ..., 0].numel(), dtype=torch.bool, device=queries.device)

@@ -15,12 +15,10 @@ import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
-from m2f_video.config import SwinConfig, VideoMask2FormerConfig
+from m2f_video.config import VideoMask2FormerConfig
 from m2f_video.hub import load_model, parse_dtype, warn_of_slow_dtype
-from m2f_video.modeling.pixel_decoder import MSDeformAttnPixelDecoder
-from m2f_video.modeling.swin import SwinTransformer
-from m2f_video.modeling.timm_backbone import TimmBackbone
-from m2f_video.modeling.transformer_decoder import MaskedTransformerDecoder, MaskProduct, Prediction
+from m2f_video.modeling.build import build_backbone, build_pixel_decoder, build_transformer_decoder
+from m2f_video.modeling.transformer_decoder import MaskProduct, Prediction
 from weights_convert import staged_folder, write_checkpoint
 
 
@@ -116,50 +114,19 @@ class VideoMask2Former(
             raise TypeError(f"config must be a VideoMask2FormerConfig, got {type(config).__name__}")
         super().__init__()
         self.config = config
-        backbone, pixel, decoder = config.backbone, config.pixel_decoder, config.transformer_decoder
-        self.backbone: SwinTransformer | TimmBackbone
-        if isinstance(backbone, SwinConfig):
-            self.backbone = SwinTransformer(
-                embed_dim=backbone.embed_dim,
-                depths=backbone.depths,
-                num_heads=backbone.num_heads,
-                window_size=backbone.window_size,
-                mlp_ratio=backbone.mlp_ratio,
-                qkv_bias=backbone.qkv_bias,
-                drop_path_rate=backbone.drop_path_rate,
-            )
-        else:
-            self.backbone = TimmBackbone(name=backbone.name)
-        self.pixel_decoder = MSDeformAttnPixelDecoder(
-            in_channels=self.backbone.channels,
-            hidden_dim=pixel.hidden_dim,
-            mask_dim=pixel.mask_dim,
-            num_layers=pixel.num_layers,
-            ffn_dim=pixel.ffn_dim,
-            num_heads=pixel.num_heads,
-            num_points=pixel.num_points,
-            dropout=pixel.dropout,
-        )
-        self.transformer_decoder = MaskedTransformerDecoder(
-            in_channels=pixel.hidden_dim,
-            hidden_dim=decoder.hidden_dim,
-            mask_dim=pixel.mask_dim,
-            num_queries=decoder.num_queries,
-            num_layers=decoder.num_layers,
-            num_heads=decoder.num_heads,
-            ffn_dim=decoder.ffn_dim,
-            num_labels=config.num_labels,
-        )
+        self.backbone = build_backbone(config)
+        self.pixel_decoder = build_pixel_decoder(config, self.backbone.channels)
+        self.transformer_decoder = build_transformer_decoder(config)
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.transformer_decoder.query_features.weight.device
+        return self.transformer_decoder.query_positions.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
         """Floating-point type of the weights."""
-        return self.transformer_decoder.query_features.weight.dtype
+        return self.transformer_decoder.query_positions.weight.dtype
 
     @property
     def mask_product(self) -> MaskProduct:

@@ -1,5 +1,7 @@
 import copy
 from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -27,9 +29,17 @@ BACKBONES = {"swin": IN_LANES, "timm": IN_LANES.replace(backbone="timm:test_resn
 
 @pytest.fixture(scope="session")
 def build() -> Callable[[str], VideoMask2Former]:
-    """Makes a new model, the same each time."""
-    models = {name: random_model(config, 0).eval() for name, config in BACKBONES.items()}
-    return lambda backbone="swin": copy.deepcopy(models[backbone])
+    """Makes a new model, the same each time: of a backbone's name, or of a field of the decoder and its value."""
+
+    @cache
+    def made(name: str) -> VideoMask2Former:
+        if name in BACKBONES:
+            return random_model(BACKBONES[name], 0)
+        field, value = name.split("/")
+        decoder = replace(IN_LANES.transformer_decoder, **{field: value})
+        return random_model(IN_LANES.replace(transformer_decoder=decoder), 0)
+
+    return lambda name="swin": copy.deepcopy(made(name))
 
 
 @pytest.fixture

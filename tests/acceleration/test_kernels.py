@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from m2f_video.acceleration import cpu_kernels, kernels, winograd
 from m2f_video.acceleration.kernels import Activation, PackedLinear
+from m2f_video.modeling.cross_attention import attention_mask
 from m2f_video.modeling.swin import SwinBlock
-from m2f_video.modeling.transformer_decoder import attention_mask
 from m2f_video.ops import ms_deform_attn_from_offsets
 from tests.tolerances import relative_error
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from m2f_video.acceleration import cpu_kernels
 from m2f_video.acceleration.swap import Fused, fuse
 from m2f_video.acceleration.twins import TWINS
+from m2f_video.modeling.cross_attention import CrossAttention, Level
 from m2f_video.modeling.ms_deform_attn import MSDeformAttn
 from m2f_video.modeling.pixel_decoder import (
     DeformableEncoderLayer,
@@ -20,7 +21,7 @@ from m2f_video.modeling.pixel_decoder import (
 )
 from m2f_video.modeling.position_encoding import pixel_centres
 from m2f_video.modeling.swin import Mlp, PatchMerging, SwinBlock
-from m2f_video.modeling.transformer_decoder import CrossAttention, DecoderLayer, Level, MaskProduct
+from m2f_video.modeling.transformer_decoder import DecoderLayer, MaskProduct
 from tests.tolerances import relative_error
 
 pytestmark = pytest.mark.skipif(cpu_kernels.why_no_kernels() is not None, reason="needs a C++ compiler")
@@ -31,7 +32,7 @@ TOKENS = sum(height * width for height, width in SHAPES)
 
 def level(batch: int, frames: int, pixels: int, dim: int) -> Level:
     shapes = ((batch, frames, pixels, dim), (dim,), (pixels, dim), (frames, dim))
-    return Level((1, pixels), *(torch.randn(shape) for shape in shapes))
+    return Level(((1, pixels),), *(torch.randn(shape) for shape in shapes))
 
 
 def maps(*sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
@@ -101,7 +102,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[Any, ...]]]] 
 def cast(value: Any, dtype: torch.dtype) -> Any:
     """Everything but reference points, which keep float32."""
     if isinstance(value, Level):
-        return Level(value.size, *(tensor.to(dtype) for tensor in list(vars(value).values())[1:]))
+        return Level(value.sizes, *(tensor.to(dtype) for tensor in list(vars(value).values())[1:]))
     if isinstance(value, tuple) and value and isinstance(value[0], Tensor):
         return tuple(cast(each, dtype) for each in value)
     return value.to(dtype) if isinstance(value, Tensor) and value.shape[-1] != 2 else value

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from m2f_video import VideoMask2Former
 from m2f_video.acceleration import accelerated, report, written_for
 from m2f_video.acceleration.swap import Fused
-from m2f_video.modeling import pixel_decoder, swin, transformer_decoder, video_mask2former
+from m2f_video.modeling import cross_attention, pixel_decoder, swin, transformer_decoder, video_mask2former
 from m2f_video.modeling.transformer_decoder import CrossAttention, Level, attention_mask
 from tests.acceleration.conftest import clip
 from tests.tolerances import relative_error
@@ -146,7 +146,7 @@ def test_code_exchanged_within_a_function_counts(model: VideoMask2Former, monkey
 def test_the_same_text_in_another_file_counts(model: VideoMask2Former, monkeypatch: pytest.MonkeyPatch) -> None:
     """It finds its names there."""
     forward = CrossAttention.forward
-    names = {**vars(transformer_decoder), "__name__": "script", "attention_mask": lambda logits: logits >= 0.5}
+    names = {**vars(cross_attention), "__name__": "script", "attention_mask": lambda logits: logits >= 0.5}
     copied = FunctionType(forward.__code__, names, "forward", forward.__defaults__)
     assert_followed(model, lambda: monkeypatch.setattr(CrossAttention, "forward", copied))
 

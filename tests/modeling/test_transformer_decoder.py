@@ -6,18 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from m2f_video.modeling.cross_attention import Attention, CrossAttention, Level, SelfAttention, attention_mask
 from m2f_video.modeling.position_encoding import sine_3d
-from m2f_video.modeling.transformer_decoder import (
-    Attention,
-    CrossAttention,
-    DecoderLayer,
-    Level,
-    MaskedTransformerDecoder,
-    MaskProduct,
-    SelfAttention,
-    attention_mask,
-    resize_frames,
-)
+from m2f_video.modeling.transformer_decoder import DecoderLayer, MaskedTransformerDecoder, MaskProduct, resize_frames
 from tests.tolerances import assert_close, differences
 
 SIZES = ((2, 3), (4, 6), (8, 12))
@@ -78,7 +69,7 @@ def test_every_query_sees_something(batch: int, queries: int, keys: int, seed: i
 
 def make_level(batch: int = 2, frames: int = 3, pixels: int = 4, dim: int = 12) -> Level:
     shapes = ((batch, frames, pixels, dim), (dim,), (pixels, dim), (frames, dim))
-    return Level((1, pixels), *(torch.randn(shape, dtype=torch.float64) for shape in shapes))
+    return Level(((1, pixels),), *(torch.randn(shape, dtype=torch.float64) for shape in shapes))
 
 
 def keys_and_values(level: Level) -> tuple[Tensor, Tensor]:
@@ -141,7 +132,7 @@ def test_gradcheck_of_a_layer() -> None:
         tensor.requires_grad_()
     logits = torch.randn(1, 3, 6)
     assert torch.autograd.gradcheck(
-        lambda x, p, *parts: layer(x, p, Level((1, 3), *parts), logits), inputs, fast_mode=True
+        lambda x, p, *parts: layer(x, p, Level(((1, 3),), *parts), logits), inputs, fast_mode=True
     )
 
 

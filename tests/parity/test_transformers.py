@@ -9,7 +9,7 @@ import torch
 
 from m2f_video.acceleration import cpu_kernels
 from m2f_video.config import PixelDecoderConfig, SwinConfig, TransformerDecoderConfig, VideoMask2FormerConfig
-from m2f_video.modeling.transformer_decoder import CrossAttention
+from m2f_video.modeling.cross_attention import CrossAttention
 from m2f_video.modeling.video_mask2former import VideoMask2Former
 from m2f_video.parity import (
     TOLERANCES,
@@ -167,7 +167,7 @@ def test_an_edit_of_what_is_masked_is_found(edit: str, plain: bool, monkeypatch:
     model = random_model(IN_LANES, 1)
     attention = model.transformer_decoder.layers[1].cross_attn
     if edit == "attention_mask":
-        monkeypatch.setattr("m2f_video.modeling.transformer_decoder.attention_mask", lambda logits: logits > -1)
+        monkeypatch.setattr("m2f_video.modeling.cross_attention.attention_mask", lambda logits: logits > -1)
     elif edit == "hook":
         attention.register_forward_pre_hook(shift_masks)
     else:

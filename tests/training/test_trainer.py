@@ -15,9 +15,9 @@ from m2f_video import VideoMask2Former
 from m2f_video.data import AugmentConfig, ClipSampling, SyntheticVideos
 from m2f_video.evaluation import evaluate_model, predict
 from m2f_video.evaluation.video_ap import STATS
+from m2f_video.modeling.cross_attention import CrossAttention
 from m2f_video.modeling.ms_deform_attn import MSDeformAttn
 from m2f_video.modeling.swin import Mlp
-from m2f_video.modeling.transformer_decoder import CrossAttention
 from m2f_video.training import (
     LossConfig,
     NonFinitePredictionError,
