@@ -27,4 +27,5 @@ def naming(source: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except ConversionError as error:
-        raise type(error)(f"{source!s:.100}: {error}") from error
+        name = str(source)  # of which the end says most
+        raise type(error)(f"{name if len(name) <= 100 else f'...{name[-97:]}'}: {error}") from error

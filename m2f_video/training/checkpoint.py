@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from m2f_video.files import atomic_path, parse_json
-from weights_convert import read_torch_file
+from weights_convert import ConversionError, read_torch_file
 
 FORMAT = 1
 FOLDER = "checkpoints"
@@ -99,7 +99,8 @@ def load_latest_checkpoint(output: Path) -> dict[str, Any] | None:
         try:
             state = _checked(read_torch_file(path), step)
         except ValueError as error:
-            reason = str(error).removeprefix(f"{path}: ").removeprefix(f"{path} ")
+            unnamed = error.__cause__ if isinstance(error.__cause__, ConversionError) else error
+            reason = str(unnamed).removeprefix(f"{path}: ").removeprefix(f"{path} ")
             warnings.warn(f"{path} is damaged and passed over ({reason:.120})", CheckpointWarning, stacklevel=2)
             continue
         if state["format"] > FORMAT:  # whose run must not go on from an earlier one

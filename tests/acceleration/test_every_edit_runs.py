@@ -74,9 +74,10 @@ WITHOUT_BACKWARD = (
 
 
 def changed(value: Any) -> Any:
-    """The same structure with other numbers, that no norm takes back."""
+    """The same structure with other numbers, that no norm and no softmax takes back."""
     if isinstance(value, Tensor) and value.is_floating_point():
-        return value * 1.25 + torch.linspace(-0.5, 0.5, value.shape[-1], dtype=value.dtype)
+        rows = torch.linspace(1, 2, len(value), dtype=value.dtype).view(-1, *(1,) * (value.ndim - 1))
+        return value * 1.25 + rows * torch.linspace(-0.5, 0.5, value.shape[-1], dtype=value.dtype)
     if isinstance(value, tuple | list):
         return type(value)(changed(item) for item in value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

@@ -936,3 +936,11 @@ def test_a_header_larger_than_any_is_refused_unread(tmp_path):
     (tmp_path / "a.safetensors").write_bytes((1 << 40).to_bytes(8, "little") + b'{"a":')
     with pytest.raises(CheckpointError, match="header of more than 16 MB"):
         read_checkpoint(tmp_path / "a.safetensors")
+
+
+def test_a_long_path_is_named_by_its_end(tmp_path):
+    folder = tmp_path / ("long" * 30)
+    folder.mkdir()
+    (folder / "pytorch_model.bin.index.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"^\.\.\.\S*/pytorch_model\.bin\.index\.json: it is not valid JSON"):
+        read_checkpoint(folder)
