@@ -46,7 +46,8 @@ class TransformerDecoderOutput:
         mask_embeddings: (B, Q, mask_dim); `MaskProduct` multiplies them with mask features.
         auxiliary: the predictions at every depth (the learnable queries' first, the final one last), when asked for.
         queries: queries (B, Q, C) at every depth before the prediction head's norm, when hidden states are asked for.
-        attention_masks: what each layer's cross-attention may see, (B, Q, S) bool, when hidden states are asked for.
+        attention_masks: `attention_mask` of each layer's mask logits, (B, Q, S) bool, when hidden states are asked for:
+            what masked attention sees, whatever another kind of attention does with the logits.
     """
 
     class_queries_logits: Tensor
@@ -218,7 +219,8 @@ class MaskedTransformerDecoder(nn.Module):
 
         Without `output_auxiliary` no layer's full masks are made: bilinear resizing is linear, so the dot products of
         the mask embeddings with resized mask features are the resized masks that the attention needs. With it, masks
-        are made in full and resized, as the paper describes.
+        are made in full and resized, as the paper describes. A product or a resizing that is not linear would make the
+        two differ: such a variant has to make masks in full always.
 
         Args:
             mask_features: (B, T, mask_dim, H/4, W/4).

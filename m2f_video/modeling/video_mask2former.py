@@ -79,7 +79,7 @@ class VideoMask2FormerOutput:
             `output_auxiliary`.
         features: what the frame encoder made, backbone maps and encoder layers included; with `output_hidden`.
         queries: queries (B, Q, C) at every depth, before the prediction head's norm; with `output_hidden`.
-        attention_masks: keys that each decoder layer's cross-attention may see, (B, Q, T*H_l*W_l) bool; with
+        attention_masks: `attention_mask` of each decoder layer's mask logits, (B, Q, T*H_l*W_l) bool; with
             `output_hidden`.
     """
 
@@ -164,7 +164,7 @@ class VideoMask2Former(
         )
 
     def encode_frames(self, frames: Tensor, output_hidden: bool = False) -> FrameFeatures:
-        """Backbone and pixel decoder: the per-frame half, in any chunks.
+        """Backbone and pixel decoder: the per-frame half, in any chunks, so that frames must not see each other in it.
 
         Args:
             frames: (F, 3, H, W), normalised; cast to the model's dtype.
