@@ -159,6 +159,11 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         matches = isinstance(value, list | tuple) and (rest == [...] or len(value) == 1 + len(rest))
         if matches:
             return tuple(_convert(element, item, f"{path}[{i}]") for i, item in enumerate(value))
+    elif origin is dict:
+        matches = isinstance(value, dict)
+        if matches:
+            of_keys, of_values = get_args(hint)
+            return {_convert(of_keys, k, path): _convert(of_values, v, f"{path}.{k!s:.40}") for k, v in value.items()}
     elif origin is Literal:
         matches = value in get_args(hint)
     elif hint is float:

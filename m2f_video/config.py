@@ -12,6 +12,7 @@ from m2f_video.categories import LABEL_SETS, YOUTUBEVIS_2019
 from m2f_video.checked_config import CheckedConfig, ConfigError, FileConfig, build_config, check_fields, require, shown
 
 __all__ = [
+    "PARTS",
     "PRESETS",
     "ConfigError",
     "PixelDecoderConfig",
@@ -22,6 +23,8 @@ __all__ = [
     "VideoMask2FormerConfig",
 ]
 
+PARTS = ("backbone", "pixel_decoder", "decoder_layer", "cross_attention", "position_encoding")
+"""What a module of your own can take the place of."""
 MODEL_TYPE = "m2f-video"
 FORMAT_VERSION = 1
 GROUP_NORM_GROUPS = 32  # fixed in the published architecture, so hidden widths must be divisible by it
@@ -238,6 +241,9 @@ class VideoMask2FormerConfig(FileConfig):
     """Class names by class index; their number is the number of classes K."""
     preprocessing: PreprocessingConfig = field(default_factory=PreprocessingConfig)
     """How frames become model input."""
+    parts: dict[str, str] = field(default_factory=dict, hash=False)
+    """Modules of your own that the model has in the place of ours, by the names of `PARTS`: what each is called, as a
+    record. Set by `VideoMask2Former(config, parts=...)`; nothing is ever imported by it."""
 
     def __post_init__(self) -> None:
         if isinstance(self.backbone, str):
@@ -254,6 +260,8 @@ class VideoMask2FormerConfig(FileConfig):
                 len(label) <= MOST_LABEL_LENGTH and _is_text(label),
                 f"labels[{index}] must be text of at most {MOST_LABEL_LENGTH} characters, got {shown(label)}",
             )
+        if unknown := sorted(self.parts.keys() - set(PARTS)):
+            raise ConfigError(f"parts has {shown(unknown[0])}; a part of your own can be {', '.join(PARTS)}")
 
     @property
     def num_labels(self) -> int:
@@ -282,6 +290,8 @@ class VideoMask2FormerConfig(FileConfig):
         backbone_type = "swin" if isinstance(self.backbone, SwinConfig) else "timm"
         data = json.loads(json.dumps(asdict(self)))  # tuples to lists
         data["backbone"] = {"type": backbone_type, **data["backbone"]}
+        if not self.parts:
+            del data["parts"]  # of a model that has none
         return {"model_type": MODEL_TYPE, "format_version": FORMAT_VERSION, **data}
 
     @classmethod

@@ -70,6 +70,13 @@ def model_input(config: VideoMask2FormerConfig) -> Any:
     return VideoProcessor.from_config(config)(video)["pixel_values"].tolist()
 
 
+def built(config: VideoMask2FormerConfig) -> Any:
+    try:
+        return len(list(VideoMask2Former(config).parameters()))
+    except ConfigError as error:
+        return str(error)
+
+
 # what to change each field to, and what must change with it
 CASES: dict[type, dict[str, tuple[Any, Effect]]] = {
     SwinConfig: {
@@ -121,6 +128,7 @@ CASES: dict[type, dict[str, tuple[Any, Effect]]] = {
         "temporal": ("per_frame", outputs),
         "labels": (("cat",), weight_shapes),
         "preprocessing": (PreprocessingConfig(shortest_edge=40), model_input),
+        "parts": ({"cross_attention": "mine.Attention"}, built),
     },
 }
 PARTS = {
@@ -338,6 +346,14 @@ def test_replacing_validates_again() -> None:
         (PreprocessingConfig, "fit", "crop", "PreprocessingConfig.fit must be .*'pad', 'resize'.*, got 'crop'"),
         (PreprocessingConfig, "image_std", (0.2, 0.0, 0.2), "image_std"),
         (VideoMask2FormerConfig, "temporal", "online", "temporal must be .*'joint', 'per_frame'.*, got 'online'"),
+        (
+            VideoMask2FormerConfig,
+            "parts",
+            {"matching": "a.B"},
+            "parts has 'matching'; .* can be backbone, pixel_decoder",
+        ),
+        (VideoMask2FormerConfig, "parts", {"backbone": 3}, r"parts\.backbone must be str, got 3"),
+        (VideoMask2FormerConfig, "parts", ["backbone"], r"parts must be .*, got \['backbone'\]"),
         (VideoMask2FormerConfig, "labels", (), "labels is empty"),
         (VideoMask2FormerConfig, "labels", "person", "labels must be .*, got 'person'"),
         (VideoMask2FormerConfig, "labels", ("person", 3), r"labels\[1\] must be str, got 3"),

@@ -1,11 +1,16 @@
-"""From a config to modules: the one place that sees both. Each value of a field is one class, named here."""
+"""From a config to modules: the one place that sees both. Each value of a field is one class, named here.
 
+Modules of your own (`parts`) are called with the keyword arguments of the class in whose place they stand.
+"""
+
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
 from torch import nn
 
-from m2f_video.config import SwinConfig, VideoMask2FormerConfig
+from m2f_video.config import ConfigError, SwinConfig, VideoMask2FormerConfig
 from m2f_video.modeling.cross_attention import (
     CrossAttention,
     FullCrossAttention,
@@ -18,6 +23,9 @@ from m2f_video.modeling.swin import SwinTransformer
 from m2f_video.modeling.timm_backbone import TimmBackbone
 from m2f_video.modeling.transformer_decoder import DecoderLayer, MaskedTransformerDecoder, SelfFirstDecoderLayer
 
+Parts = Mapping[str, Callable[..., nn.Module]]
+"""Modules of your own, or functions that make them, by the names of `config.PARTS`."""
+
 CROSS_ATTENTIONS: dict[str, type[nn.Module]] = {
     "masked": CrossAttention,
     "full": FullCrossAttention,
@@ -28,27 +36,58 @@ LAYER_ORDERS: dict[str, type[nn.Module]] = {"cross_first": DecoderLayer, "self_f
 POSITIONS: dict[str, type[nn.Module]] = {"sine_3d": SinePosition3D, "sine_2d": SinePosition2D, "none": NoPosition}
 
 
-def build_backbone(config: VideoMask2FormerConfig) -> SwinTransformer | TimmBackbone:
+def with_parts(config: VideoMask2FormerConfig, parts: Parts) -> VideoMask2FormerConfig:
+    """A config that records these modules.
+
+    Raises:
+        ConfigError: one that is no name of a part, or no callable; or the config is of a model with others, which are
+            not given.
+    """
+    for name, make in parts.items():
+        if not callable(make) or isinstance(make, nn.Module):
+            raise ConfigError(f"parts[{name!r:.40}] must be a class or function that makes a module, got {make!r:.60}")
+    given = {name: _qualified_name(make) for name, make in parts.items()}
+    if missing := {name: what for name, what in config.parts.items() if name not in given}:
+        raise ConfigError(
+            f"the model has {', '.join(f'{name} of its own ({what:.100})' for name, what in missing.items())}; "
+            f"give parts={{{', '.join(f'{name!r}: ...' for name in missing)}}}"
+        )
+    for name, what in config.parts.items():
+        if given[name] != what:
+            said = f"{name} was a {what:.100} when the model was built first, now {given[name]:.100}"
+            warnings.warn(said, stacklevel=4)
+    return config.replace(parts=given)
+
+
+def _qualified_name(make: Callable[..., nn.Module]) -> str:
+    named = make if hasattr(make, "__qualname__") else type(make)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+def build_backbone(config: VideoMask2FormerConfig, parts: Parts) -> Any:
     """The frame encoder."""
-    backbone = config.backbone
-    kind = SwinTransformer if isinstance(backbone, SwinConfig) else TimmBackbone
-    return kind(**asdict(backbone))
+    kind = SwinTransformer if isinstance(config.backbone, SwinConfig) else TimmBackbone
+    return parts.get("backbone", kind)(**asdict(config.backbone))
 
 
-def build_pixel_decoder(config: VideoMask2FormerConfig, in_channels: tuple[int, ...]) -> MSDeformAttnPixelDecoder:
+def build_pixel_decoder(config: VideoMask2FormerConfig, parts: Parts, in_channels: tuple[int, ...]) -> Any:
     """Of maps with these channels at strides 4, 8, 16, 32."""
-    return MSDeformAttnPixelDecoder(in_channels=in_channels, **asdict(config.pixel_decoder))
+    make = parts.get("pixel_decoder", MSDeformAttnPixelDecoder)
+    return make(in_channels=in_channels, **asdict(config.pixel_decoder))
 
 
-def build_transformer_decoder(config: VideoMask2FormerConfig) -> MaskedTransformerDecoder:
+def build_transformer_decoder(config: VideoMask2FormerConfig, parts: Parts) -> MaskedTransformerDecoder:
     """Of what the pixel decoder gives."""
     fields: dict[str, Any] = asdict(config.transformer_decoder)
+    chosen: dict[str, Any] = {
+        "cross_attention": CROSS_ATTENTIONS[fields.pop("cross_attention")],
+        "decoder_layer": LAYER_ORDERS[fields.pop("layer_order")],
+        "position_encoding": POSITIONS[fields.pop("temporal_position")],
+    }
     return MaskedTransformerDecoder(
         in_channels=config.pixel_decoder.hidden_dim,
         mask_dim=config.pixel_decoder.mask_dim,
         num_labels=config.num_labels,
-        cross_attention=CROSS_ATTENTIONS[fields.pop("cross_attention")],
-        decoder_layer=LAYER_ORDERS[fields.pop("layer_order")],
-        position_encoding=POSITIONS[fields.pop("temporal_position")],
         **fields,
+        **{name: parts.get(name, kind) for name, kind in chosen.items()},
     )

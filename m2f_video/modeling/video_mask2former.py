@@ -8,6 +8,7 @@ B clips, T frames of a clip, Q queries, K classes, C channels, H W height and wi
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -17,7 +18,13 @@ from torch import Tensor, nn
 
 from m2f_video.config import VideoMask2FormerConfig
 from m2f_video.hub import load_model, parse_dtype, warn_of_slow_dtype
-from m2f_video.modeling.build import build_backbone, build_pixel_decoder, build_transformer_decoder
+from m2f_video.modeling.build import (
+    Parts,
+    build_backbone,
+    build_pixel_decoder,
+    build_transformer_decoder,
+    with_parts,
+)
 from m2f_video.modeling.transformer_decoder import MaskProduct, Prediction
 from weights_convert import staged_folder, write_checkpoint
 
@@ -107,16 +114,23 @@ class VideoMask2Former(
 
     Args:
         config: what to build; the weights are random. `from_pretrained` loads published ones.
+        parts: modules of your own in the place of ours, by the names of `m2f_video.config.PARTS`: classes, or functions
+            that make one, called with the keyword arguments of the class in whose place they stand. `config.parts`
+            records what they are called.
+
+    Raises:
+        ConfigError: a part that there is no place for, or one that the config records and that is not given.
     """
 
-    def __init__(self, config: VideoMask2FormerConfig) -> None:
+    def __init__(self, config: VideoMask2FormerConfig, parts: Parts | None = None) -> None:
         if not isinstance(config, VideoMask2FormerConfig):
             raise TypeError(f"config must be a VideoMask2FormerConfig, got {type(config).__name__}")
         super().__init__()
-        self.config = config
-        self.backbone = build_backbone(config)
-        self.pixel_decoder = build_pixel_decoder(config, self.backbone.channels)
-        self.transformer_decoder = build_transformer_decoder(config)
+        parts = parts or {}
+        self.config = config = with_parts(config, parts)
+        self.backbone = build_backbone(config, parts)
+        self.pixel_decoder = build_pixel_decoder(config, parts, self.backbone.channels)
+        self.transformer_decoder = build_transformer_decoder(config, parts)
 
     @property
     def device(self) -> torch.device:
@@ -291,6 +305,7 @@ class VideoMask2Former(
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
         force_download: bool = False,
+        parts: Parts | None = None,
     ) -> Self:
         """Load a model from the hub, a folder or a file, in this project's or a foreign format.
 
@@ -309,6 +324,8 @@ class VideoMask2Former(
             cache_dir: folder of the hub's downloads.
             local_files_only: use what was downloaded before, never the network.
             force_download: download again.
+            parts: modules of your own that the model was built with, as for `VideoMask2Former`. A checkpoint records
+                their names, and none is ever imported by its name.
 
         Returns:
             The model in evaluation mode.
@@ -320,7 +337,7 @@ class VideoMask2Former(
             ValueError: an unknown dtype or device.
         """
         return load_model(
-            cls,
+            partial(cls, parts=parts) if parts else cls,
             pretrained_model_name_or_path,
             config=config,
             temporal=temporal,
