@@ -29,6 +29,7 @@ from m2f_video.distributed import Worker, mean_over_workers, share_buffers
 from m2f_video.evaluation.annotations import GroundTruth
 from m2f_video.evaluation.predict import evaluate_model, prepare_ground_truth
 from m2f_video.files import atomic_path, remove_leftovers
+from m2f_video.modeling.build import Parts, with_parts
 from m2f_video.modeling.pixel_decoder import DeformableEncoderLayer
 from m2f_video.modeling.swin import SwinBlock
 from m2f_video.modeling.transformer_decoder import DecoderLayer
@@ -69,8 +70,11 @@ class Trainer:
             classifier of other labels begins with random weights.
         init_backbone: weights of the backbone to begin with, as `load_backbone` takes them, instead of `init`.
         tensorboard: write TensorBoard's event files too.
+        parts: modules of your own that the model is built with, as for `VideoMask2Former`. The run records their names,
+            and goes on with parts of the same names alone.
 
     Raises:
+        ConfigError: a part that there is no place for, or one that the config records and that is not given.
         ValueError: both `init` and `init_backbone` are given; another run is at work in the folder; it holds a run and
             `resume` was not asked for; the run in it had another config or other data; no checkpoint can be read, or
             its logs cannot be gone on with; a batch cannot be divided among the workers, or they disagree on what to
@@ -90,10 +94,13 @@ class Trainer:
         init: str | None = None,
         init_backbone: str | None = None,
         tensorboard: bool = False,
+        parts: Parts | None = None,
     ) -> None:
         if init is not None and init_backbone is not None:
             raise ValueError("give init or init_backbone, not both: the first brings a backbone along")
-        self.config = config = config.replace(model=config.model.replace(labels=tuple(videos.labels)))
+        self.parts = parts or {}
+        model = with_parts(config.model.replace(labels=tuple(videos.labels)), self.parts)
+        self.config = config = config.replace(model=model)
         self.output = output = Path(output)
         self.validation = validation
         self.worker = worker or Worker(0, 1, torch.device("cpu"))
@@ -135,7 +142,7 @@ class Trainer:
         """Make all that has a state, as it is at the beginning or was saved; gives what there is to say about it."""
         config, said = self.config, []
         torch.manual_seed(config.seed)
-        model = VideoMask2Former(config.model)
+        model = VideoMask2Former(config.model, self.parts)
         if state is not None:
             if given := init or init_backbone:
                 said.append(f"{given} is not loaded: the run goes on from its checkpoint")
