@@ -49,7 +49,7 @@ _CONFIG_FILES = [CONFIG_NAME, PREPROCESSOR_NAME]
 _SAFETENSORS = ["model*.safetensors", "model.safetensors.index.json"]
 _PICKLES = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-_ACTS_IN_TRAINING = frozenset({"backbone.drop_path_rate", "pixel_decoder.dropout"})
+_ACTS_IN_TRAINING = frozenset({"backbone.drop_path_rate", "pixel_decoder.dropout", "transformer_decoder.dropout"})
 
 
 def parse_dtype(dtype: torch.dtype | str) -> torch.dtype:
@@ -135,18 +135,21 @@ def load_model(
     temporal: str | None = None,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
+    check_first: bool = True,
     **hub_options: Unpack[HubOptions],
 ) -> Model:
     """What `build` makes of a config, with weights; arguments and errors as `VideoMask2Former.from_pretrained`.
 
-    It is built without numbers first, so that a config which asks for other weights than these takes no memory. Warns
-    where `config` or `temporal` let the weights compute something else than the checkpoint's own config.
+    It is built without numbers first, so that a config which asks for other weights than these takes no memory; not
+    where `check_first` is False, for what keeps tensors of its own from one building to the next. Warns where `config`
+    or `temporal` let the weights compute something else than the checkpoint's own config.
     """
     target_dtype, target_device = parse_dtype(dtype or torch.float32), parse_device(device or "cpu")
     path = weights_path(source, hub_options)
     used, state_dict = load_checkpoint(path, config=config, temporal=temporal)
-    with suppress(RuntimeError, TypeError), torch.device("meta"):  # which a model that reads numbers meanwhile raises
-        check_fit(build(used).state_dict(), state_dict, str(source))
+    if check_first:
+        with suppress(RuntimeError, TypeError), torch.device("meta"):  # which a model that reads numbers then raises
+            check_fit(build(used).state_dict(), state_dict, str(source))
     model = build(used)
     load_state_dict_strictly(model, state_dict, str(source))
     model = model.to(device=target_device, dtype=target_dtype).eval()

@@ -80,6 +80,10 @@ def _add_method(kind: type, name: str, found: dict[str, Function]) -> None:
     base = next((base for base in kind.__mro__ if name in vars(base)), None)
     if base is None:
         return
+    for heir in kind.__mro__[: kind.__mro__.index(base)]:  # which have it from the base, and may get their own
+        absent = f"{heir.__module__}.{heir.__qualname__}.{name}"
+        if absent.startswith(_OURS):
+            found.setdefault(absent, Function(vars(heir), name, None, absent))
     title = f"{base.__module__}.{base.__qualname__}.{name}"
     function = _plain_function(vars(base)[name])
     if title in found or not (function is not None or name == "forward" or _is_written_down(title)):

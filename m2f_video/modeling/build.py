@@ -6,6 +6,7 @@ Modules of your own (`parts`) are called with the keyword arguments of the class
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -43,6 +44,8 @@ def with_parts(config: VideoMask2FormerConfig, parts: Parts) -> VideoMask2Former
         ConfigError: one that is no name of a part, or no callable; or the config is of a model with others, which are
             not given.
     """
+    if not isinstance(parts, Mapping):
+        raise ConfigError(f"parts must be a dict of modules of your own by name, got {parts!r:.60}")
     for name, make in parts.items():
         if not callable(make) or isinstance(make, nn.Module):
             raise ConfigError(f"parts[{name!r:.40}] must be a class or function that makes a module, got {make!r:.60}")
@@ -55,11 +58,13 @@ def with_parts(config: VideoMask2FormerConfig, parts: Parts) -> VideoMask2Former
     for name, what in config.parts.items():
         if given[name] != what:
             said = f"{name} was a {what:.100} when the model was built first, now {given[name]:.100}"
-            warnings.warn(said, stacklevel=4)
+            warnings.warn(said, stacklevel=3)
     return config.replace(parts=given)
 
 
 def _qualified_name(make: Callable[..., nn.Module]) -> str:
+    while isinstance(make, partial):
+        make = make.func
     named = make if hasattr(make, "__qualname__") else type(make)
     return f"{named.__module__}.{named.__qualname__}"
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from m2f_video.modeling.position_encoding import pixel_centres
+from m2f_video.modeling.position_encoding import pixel_centres, position_dtype
 from m2f_video.ops import Shapes
 
 
@@ -173,8 +173,9 @@ class MaskPooling(nn.Module):
         if mask_logits is None:
             pooled = values.mean(1, keepdim=True).expand(-1, query.shape[1], -1)
         else:
-            weights = attention_mask(mask_logits).to(values)
-            pooled = weights @ values / weights.sum(-1, keepdim=True)  # never 0
+            mask = attention_mask(mask_logits)
+            shares = mask.to(position_dtype(values)) / mask.sum(-1, keepdim=True)  # never by 0; counts leave float16
+            pooled = shares.to(values) @ values
         return self.out_proj(pooled)
 
 
@@ -202,11 +203,12 @@ class SpatiallyModulatedCrossAttention(Attention):
     def log_prior(self, query: Tensor, sizes: Shapes) -> Tensor:
         """Logarithm of the Gaussians at the pixels of a frame (section 3.2): queries (B, Q, C) -> (B, M, Q, N)."""
         heads = (self.num_heads, 2)
+        dtype = position_dtype(query)
         centres = self.centre(query).sigmoid()[:, :, None] + self.offsets(query).unflatten(-1, heads)  # (B, Q, M, 2)
-        widths = self.widths(query).unflatten(-1, heads).exp()  # of the frame's
-        pixels = torch.cat([pixel_centres(*size, dtype=query.dtype, device=query.device) for size in sizes])
-        distances = (pixels - centres[..., None, :]) / widths[..., None, :]  # (B, Q, M, N, 2)
-        return -distances.square().sum(-1).transpose(1, 2)
+        widths = self.widths(query).unflatten(-1, heads).to(dtype).exp()  # of the frame's
+        pixels = torch.cat([pixel_centres(*size, dtype=dtype, device=query.device) for size in sizes])
+        distances = (pixels - centres.to(dtype)[..., None, :]) / widths[..., None, :]  # (B, Q, M, N, 2)
+        return -distances.square().sum(-1).transpose(1, 2).to(query.dtype)
 
     def forward(self, query: Tensor, level: Level, mask_logits: Tensor | None = None) -> Tensor:
         """As `CrossAttention`, whatever the masks."""

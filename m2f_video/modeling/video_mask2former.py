@@ -348,6 +348,7 @@ class VideoMask2Former(
             cache_dir=cache_dir,
             local_files_only=local_files_only,
             force_download=force_download,
+            check_first=not parts,
         )
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> str | None:

@@ -241,7 +241,8 @@ class Trainer:
             return self.model
         devices = [self.worker.device] if self.worker.device.type == "cuda" else None
         decoder = self.model.transformer_decoder
-        unused = len(decoder.layers) < len(decoder.input_projections)  # those of levels that no layer attends to
+        idle_levels = len(decoder.layers) < max(len(decoder.input_projections), 1)  # that no layer attends to
+        unused = idle_levels or bool(self.parts)  # of which nobody knows
         return DistributedDataParallel(self.model, device_ids=devices, find_unused_parameters=unused)
 
     def _gradients(self, model: Callable[..., Any], step: int, parts: list[Batch]) -> Tensor:

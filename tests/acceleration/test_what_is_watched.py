@@ -209,3 +209,16 @@ def test_frames_are_encoded_one_by_one_however_a_model_is_called(
         assert relative_error(call(model, clip(3)).class_queries_logits, expected) < 1e-4
     assert sizes == [1] * 3 * (len(sizes) // 3)
     assert sizes
+
+
+@pytest.mark.parametrize("kind", [cross_attention.CrossAttention, cross_attention.SelfAttention])
+@pytest.mark.parametrize("name", ["attend", "projections"])
+def test_an_inherited_method_overridden_by_the_heir_counts(
+    kind: type[nn.Module], name: str, model: VideoMask2Former, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inherited = getattr(kind, name)
+    changes = {
+        "attend": lambda self, *args: 3 * inherited(self, *args).roll(1, dims=-1),
+        "projections": lambda self: ((3 * weight.roll(1, dims=0), bias) for weight, bias in inherited(self)),
+    }
+    assert_followed(model, lambda: monkeypatch.setattr(kind, name, changes[name], raising=False))

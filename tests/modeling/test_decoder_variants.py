@@ -88,6 +88,27 @@ def test_mask_pooling_is_the_mean_of_what_a_mask_covers() -> None:
     assert_close(module(query, level)[:, 0], module.out_proj(values.mean(1)).detach())
 
 
+def test_mask_pooling_counts_more_pixels_than_float16_has_numbers() -> None:
+    module = attention(MaskPooling).half()
+    tokens = torch.full((1, 11, 6480, 12), 1.5, dtype=torch.float16)
+    zeros = [torch.zeros(*size, dtype=torch.float16) for size in ((12,), (6480, 12), (11, 12), (1, 2, 11 * 6480))]
+    output = module(torch.zeros(1, 2, 12).half(), Level(((60, 108),), tokens, *zeros[:3]), zeros[3])
+    expected = module.float().out_proj(torch.full((12,), 1.5))
+    assert relative_error(output[0, 0], expected) < 0.01
+
+
+def test_smca_places_pixels_in_bfloat16_as_in_float32() -> None:
+    module = attention(SpatiallyModulatedCrossAttention).bfloat16()
+    with torch.no_grad():
+        for layer in (module.centre[2], module.offsets, module.widths):
+            layer.weight.zero_()
+            layer.bias.fill_(-5 if layer is module.widths else 0)
+    query = inputs()[0].bfloat16()
+    rounded = module.log_prior(query, ((1, 240),)).float().softmax(-1)
+    exact = module.float().log_prior(query.float(), ((1, 240),)).softmax(-1)
+    assert (rounded - exact).abs().sum(-1).max() / 2 < 0.3  # total variation; 0.5 with pixels in bfloat16
+
+
 def test_smca_weighs_keys_by_gaussians_around_predicted_places() -> None:
     query, level, _ = inputs(pixels=6)
     level = replace(level, sizes=((2, 3),))

@@ -1,9 +1,10 @@
 """Modules of your own: built, run in every mode, trained, saved with their names, and never lost silently."""
 
+import functools
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -138,9 +139,38 @@ def test_a_model_without_parts_says_nothing_of_them() -> None:
             {"cross_attention": "mine.Attention"},
             "must be a class or function that makes a module, got 'mine.Attention'",
         ),
+        ([MyAttention], "parts must be a dict of modules of your own by name"),
         ({"cross_attention": MyAttention(dim=4, num_heads=1)}, "must be a class or function that makes a module"),
     ],
 )
 def test_bad_parts_are_named(parts: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         VideoMask2Former(IN_LANES, parts=parts)
+
+
+class Cached(CrossAttention):
+    tables: ClassVar[dict[str, Tensor]] = {}
+
+    def __init__(self, *, dim: int, num_heads: int, dropout: float = 0.0) -> None:
+        super().__init__(dim=dim, num_heads=num_heads, dropout=dropout)
+        self.scale = self.tables.setdefault("scale", torch.linspace(0, 1, dim))
+
+    def forward(self, query: Tensor, level: Level, mask_logits: Tensor | None = None) -> Tensor:
+        return self.scale * super().forward(query, level, mask_logits)
+
+
+def test_parts_that_keep_tensors_are_loaded(tmp_path: Path) -> None:
+    model = VideoMask2Former(IN_LANES, parts={"cross_attention": Cached}).eval()
+    model.save_pretrained(tmp_path)
+    Cached.tables.clear()  # as in a new process
+    again = VideoMask2Former.from_pretrained(tmp_path, parts={"cross_attention": Cached})
+    assert torch.equal(predict(again), predict(model))
+
+
+def made_of(kind: type[nn.Module], **sizes: Any) -> nn.Module:
+    return kind(**sizes)
+
+
+def test_a_partial_is_called_what_it_calls() -> None:
+    model = VideoMask2Former(IN_LANES, parts={"cross_attention": functools.partial(made_of, MyAttention)})
+    assert model.config.parts == {"cross_attention": f"{__name__}.made_of"}
