@@ -22,12 +22,10 @@ from m2f_video.modeling.swin import (
 )
 from m2f_video.modeling.video_mask2former import FrameFeatures, VideoMask2Former, VideoMask2FormerOutput
 
-OURS = (
+APART = (
     SwinTransformer, PatchEmbedding, SwinStage, SwinBlock, WindowAttention, Mlp, PatchMerging,
     MSDeformAttnPixelDecoder, DeformableEncoderLayer, MSDeformAttn, GroupNorm,
-)  # fmt: skip
-APART = (
-    *OURS, nn.Sequential, nn.ModuleList, nn.Linear, nn.Conv2d, nn.LayerNorm, nn.ReLU, nn.Dropout, DropPath, nn.Identity
+    nn.Sequential, nn.ModuleList, nn.Linear, nn.Conv2d, nn.LayerNorm, nn.ReLU, nn.Dropout, DropPath, nn.Identity,
 )  # fmt: skip
 """What treats every frame by itself. Of anything else in backbone and pixel decoder nobody knows."""
 

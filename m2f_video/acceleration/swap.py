@@ -6,9 +6,10 @@ exact computation: that of its plain module and of the parts inside as they are 
 anybody replaced, subclassed, hooked, patched, pruned or parametrised stays plain. So does what is touched while a twin
 is in place, from the next call on: each call looks first whether everything is as it was when the twin was put there.
 
-Three changes are not noticed: writing to the memory of a weight behind PyTorch's back (`weight.data.mul_(2)`, NumPy
+Four changes are not noticed: writing to the memory of a weight behind PyTorch's back (`weight.data.mul_(2)`, NumPy
 views), until `accelerated` or `prepare_for_inference` is next called; such writing that leaves the sum of the weight's
-bit patterns as it was, as exchanging rows does, ever; and patches of PyTorch's own functions (`F.linear`).
+bit patterns as it was, as exchanging rows does, ever; patches of PyTorch's own functions (`F.linear`); and names of
+Python's own (`zip`) put into a module of ours.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

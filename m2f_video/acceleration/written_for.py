@@ -82,7 +82,7 @@ def _add_method(kind: type, name: str, found: dict[str, Function]) -> None:
         return
     for heir in kind.__mro__[: kind.__mro__.index(base)]:  # which have it from the base, and may get their own
         absent = f"{heir.__module__}.{heir.__qualname__}.{name}"
-        if absent.startswith(_OURS):
+        if absent.startswith(_OURS) and base.__module__.startswith(_OURS):
             found.setdefault(absent, Function(vars(heir), name, None, absent))
     title = f"{base.__module__}.{base.__qualname__}.{name}"
     function = _plain_function(vars(base)[name])
@@ -156,9 +156,9 @@ def _hash_source(code: CodeType, kind: str) -> str:
     """Of a function's source, without comments, docstrings and layout; empty where there is none that made it."""
     try:
         source = inspect.getsource(code)
-    except (OSError, TypeError):
-        return ""
-    if code not in _codes_of(code.co_filename):  # the file was changed after it was imported
+        if code not in _codes_of(code.co_filename):  # the file was changed after it was imported
+            return ""
+    except (OSError, TypeError, SyntaxError, ValueError, tokenize.TokenError):  # or is being changed
         return ""
     lines = iter(io.StringIO(inspect.cleandoc("\n" + source)).readline, "")
     words, before = [kind], tokenize.NEWLINE

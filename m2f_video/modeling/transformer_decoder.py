@@ -44,7 +44,8 @@ class TransformerDecoderOutput:
     Attributes:
         class_queries_logits: (B, Q, K+1), the last column is "no object".
         mask_embeddings: (B, Q, mask_dim); `MaskProduct` multiplies them with mask features.
-        auxiliary: the predictions at every depth (the learnable queries' first, the final one last), when asked for.
+        auxiliary: the predictions at every depth (the learnable queries' first, if these are supervised, the final one
+            last), when asked for.
         queries: queries (B, Q, C) at every depth before the prediction head's norm, when hidden states are asked for.
         attention_masks: `attention_mask` of each layer's mask logits, (B, Q, S) bool, when hidden states are asked for:
             what masked attention sees, whatever another kind of attention does with the logits.

@@ -73,7 +73,8 @@ class LossOutput:
     Attributes:
         total: what to minimise, a scalar: the sum of `parts`.
         parts: weighted scalars `loss_ce`, `loss_mask` and `loss_dice` of the final prediction, and the same with
-            `_0` (the learnable queries' prediction), `_1` (after the first decoder layer), ... of the others.
+            `_0`, `_1`, ... of the others, as the model's `auxiliary` has them: from the learnable queries' on, or where
+            these are not supervised, from that after the first decoder layer.
         matches: per prediction, in the order of the model's `auxiliary` (the final one last), per clip.
     """
 
