@@ -5,6 +5,7 @@ arXiv 2112.01527, section 3). Every field changes what is built or computed; not
 """
 
 import json
+import re
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Self
 
@@ -12,8 +13,10 @@ from m2f_video.categories import LABEL_SETS, YOUTUBEVIS_2019
 from m2f_video.checked_config import CheckedConfig, ConfigError, FileConfig, build_config, check_fields, require, shown
 
 __all__ = [
+    "MODULE_PARTS",
     "PARTS",
     "PRESETS",
+    "TRAINING_PARTS",
     "ConfigError",
     "PixelDecoderConfig",
     "PreprocessingConfig",
@@ -23,10 +26,14 @@ __all__ = [
     "VideoMask2FormerConfig",
 ]
 
-PARTS = ("backbone", "pixel_decoder", "decoder_layer", "cross_attention", "position_encoding")
-"""What a module of your own can take the place of."""
+MODULE_PARTS = ("backbone", "pixel_decoder", "decoder_layer", "cross_attention", "position_encoding")
+TRAINING_PARTS = ("loss", "matcher")
+"""No modules of the network: a trained model does without them."""
+PARTS = MODULE_PARTS + TRAINING_PARTS
+"""What something of your own can take the place of; any one module can too, by its name in the model."""
 MODEL_TYPE = "m2f-video"
 FORMAT_VERSION = 1
+_MODULE_NAME = re.compile(r"(backbone|pixel_decoder|transformer_decoder)(\.\w+)*")
 GROUP_NORM_GROUPS = 32  # fixed in the published architecture, so hidden widths must be divisible by it
 # The most that is built, far above what was ever published: a config from a stranger must not take all memory.
 MOST_WIDTH, MOST_HIDDEN, MOST_LAYERS, MOST_HEADS = 4096, 65536, 128, 512
@@ -90,7 +97,8 @@ class TimmBackboneConfig(CheckedConfig):
     """Any timm model that offers `features_only` maps at strides 4, 8, 16 and 32, by name."""
 
     name: str
-    """The timm model name, such as `resnet50` or `convnext_tiny`."""
+    """The timm model name, such as `resnet50` or `convnext_tiny`, or with the tag of its pretrained weights, such as
+    `resnet50.a1_in1k`, which are loaded by `load_backbone(model, "timm")` or `train --init-backbone timm`."""
 
     def _check(self) -> None:  # whether timm knows the name is checked when the model is built
         require(bool(self.name), "TimmBackboneConfig.name is empty; give a timm model name such as 'resnet50'")
@@ -242,8 +250,8 @@ class VideoMask2FormerConfig(FileConfig):
     preprocessing: PreprocessingConfig = field(default_factory=PreprocessingConfig)
     """How frames become model input."""
     parts: dict[str, str] = field(default_factory=dict, hash=False)
-    """Modules of your own that the model has in the place of ours, by the names of `PARTS`: what each is called, as a
-    record. Set by `VideoMask2Former(config, parts=...)`; nothing is ever imported by it."""
+    """What of your own the model has in the place of ours, by the names of `PARTS` or of modules: what each is called,
+    as a record. Set by `VideoMask2Former(config, parts=...)` and by saving; nothing is ever imported by it."""
 
     def __post_init__(self) -> None:
         if isinstance(self.backbone, str):
@@ -260,8 +268,11 @@ class VideoMask2FormerConfig(FileConfig):
                 len(label) <= MOST_LABEL_LENGTH and _is_text(label),
                 f"labels[{index}] must be text of at most {MOST_LABEL_LENGTH} characters, got {shown(label)}",
             )
-        if unknown := sorted(self.parts.keys() - set(PARTS)):
-            raise ConfigError(f"parts has {shown(unknown[0])}; a part of your own can be {', '.join(PARTS)}")
+        if unknown := sorted(name for name in self.parts if name not in PARTS and not _MODULE_NAME.fullmatch(name)):
+            raise ConfigError(
+                f"parts has {shown(unknown[0])}; a part of your own can be {', '.join(PARTS)}, or a module by its name "
+                "in the model"
+            )
 
     @property
     def num_labels(self) -> int:

@@ -101,3 +101,12 @@ def share_buffers(model: nn.Module) -> None:
     if num_workers() > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, src=0)
+
+
+def share_weights(model: nn.Module) -> None:
+    """Give every worker the first one's parameters and buffers."""
+    if num_workers() > 1:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                dist.broadcast(parameter, src=0)
+    share_buffers(model)

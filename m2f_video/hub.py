@@ -49,7 +49,9 @@ _CONFIG_FILES = [CONFIG_NAME, PREPROCESSOR_NAME]
 _SAFETENSORS = ["model*.safetensors", "model.safetensors.index.json"]
 _PICKLES = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-_ACTS_IN_TRAINING = frozenset({"backbone.drop_path_rate", "pixel_decoder.dropout", "transformer_decoder.dropout"})
+_ACTS_IN_TRAINING = frozenset(
+    {"backbone.drop_path_rate", "pixel_decoder.dropout", "transformer_decoder.dropout", "parts.loss", "parts.matcher"}
+)
 
 
 def parse_dtype(dtype: torch.dtype | str) -> torch.dtype:

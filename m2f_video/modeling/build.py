@@ -1,17 +1,18 @@
 """From a config to modules: the one place that sees both. Each value of a field is one class, named here.
 
-Modules of your own (`parts`) are called with the keyword arguments of the class in whose place they stand.
+Modules of your own (`parts`) are called with the keyword arguments of the class in whose place they stand, or, by the
+name of a single module, with that module.
 """
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 from torch import nn
 
-from m2f_video.config import ConfigError, SwinConfig, VideoMask2FormerConfig
+from m2f_video.config import PARTS, TRAINING_PARTS, ConfigError, SwinConfig, VideoMask2FormerConfig
 from m2f_video.modeling.cross_attention import (
     CrossAttention,
     FullCrossAttention,
@@ -24,8 +25,9 @@ from m2f_video.modeling.swin import SwinTransformer
 from m2f_video.modeling.timm_backbone import TimmBackbone
 from m2f_video.modeling.transformer_decoder import DecoderLayer, MaskedTransformerDecoder, SelfFirstDecoderLayer
 
-Parts = Mapping[str, Callable[..., nn.Module]]
-"""Modules of your own, or functions that make them, by the names of `config.PARTS`."""
+Parts = Mapping[str, Callable[..., Any]]
+"""What makes modules, loss or matcher of your own, by the names of `config.PARTS`; or by that of a module in the model,
+in whose place comes what it makes of the one that is there."""
 
 CROSS_ATTENTIONS: dict[str, type[nn.Module]] = {
     "masked": CrossAttention,
@@ -38,7 +40,7 @@ POSITIONS: dict[str, type[nn.Module]] = {"sine_3d": SinePosition3D, "sine_2d": S
 
 
 def with_parts(config: VideoMask2FormerConfig, parts: Parts) -> VideoMask2FormerConfig:
-    """A config that records these modules.
+    """A config that records these parts; the record of a loss or matcher stays where they are not given.
 
     Raises:
         ConfigError: one that is no name of a part, or no callable; or the config is of a model with others, which are
@@ -49,20 +51,30 @@ def with_parts(config: VideoMask2FormerConfig, parts: Parts) -> VideoMask2Former
     for name, make in parts.items():
         if not callable(make) or isinstance(make, nn.Module):
             raise ConfigError(f"parts[{name!r:.40}] must be a class or function that makes a module, got {make!r:.60}")
-    given = {name: _qualified_name(make) for name, make in parts.items()}
-    if missing := {name: what for name, what in config.parts.items() if name not in given}:
-        raise ConfigError(
-            f"the model has {', '.join(f'{name} of its own ({what:.100})' for name, what in missing.items())}; "
-            f"give parts={{{', '.join(f'{name!r}: ...' for name in missing)}}}"
-        )
+    require_parts(config, parts, [name for name in config.parts if name not in TRAINING_PARTS])
+    given = {name: qualified_name(make) for name, make in parts.items()}
     for name, what in config.parts.items():
-        if given[name] != what:
+        if given.get(name, what) != what:
             said = f"{name} was a {what:.100} when the model was built first, now {given[name]:.100}"
             warnings.warn(said, stacklevel=3)
-    return config.replace(parts=given)
+    return config.replace(parts={**config.parts, **given})
 
 
-def _qualified_name(make: Callable[..., nn.Module]) -> str:
+def require_parts(config: VideoMask2FormerConfig, parts: Parts, needed: Iterable[str]) -> None:
+    """Make sure that of these names all parts are given that a config records.
+
+    Raises:
+        ConfigError: some are not.
+    """
+    if missing := [name for name in needed if name in config.parts and name not in parts]:
+        more = f" and {len(missing) - 2} more" if len(missing) > 2 else ""
+        called = ", ".join(f"{name} of its own ({config.parts[name]:.100})" for name in missing[:2])
+        wanted = ", ".join(f"{name!r}: ..." for name in missing[:2])
+        raise ConfigError(f"the model has {called}{more}; give parts={{{wanted}}}{more}")
+
+
+def qualified_name(make: Callable[..., Any]) -> str:
+    """Where a class or function is written, and its name there."""
     while isinstance(make, partial):
         make = make.func
     named = make if hasattr(make, "__qualname__") else type(make)
@@ -96,3 +108,20 @@ def build_transformer_decoder(config: VideoMask2FormerConfig, parts: Parts) -> M
         **fields,
         **{name: parts.get(name, kind) for name, kind in chosen.items()},
     )
+
+
+def exchange_modules(model: nn.Module, parts: Parts) -> None:
+    """Put what parts named after a module make of it in its place.
+
+    Raises:
+        ConfigError: there is no such module, or what is made is none.
+    """
+    for name in [name for name in parts if name not in PARTS]:
+        try:
+            plain = model.get_submodule(name)
+        except AttributeError as error:
+            raise ConfigError(f"parts has {name!r:.80}, and the model no module of that name: {error}") from error
+        made = parts[name](plain)
+        if not isinstance(made, nn.Module):
+            raise ConfigError(f"parts[{name!r:.80}] must make a module of the one that is there, got {made!r:.60}")
+        model.set_submodule(name, made)

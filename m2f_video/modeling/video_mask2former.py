@@ -6,6 +6,7 @@ B clips, T frames of a clip, Q queries, K classes, C channels, H W height and wi
 """
 
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,13 +17,15 @@ import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
-from m2f_video.config import VideoMask2FormerConfig
+from m2f_video.config import TRAINING_PARTS, VideoMask2FormerConfig
 from m2f_video.hub import load_model, parse_dtype, warn_of_slow_dtype
+from m2f_video.modeling.as_built import Changes, build_of, changes, tensors_of
 from m2f_video.modeling.build import (
     Parts,
     build_backbone,
     build_pixel_decoder,
     build_transformer_decoder,
+    exchange_modules,
     with_parts,
 )
 from m2f_video.modeling.transformer_decoder import MaskProduct, Prediction
@@ -103,6 +106,9 @@ for _output_type in (FrameFeatures, VideoMask2FormerOutput, Prediction):
     torch.export.register_dataclass(_output_type)
 
 
+_STAGES = ("backbone", "pixel_decoder", "transformer_decoder")
+
+
 class VideoMask2Former(
     nn.Module,
     PyTorchModelHubMixin,
@@ -115,8 +121,9 @@ class VideoMask2Former(
     Args:
         config: what to build; the weights are random. `from_pretrained` loads published ones.
         parts: modules of your own in the place of ours, by the names of `m2f_video.config.PARTS`: classes, or functions
-            that make one, called with the keyword arguments of the class in whose place they stand. `config.parts`
-            records what they are called.
+            that make one, called with the keyword arguments of the class in whose place they stand; or by the name of
+            any module in the model: what makes one of the one that is there. `loss` and `matcher` are no modules of
+            the network: `Trainer(..., model=model)` finds them here. `config.parts` records what all are called.
 
     Raises:
         ConfigError: a part that there is no place for, or one that the config records and that is not given.
@@ -131,6 +138,9 @@ class VideoMask2Former(
         self.backbone = build_backbone(config, parts)
         self.pixel_decoder = build_pixel_decoder(config, parts, self.backbone.channels)
         self.transformer_decoder = build_transformer_decoder(config, parts)
+        exchange_modules(self, parts)
+        self.training_parts: Parts = {name: parts[name] for name in TRAINING_PARTS if name in parts}
+        self._as_built = build_of(self)
 
     @property
     def device(self) -> torch.device:
@@ -354,18 +364,40 @@ class VideoMask2Former(
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> str | None:
         """Write `config.json`, `model.safetensors` and, where there is none, a model card `README.md`.
 
-        Every file is written beside its place and then renamed, so that a failure leaves what was there before.
+        Every file is written beside its place and then renamed, so that a failure leaves what was there before. Hooks
+        and patched methods cannot be saved, which a warning says. Of modules that were put into the model since it was
+        built `config.json` records the names, as of `parts`: it loads with these given alone.
 
         Args:
             save_directory: folder, made where missing.
             kwargs: of `PyTorchModelHubMixin.save_pretrained`, such as `push_to_hub=True` and `repo_id`.
+
+        Raises:
+            ValueError: a module keeps something else than tensors in the state dict.
         """
+        if said := str(self.changes()):
+            warnings.warn(
+                f"the model is not what its config builds: {said}. Weights are saved; hooks and patches cannot be, and "
+                "are to be set again; modules of its own are to be given as parts={name: ...} when it is loaded",
+                stacklevel=2,
+            )
         with staged_folder(Path(save_directory), keep=["README.md"]) as staging:
             return super().save_pretrained(staging, **kwargs)
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        state_dict = {name: tensor.detach().cpu() for name, tensor in self.state_dict().items()}
-        write_checkpoint(save_directory, state_dict, self.config.to_dict())
+        state_dict = {name: tensor.detach().cpu() for name, tensor in tensors_of(self).items()}
+        write_checkpoint(save_directory, state_dict, self.recorded_config().to_dict())
+
+    def changes(self) -> Changes:
+        """What was done to the modules since the model was built: exchanged, hooked, patched."""
+        from m2f_video.acceleration.swap import plain_type
+
+        return changes(self._as_built, build_of(self, plain_type), VideoMask2Former)
+
+    def recorded_config(self) -> VideoMask2FormerConfig:
+        """The config with the names of modules that were put into the model since it was built."""
+        exchanged = {name: kind for name, kind in self.changes().exchanged.items() if name.startswith(_STAGES)}
+        return self.config.replace(parts={**self.config.parts, **exchanged}) if exchanged else self.config
 
 
 def _check_pixel_values(pixels: Tensor, *, ndim: int, layout: str) -> None:

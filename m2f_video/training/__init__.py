@@ -10,7 +10,7 @@ from m2f_video.training.losses import (
     VideoMask2FormerLoss,
     loss_norms,
 )
-from m2f_video.training.matcher import Match
+from m2f_video.training.matcher import HungarianMatcher, Match, Matcher
 from m2f_video.training.optim import OptimConfig
 from m2f_video.training.targets import ClipTarget, LabelSource, prepare_target
 from m2f_video.training.trainer import Trainer
@@ -18,11 +18,13 @@ from m2f_video.training.trainer import Trainer
 __all__ = [
     "TRAIN_PRESETS",
     "ClipTarget",
+    "HungarianMatcher",
     "LabelSource",
     "LossConfig",
     "LossNorms",
     "LossOutput",
     "Match",
+    "Matcher",
     "NonFinitePredictionError",
     "OptimConfig",
     "TrainConfig",

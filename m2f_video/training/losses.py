@@ -4,9 +4,9 @@ B clips, Q queries, K classes, T frames, h w size of the mask logits, H W size o
 instances of the batch, R = N*T masks (instances outermost, then frames), P points or pixels of a mask.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from m2f_video.distributed import mean_over_workers, num_workers
 from m2f_video.inference.segments import MASK_STRIDE
 from m2f_video.modeling.transformer_decoder import Prediction
 from m2f_video.modeling.video_mask2former import VideoMask2FormerOutput
-from m2f_video.training.matcher import Match, assign, at_least_float32, matching_cost
+from m2f_video.training.matcher import HungarianMatcher, Match, Matcher, at_least_float32, check_match
 from m2f_video.training.point_sampling import RandomSource, point_sample, uncertain_points
 from m2f_video.training.targets import ClipTarget
 
@@ -55,6 +55,8 @@ class LossConfig(CheckedConfig):
     mask_loss: MaskComparison = "points"
     """Whether the mask losses compare `points`, most of them uncertain ones, or all of the `masks` (at the input's
     resolution), which takes several times the memory."""
+    deep_supervision: bool = True
+    """Whether predictions at every depth are supervised (arXiv 2112.01527, section 3.2.1), or the final one alone."""
 
     def _check(self) -> None:
         weights = ("class_weight", "mask_weight", "dice_weight")
@@ -72,10 +74,10 @@ class LossOutput:
 
     Attributes:
         total: what to minimise, a scalar: the sum of `parts`.
-        parts: weighted scalars `loss_ce`, `loss_mask` and `loss_dice` of the final prediction, and the same with
-            `_0`, `_1`, ... of the others, as the model's `auxiliary` has them: from the learnable queries' on, or where
-            these are not supervised, from that after the first decoder layer.
-        matches: per prediction, in the order of the model's `auxiliary` (the final one last), per clip.
+        parts: weighted scalars `loss_ce`, `loss_mask` and `loss_dice` of the final prediction, and with deep
+            supervision the same with `_0`, `_1`, ... of the others, as the model's `auxiliary` has them: from the
+            learnable queries' on, or where these are not supervised, from that after the first decoder layer.
+        matches: per prediction that is supervised, the final one last, per clip.
     """
 
     total: Tensor
@@ -172,18 +174,26 @@ def loss_norms(
 class VideoMask2FormerLoss:
     """The training loss: every prediction is matched by itself and supervised alike (deep supervision).
 
-    Costs and losses are computed in float32, under autocast too (float64 predictions stay float64).
+    Costs and losses are computed in float32, under autocast too (float64 predictions stay float64). A loss of your own,
+    `parts={"loss": ...}`, is made and called with the same arguments.
 
     Args:
         config: weights and how masks are compared.
         num_labels: classes K of the model.
+        matcher: makes a `Matcher` from the arguments of `HungarianMatcher`.
     """
 
-    def __init__(self, config: LossConfig, num_labels: int) -> None:
+    def __init__(self, config: LossConfig, num_labels: int, matcher: Callable[..., Matcher] = HungarianMatcher) -> None:
         if num_labels < 1:
             raise ConfigError(f"num_labels must be positive, got {num_labels}")
         self.config = config
         self.num_labels = num_labels
+        self.matcher = matcher(
+            class_weight=config.class_weight,
+            mask_weight=config.mask_weight,
+            dice_weight=config.dice_weight,
+            num_points=config.num_points if config.matching == "points" else None,
+        )
 
     def __call__(
         self,
@@ -195,7 +205,7 @@ class VideoMask2FormerLoss:
         """Match and compare.
 
         Args:
-            output: of the model, with `output_auxiliary=True`.
+            output: of the model; for deep supervision with `output_auxiliary=True`.
             targets: one for each of the B clips, on any device. Masks smaller than the model's input are padded with
                 zeros at the bottom and right, as their frames are, and padding is supervised as background. With
                 `temporal="per_frame"` every frame is a clip and has its own target.
@@ -210,9 +220,10 @@ class VideoMask2FormerLoss:
 
         Raises:
             NonFinitePredictionError: a prediction holds NaN or infinite values; the message names it.
-            ValueError: no auxiliary predictions, or predictions and targets that do not fit together.
+            ValueError: no auxiliary predictions, predictions and targets that do not fit together, or a matcher that
+                gives no match.
         """
-        predictions = _checked_predictions(output, self.num_labels)
+        predictions = _checked_predictions(output, self.num_labels, self.config.deep_supervision)
         last = len(predictions) - 1
         targets = _on_canvas(targets, predictions[last])
         num_instances = max(float(sum(len(target.labels) for target in targets)), 1.0)
@@ -230,25 +241,16 @@ class VideoMask2FormerLoss:
     def _match(
         self, prediction: Prediction, targets: Sequence[ClipTarget], generator: RandomSource
     ) -> tuple[Match, ...]:
-        config = self.config
-        return tuple(
-            assign(
-                matching_cost(
-                    class_logits,
-                    mask_logits,
-                    target.labels,
-                    target.masks,
-                    class_weight=config.class_weight,
-                    mask_weight=config.mask_weight,
-                    dice_weight=config.dice_weight,
-                    num_points=config.num_points if config.matching == "points" else None,
-                    random=generator,
-                )
-            )
-            for class_logits, mask_logits, target in zip(
-                prediction.class_queries_logits, prediction.masks_queries_logits, targets, strict=True
-            )
-        )
+        matches = []
+        for class_logits, mask_logits, target in zip(
+            prediction.class_queries_logits, prediction.masks_queries_logits, targets, strict=True
+        ):
+            with torch.no_grad():
+                match = self.matcher(class_logits, mask_logits, target.labels, target.masks, generator)
+            if type(self.matcher) is not HungarianMatcher:
+                check_match(match, len(class_logits), len(target.labels))
+            matches.append(match)
+        return tuple(matches)
 
     def _losses(
         self,
@@ -289,14 +291,54 @@ class VideoMask2FormerLoss:
         return point_sample(logits, points).squeeze(1), point_sample(masks, points).squeeze(1)
 
 
-def _checked_predictions(output: VideoMask2FormerOutput, num_labels: int) -> tuple[Prediction, ...]:
-    if not output.auxiliary:
+class Loss(Protocol):
+    """What `VideoMask2FormerLoss` is called as."""
+
+    def __call__(
+        self,
+        output: VideoMask2FormerOutput,
+        targets: Sequence[ClipTarget],
+        generator: RandomSource = None,
+        norms: LossNorms | None = None,
+    ) -> LossOutput:
+        """Compare; `parts` of the result has `loss_ce`, `loss_mask` and `loss_dice` where the log is to show them."""
+        ...
+
+
+def build_loss(config: LossConfig, num_labels: int, parts: Mapping[str, Callable[..., Any]]) -> Loss:
+    """The loss, or one of your own, with the matcher that it makes.
+
+    Raises:
+        ConfigError: what is made is no loss, or has parameters, which no optimiser would know.
+    """
+    make = parts.get("loss", VideoMask2FormerLoss)
+    loss: Any = make(config=config, num_labels=num_labels, matcher=parts.get("matcher", HungarianMatcher))
+    if not callable(loss):
+        raise ConfigError(f"parts['loss'] must make a function of predictions and targets, got {loss!r:.60}")
+    if isinstance(loss, torch.nn.Module) and any(True for _ in loss.parameters()):
+        raise ConfigError("parts['loss'] has parameters, which are not trained; keep them in a module of the model")
+    built: Loss = loss
+    return built
+
+
+def _checked_predictions(
+    output: VideoMask2FormerOutput, num_labels: int, deep_supervision: bool
+) -> tuple[Prediction, ...]:
+    """Those that are supervised, the final one last."""
+    if not deep_supervision:
+        if output.masks_queries_logits is None:
+            raise ValueError("the loss needs the masks of all queries; call decode_clip with output_masks=True")
+        predictions: tuple[Prediction, ...] = (Prediction(output.class_queries_logits, output.masks_queries_logits),)
+    elif output.auxiliary:
+        predictions = output.auxiliary
+    else:
         raise ValueError(
             "the loss supervises the predictions at every depth; call the model with output_auxiliary=True"
         )
-    last = len(output.auxiliary) - 1
-    for index, prediction in enumerate(output.auxiliary):
-        depth = "the final one" if index == last else f"after decoder layer {index}" if index else "learnable queries"
+    last = len(predictions) - 1
+    for index, prediction in enumerate(predictions):
+        before = f"{last - index} decoder layer{'s' if last - index > 1 else ''} before the end"
+        depth = "the final one" if index == last else before
         classes, masks = prediction.class_queries_logits, prediction.masks_queries_logits
         if classes.ndim != 3 or classes.shape[2] != num_labels + 1 or masks.ndim != 5:
             raise ValueError(
@@ -310,7 +352,7 @@ def _checked_predictions(output: VideoMask2FormerOutput, num_labels: int) -> tup
                     f"{name} of prediction {index} ({depth}) has {bad} NaN or infinite values of {tensor.numel()}; "
                     "check the input, lower the learning rate, or go back to an earlier checkpoint"
                 )
-    return output.auxiliary
+    return predictions
 
 
 def _on_canvas(targets: Sequence[ClipTarget], prediction: Prediction) -> list[ClipTarget]:

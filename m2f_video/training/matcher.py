@@ -4,7 +4,7 @@ Q queries, n instances, K classes, T frames, h w size of the mask logits, H W si
 S samples of a mask: its pixels or points in all frames.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -108,6 +108,85 @@ def assign(cost: Tensor) -> Match:
         raise ValueError("matching costs hold NaN or infinite values; the predictions or targets are not finite")
     queries, targets = linear_sum_assignment(cost.detach().cpu().numpy())
     return Match(torch.as_tensor(queries, device=cost.device), torch.as_tensor(targets, device=cost.device))
+
+
+class Matcher(Protocol):
+    """What pairs the predictions of a clip with its instances; `HungarianMatcher` is ours."""
+
+    def __call__(
+        self, class_logits: Tensor, mask_logits: Tensor, labels: Tensor, masks: Tensor, random: RandomSource = None
+    ) -> Match:
+        """Pair.
+
+        Args:
+            class_logits: (Q, K+1), of one clip at one depth.
+            mask_logits: (Q, T, h, w).
+            labels: (n,) int64, 0 to K; K is "no object", which an instance can be trained as.
+            masks: (n, T, H, W), covering the same area as `mask_logits`.
+            random: where random points come from.
+
+        Returns:
+            Each query at most once, in ascending order. An instance may have several queries, or none.
+        """
+        ...
+
+
+class HungarianMatcher:
+    """One query for each instance, by the least total cost.
+
+    A matcher of your own, `parts={"matcher": ...}`, is made with the same arguments.
+
+    Args:
+        class_weight: weight of the class cost.
+        mask_weight: weight of the cross-entropy cost.
+        dice_weight: weight of the dice cost.
+        num_points: at which masks are compared; None compares every pixel.
+    """
+
+    def __init__(
+        self, *, class_weight: float, mask_weight: float, dice_weight: float, num_points: int | None = None
+    ) -> None:
+        self.class_weight, self.mask_weight, self.dice_weight = class_weight, mask_weight, dice_weight
+        self.num_points = num_points
+
+    def cost(
+        self, class_logits: Tensor, mask_logits: Tensor, labels: Tensor, masks: Tensor, random: RandomSource = None
+    ) -> Tensor:
+        """`matching_cost` by these weights: (Q, n)."""
+        return matching_cost(
+            class_logits,
+            mask_logits,
+            labels,
+            masks,
+            class_weight=self.class_weight,
+            mask_weight=self.mask_weight,
+            dice_weight=self.dice_weight,
+            num_points=self.num_points,
+            random=random,
+        )
+
+    def __call__(
+        self, class_logits: Tensor, mask_logits: Tensor, labels: Tensor, masks: Tensor, random: RandomSource = None
+    ) -> Match:
+        """As `Matcher`."""
+        return assign(self.cost(class_logits, mask_logits, labels, masks, random))
+
+
+def check_match(match: object, num_queries: int, num_instances: int) -> None:
+    """Make sure that what a matcher gave is a match of so many queries and instances.
+
+    Raises:
+        ValueError: it is not; the message says why.
+    """
+    if not isinstance(match, Match):
+        raise ValueError(f"the matcher must give a m2f_video.training.Match, got {type(match).__name__}")
+    for name, numbers, count in (("queries", match.queries, num_queries), ("targets", match.targets, num_instances)):
+        if not isinstance(numbers, Tensor) or numbers.ndim != 1 or numbers.dtype != torch.int64:
+            raise ValueError(f"the matcher's {name} must be an int64 tensor (m,), got {numbers!r:.60}")
+        if numbers.numel() and not 0 <= int(numbers.min()) <= int(numbers.max()) < count:
+            raise ValueError(f"the matcher's {name} must be 0 to {count - 1}, got {numbers.tolist()!s:.60}")
+    if len(match.queries) != len(match.targets) or bool((match.queries.diff() <= 0).any()):
+        raise ValueError("the matcher must pair each query at most once, in ascending order, with a target for each")
 
 
 def at_least_float32(x: Tensor) -> Tensor:

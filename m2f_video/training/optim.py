@@ -1,6 +1,7 @@
 """Optimiser, learning rate and weight averaging (arXiv 2112.01527, section 4.1; arXiv 2112.10764, section 4.1)."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -113,19 +114,19 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 @torch.no_grad()
-def update_average(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
+def update_average(average: Mapping[str, Tensor], model: nn.Module, decay: float, step: int) -> None:
     """Move an average of a model's weights towards what they are after a step.
 
     Args:
-        average: a copy of the model, changed in place. Buffers such as running statistics are averaged too; what is
-            not floating point is copied.
+        average: of the model's state dict, changed in place. Buffers such as running statistics are averaged too; what
+            is not floating point is copied.
         model: the model.
         decay: share of the past that is kept; at most (1 + step) / (10 + step), so that the first weights fade fast.
         step: counted from 0.
     """
     kept = min(decay, (1 + step) / (10 + step))
     state: dict[str, Tensor] = model.state_dict()
-    for name, mean in average.state_dict().items():
+    for name, mean in average.items():
         if mean.is_floating_point():
             mean.lerp_(state[name], 1 - kept)
         else:

@@ -5,13 +5,11 @@ learning rate and everything random derive from the last two. That is what makes
 never stopped, bit for bit where the device computes deterministically (CPUs do, some GPU kernels do not).
 """
 
-import copy
 import os
 import time
 import warnings
-from collections.abc import Callable, Generator
-from contextlib import ExitStack, closing
-from functools import partial
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,19 +18,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
 
 from m2f_video.backbone_weights import load_backbone
+from m2f_video.config import TRAINING_PARTS
 from m2f_video.data.augment import Augmentation
 from m2f_video.data.clip import AnnotatedVideos, ClipDataset
-from m2f_video.distributed import Worker, mean_over_workers, share_buffers
+from m2f_video.distributed import Worker, mean_over_workers, share_buffers, share_weights
 from m2f_video.evaluation.annotations import GroundTruth
 from m2f_video.evaluation.predict import evaluate_model, prepare_ground_truth
 from m2f_video.files import atomic_path, remove_leftovers
-from m2f_video.modeling.build import Parts, with_parts
-from m2f_video.modeling.pixel_decoder import DeformableEncoderLayer
-from m2f_video.modeling.swin import SwinBlock
-from m2f_video.modeling.transformer_decoder import DecoderLayer
+from m2f_video.hub import first_misfit
+from m2f_video.modeling.as_built import tensors_of
+from m2f_video.modeling.build import Parts, require_parts, with_parts
 from m2f_video.modeling.video_mask2former import VideoMask2Former
 from m2f_video.training.batches import Batch, ClipBatches, ClipOrder, Collate, load_batches, lost_process
 from m2f_video.training.checkpoint import checkpoint_file, save_checkpoint
@@ -45,9 +42,10 @@ from m2f_video.training.folder import (
     held_folder,
     state_to_resume,
 )
+from m2f_video.training.given_model import config_of, copied, holding, recomputing
 from m2f_video.training.initial_weights import load_initial_weights
 from m2f_video.training.log import LOGGED_PARTS, TrainingLog
-from m2f_video.training.losses import NonFinitePredictionError, VideoMask2FormerLoss, loss_norms
+from m2f_video.training.losses import NonFinitePredictionError, build_loss, loss_norms
 from m2f_video.training.optim import build_optimizer, learning_rate, set_learning_rate, update_average
 
 
@@ -70,12 +68,20 @@ class Trainer:
             classifier of other labels begins with random weights.
         init_backbone: weights of the backbone to begin with, as `load_backbone` takes them, instead of `init`.
         tensorboard: write TensorBoard's event files too.
-        parts: modules of your own that the model is built with, as for `VideoMask2Former`. The run records their names,
-            and goes on with parts of the same names alone.
+        parts: modules of your own that the model is built with, as for `VideoMask2Former`, and a `loss` or `matcher` of
+            your own. The run records their names, and goes on with parts of the same names alone.
+        model: to train, in place, instead of one that is built from the config: with all that was done to it, hooks and
+            patches included, which take part in training and evaluation whenever they are set. They are in no
+            checkpoint: set them again before a run is resumed, whose weights are then loaded into this model. Its
+            config becomes the run's. A loss or matcher of your own is one that it was built with. It is put in training
+            mode; weights that need no gradient stay as they are.
 
     Raises:
-        ConfigError: a part that there is no place for, or one that the config records and that is not given.
-        ValueError: both `init` and `init_backbone` are given; another run is at work in the folder; it holds a run and
+        TypeError: `model` is no `VideoMask2Former`.
+        ConfigError: a part that there is no place for, or one that the config records and that is not given; or `model`
+            does not fit the config or the data.
+        ValueError: more than one of `init`, `init_backbone` and `model` is given, or `parts` with `model`; no weight of
+            `model` learns, or its state dict is not its state; another run is at work in the folder; it holds a run and
             `resume` was not asked for; the run in it had another config or other data; no checkpoint can be read, or
             its logs cannot be gone on with; a batch cannot be divided among the workers, or they disagree on what to
             go on with; or the validation videos are missing, have other classes or no annotations.
@@ -95,12 +101,24 @@ class Trainer:
         init_backbone: str | None = None,
         tensorboard: bool = False,
         parts: Parts | None = None,
+        model: VideoMask2Former | None = None,
     ) -> None:
         if init is not None and init_backbone is not None:
             raise ValueError("give init or init_backbone, not both: the first brings a backbone along")
-        self.parts = parts or {}
-        model = with_parts(config.model.replace(labels=tuple(videos.labels)), self.parts)
-        self.config = config = config.replace(model=model)
+        labels = tuple(videos.labels)
+        if model is None:
+            self.parts = parts or {}
+            built = with_parts(config.model.replace(labels=labels), self.parts)
+            require_parts(built, self.parts, TRAINING_PARTS)
+        else:
+            if init or init_backbone or parts:
+                raise ValueError(
+                    "give model or what it is made from, not both: build it with its parts, and load weights into it, "
+                    "by from_pretrained or load_backbone, before"
+                )
+            built = config_of(model, config.model, labels)
+            self.parts = model.training_parts
+        self.config = config = config.replace(model=built)
         self.output = output = Path(output)
         self.validation = validation
         self.worker = worker or Worker(0, 1, torch.device("cpu"))
@@ -120,7 +138,7 @@ class Trainer:
                 "the run to go on with", (config.to_json(), self._data, None if state is None else state["step"])
             )
             self._truth = self._prepare_truth()
-            said = self._build(state, init, init_backbone)
+            said = self._build(state, init, init_backbone, model)
             self._batches = self._load_batches(videos)
             held.callback(self._batches.close)  # and the processes behind it
             self.log = TrainingLog(output, self.worker, config.steps, self.steps_done, config.log_every, tensorboard)
@@ -138,14 +156,18 @@ class Trainer:
                 stacklevel=2,
             )
 
-    def _build(self, state: dict[str, Any] | None, init: str | None, init_backbone: str | None) -> list[str]:
+    def _build(
+        self, state: dict[str, Any] | None, init: str | None, init_backbone: str | None, given: VideoMask2Former | None
+    ) -> list[str]:
         """Make all that has a state, as it is at the beginning or was saved; gives what there is to say about it."""
         config, said = self.config, []
         torch.manual_seed(config.seed)
-        model = VideoMask2Former(config.model, self.parts)
+        model = given or VideoMask2Former(config.model, self.parts)
+        if given and (changes := str(given.changes())):
+            said.append(f"the model given is not what its config builds: {changes}; do the same before it is resumed")
         if state is not None:
-            if given := init or init_backbone:
-                said.append(f"{given} is not loaded: the run goes on from its checkpoint")
+            if source := init or init_backbone:
+                said.append(f"{source} is not loaded: the run goes on from its checkpoint")
             if state["workers"] != self.worker.world_size:
                 said.append(
                     f"{self.output}: there were {state['workers']} workers and are now {self.worker.world_size}, so "
@@ -156,25 +178,31 @@ class Trainer:
         elif init_backbone is not None:
             said.append(str(load_backbone(model, init_backbone)))
         self.model = model.to(self.worker.device).train()
-        self.average = copy.deepcopy(self.model).eval().requires_grad_(False) if config.optim.ema_decay else None
-        if config.activation_checkpointing:
-            recompute_activations(self.model)
+        self._is_given = given is not None
+        if self._is_given:
+            share_weights(self.model)
+        self._names = self.model.state_dict().keys()
+        self.average = copied(self.model.state_dict()) if config.optim.ema_decay else None
         self.optimizer = build_optimizer(self.model, config.optim)
         self.scaler = torch.amp.GradScaler(self.worker.device.type, enabled=config.precision == "float16")
-        self.loss = VideoMask2FormerLoss(config.loss, config.model.num_labels)
+        self.loss = build_loss(config.loss, config.model.num_labels, self.parts)
         self.steps_done = 0
         self.best: dict[str, float] | None = None
         if state is not None:
             self._restore(state)
         return said
 
-    @property
-    def result(self) -> VideoMask2Former:
-        """The model whose weights are evaluated and saved: the moving average where there is one."""
-        return self.model if self.average is None else self.average
+    @contextmanager
+    def result(self) -> Iterator[VideoMask2Former]:
+        """The model as it is evaluated and saved: with the moving average of its weights where there is one."""
+        with holding(self.model, self.average):
+            yield self.model
 
     def train(self) -> VideoMask2Former:
         """Do the steps that are left, leave the model in `final/`, and close the run.
+
+        Returns:
+            `model`, which has the weights of `final/` then.
 
         Raises:
             NonFinitePredictionError: the model predicts NaN or infinite values; the message names step and tensor.
@@ -188,7 +216,9 @@ class Trainer:
             if not str(error).startswith("DataLoader worker"):  # which may come up anywhere, by a signal
                 raise
             raise lost_process(error) from error
-        return self.result.eval()
+        if self.average is not None:
+            self.model.load_state_dict(self.average)
+        return self.model.eval()
 
     def close(self) -> None:
         """End the processes that prepare clips, write out the log, and let other runs into the folder."""
@@ -221,6 +251,7 @@ class Trainer:
 
     def _begin(self) -> None:
         """Leave what a run needs to be resumed from its beginning, or make up for what a kill has kept from it."""
+        self._check_untouched()
         if not self.worker.is_main:
             return
         for name in (FINAL_FOLDER, BEST_FOLDER):  # which may not be written again
@@ -232,9 +263,22 @@ class Trainer:
         if self.best is not None and self.best["step"] == self.steps_done:
             self._write(BEST_FOLDER)
 
+    def _check_untouched(self) -> None:
+        """Weights that were made or exchanged since would not be trained, averaged or saved."""
+        known = {parameter for group in self.optimizer.param_groups for parameter in group["params"]}
+        other = {name for name, weight in self.model.named_parameters() if weight.requires_grad and weight not in known}
+        other |= self._names ^ self.model.state_dict().keys()
+        other |= self.config.model.differences(self.model.recorded_config()).keys()
+        if other:
+            raise ValueError(
+                f"the model is another than when the Trainer was made ({min(other)}); change it before, and give it to "
+                "the Trainer by model="
+            )
+
     def _write(self, folder: str) -> None:
         if self.worker.is_main:
-            self.result.save_pretrained(self.output / folder)
+            with self.result() as model:
+                model.save_pretrained(self.output / folder)
 
     def _wrapped(self) -> Callable[..., Any]:
         if self.worker.world_size == 1:
@@ -242,7 +286,7 @@ class Trainer:
         devices = [self.worker.device] if self.worker.device.type == "cuda" else None
         decoder = self.model.transformer_decoder
         idle_levels = len(decoder.layers) < max(len(decoder.input_projections), 1)  # that no layer attends to
-        unused = idle_levels or bool(self.parts)  # of which nobody knows
+        unused = idle_levels or self._is_given or bool(self.parts)  # of which nobody knows
         return DistributedDataParallel(self.model, device_ids=devices, find_unused_parameters=unused)
 
     def _gradients(self, model: Callable[..., Any], step: int, parts: list[Batch]) -> Tensor:
@@ -261,14 +305,19 @@ class Trainer:
             synchronised = number == len(parts) - 1  # gradients are exchanged once, with the last part
             if isinstance(model, DistributedDataParallel):
                 model.require_backward_grad_sync = synchronised
-            with torch.autocast(device.type, getattr(torch, config.precision), enabled=config.precision != "float32"):
-                output = model(frames.to(device, non_blocking=True), output_auxiliary=True)
+            low = config.precision != "float32"
+            with (
+                torch.autocast(device.type, getattr(torch, config.precision), enabled=low),
+                recomputing(self.model, config.activation_checkpointing),
+            ):
+                output = model(frames.to(device, non_blocking=True), config.loss.deep_supervision)
             try:
                 result = self.loss(output, targets, generator, norms)
             except NonFinitePredictionError as error:
                 raise NonFinitePredictionError(f"step {step + 1}: {error}") from error
             self.scaler.scale(result.total).backward()
-            values = [result.total, *(result.parts[name] for name in LOGGED_PARTS)]
+            absent = result.total.new_tensor(float("nan"))  # a loss of one's own may have other parts
+            values = [result.total, *(result.parts.get(name, absent) for name in LOGGED_PARTS)]
             losses += torch.stack(values).detach().cpu()
         return losses
 
@@ -316,8 +365,9 @@ class Trainer:
         """Measure on the validation videos, if there are any; gives whether these are the best weights so far."""
         if self.validation is None:
             return False
-        share_buffers(self.result)
-        stats = evaluate_model(self.result, self.validation, ground_truth=self._truth).stats
+        with self.result() as model:
+            share_buffers(model)
+            stats = evaluate_model(model, self.validation, ground_truth=self._truth).stats
         self.log.evaluation(self.steps_done, stats)
         if self.best is not None and stats["AP"] <= self.best["AP"]:
             return False
@@ -334,8 +384,8 @@ class Trainer:
             "data": self._data,
             "validation": self._held_out,
             "workers": self.worker.world_size,
-            "model": self.model.state_dict(),
-            "average": None if self.average is None else self.average.state_dict(),
+            "model": tensors_of(self.model),
+            "average": self.average,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "best": self.best,
@@ -352,6 +402,8 @@ class Trainer:
         }
         pairs = {name: (state[name], own[name]) for name in ("model", "average", "scaler")}
         pairs["optimizer"] = moments, kept
+        if self._is_given and (misfit := first_misfit(own["model"], state["model"])):
+            raise ValueError(f"the run in {self.output} is of another model than the one given: {misfit}")
         if wrong := [name for name, (found, expected) in pairs.items() if _form(found) != _form(expected)]:
             raise ValueError(
                 f"{checkpoint_file(self.output, state['step'])} does not fit its run: {wrong[0]} is not what was saved "
@@ -360,7 +412,7 @@ class Trainer:
         self.steps_done, self.best = state["step"], state["best"]
         self.model.load_state_dict(state["model"])
         if self.average is not None:
-            self.average.load_state_dict(state["average"])
+            self.average = copied({name: state["average"][name].to(own) for name, own in self.average.items()})
         self.optimizer.load_state_dict(optimizer)
         self.scaler.load_state_dict(state["scaler"])
 
@@ -379,16 +431,6 @@ class Trainer:
         collate = Collate(config.model.preprocessing, config.model.num_labels, config.label_source)
         on_gpu = self.worker.device.type == "cuda"
         return load_batches(ClipBatches(clips, collate), order, config.num_workers, pin_memory=on_gpu)
-
-
-def recompute_activations(model: nn.Module) -> None:
-    """Let each Swin block, encoder layer and decoder layer compute its activations again in the backward pass.
-
-    Backbones of timm keep theirs.
-    """
-    for module in model.modules():
-        if isinstance(module, SwinBlock | DeformableEncoderLayer | DecoderLayer):
-            module.forward = partial(checkpoint, module.forward, use_reentrant=False)  # type: ignore[method-assign]
 
 
 def _form(part: object) -> object:

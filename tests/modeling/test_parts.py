@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from m2f_video import VideoMask2Former
 from m2f_video.acceleration import accelerated, report
 from m2f_video.checked_config import ConfigError
-from m2f_video.config import PARTS, VideoMask2FormerConfig
+from m2f_video.config import MODULE_PARTS, VideoMask2FormerConfig
 from m2f_video.modeling.cross_attention import CrossAttention, Level
 from m2f_video.modeling.pixel_decoder import MSDeformAttnPixelDecoder, PixelDecoderOutput
 from m2f_video.modeling.position_encoding import SinePosition3D
@@ -77,10 +77,10 @@ def predict(model: VideoMask2Former) -> Tensor:
 
 
 def test_every_part_can_be_ones_own() -> None:
-    assert tuple(MINE) == PARTS
+    assert tuple(MINE) == MODULE_PARTS
 
 
-@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize("name", MODULE_PARTS)
 def test_a_part_of_ones_own_runs_is_saved_and_comes_back(name: str, tmp_path: Path) -> None:
     model, mine = with_mine(name), MINE[name]
     expected = predict(model)
@@ -107,7 +107,7 @@ def test_what_is_not_ones_own_stays_fused() -> None:
 
 
 def test_all_parts_at_once_learn() -> None:
-    model = with_mine(*PARTS).train()
+    model = with_mine(*MODULE_PARTS).train()
     output = model(clip(2, 64, 64), output_auxiliary=True)
     assert output.auxiliary is not None
     torch.stack([each.class_queries_logits.square().mean() for each in output.auxiliary]).sum().backward()

@@ -41,7 +41,8 @@ def make_output(*, clips: int = 2, depths: int = 3, dtype: torch.dtype = torch.f
 
 
 def with_auxiliary(auxiliary: tuple[Prediction, ...] | None) -> VideoMask2FormerOutput:
-    return VideoMask2FormerOutput(torch.empty(0), None, torch.empty(0), auxiliary=auxiliary)
+    final = tensors(auxiliary[-1]) if auxiliary else (torch.empty(0), None)
+    return VideoMask2FormerOutput(*final, torch.empty(0), auxiliary=auxiliary)
 
 
 def converted(output: VideoMask2FormerOutput, dtype: torch.dtype) -> VideoMask2FormerOutput:
@@ -194,6 +195,18 @@ def test_draws_follow_the_generator() -> None:
     assert not torch.equal(first, other)
 
 
+def test_without_deep_supervision_the_final_prediction_is_supervised_alone() -> None:
+    output, targets = make_output(depths=3), [make_target(3), make_target(1)]
+    final = dataclasses.replace(POINTS, deep_supervision=False)
+    result = run(final, dataclasses.replace(output, auxiliary=None), targets)
+    assert set(result.parts) == {"loss_ce", "loss_mask", "loss_dice"}
+    assert_close(result.total, run(POINTS, with_auxiliary(output.auxiliary[-1:]), targets).total)
+    assert_close(result.total, run(final, output, targets).total)
+    assert [len(clips) for clips in result.matches] == [2]
+    with pytest.raises(ValueError, match="needs the masks of all queries"):
+        run(final, dataclasses.replace(output, auxiliary=None, masks_queries_logits=None), targets)
+
+
 # ---- few, many and no instances ----
 
 
@@ -283,6 +296,7 @@ CHANGES: dict[str, Any] = {
     "importance_sample_ratio": 0.5,
     "matching": "masks",
     "mask_loss": "masks",
+    "deep_supervision": False,
 }
 
 
@@ -320,6 +334,7 @@ def test_defaults_are_the_published_ones() -> None:
         "importance_sample_ratio": 0.75,
         "matching": "points",
         "mask_loss": "points",
+        "deep_supervision": True,
     }
 
 
@@ -358,7 +373,9 @@ def test_a_loss_of_nothing_is_refused() -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize(("depth", "named"), [(0, "learnable queries"), (1, "after decoder layer 1"), (2, "final")])
+@pytest.mark.parametrize(
+    ("depth", "named"), [(0, "2 decoder layers before"), (1, "1 decoder layer before"), (2, "final")]
+)
 @pytest.mark.parametrize("name", ["class_queries_logits", "masks_queries_logits"])
 def test_predictions_that_are_no_numbers_are_named(name: str, depth: int, named: str, value: float) -> None:
     output = converted(make_output(), torch.float64)
@@ -390,5 +407,5 @@ def test_targets_that_do_not_fit_are_named(targets: list[ClipTarget], message: s
 
 
 def test_predictions_of_another_number_of_classes_are_named() -> None:
-    with pytest.raises(ValueError, match=r"prediction 0 \(learnable queries\) must be \(B, Q, 5\).*for 4 classes"):
+    with pytest.raises(ValueError, match=r"prediction 0 \(2 .* before the end\) must be \(B, Q, 5\).*for 4 classes"):
         VideoMask2FormerLoss(POINTS, K + 1)(make_output(), [make_target(1), make_target(1)])

@@ -167,7 +167,7 @@ def test_the_average_follows_the_weights() -> None:
             model.weight.fill_(step)
             model.running_mean.fill_(-step)
             model.num_batches_tracked.fill_(step)
-        update_average(average, model, 0.7, step)
+        update_average(average.state_dict(), model, 0.7, step)
         kept = min(0.7, (1 + step) / (10 + step))
         expected = kept * expected + (1 - kept) * step
     assert average.weight.item() == pytest.approx(expected)

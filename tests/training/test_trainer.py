@@ -27,7 +27,7 @@ from m2f_video.training import (
     batches,
     trainer,
 )
-from m2f_video.training.checkpoint import list_checkpoints, load_latest_checkpoint
+from m2f_video.training.checkpoint import checkpoint_file, list_checkpoints, load_latest_checkpoint
 from m2f_video.training.optim import learning_rate
 from tests.tolerances import identical
 from tests.training.tiny_run import (
@@ -102,8 +102,8 @@ def test_a_run_is_repeatable_and_leaves_its_files(base: Path, tmp_path: Path) ->
     assert final_weights(output) == final_weights(base)
     assert sorted(file.name for file in output.iterdir()) == ["checkpoints", "final", "log.csv", "train.json"]
     assert TrainConfig.from_file(output / "train.json") == BASE
-    assert identical(VideoMask2Former.from_pretrained(output / "final"), done.result)
-    assert not done.result.training
+    assert identical(VideoMask2Former.from_pretrained(output / "final"), done.model)
+    assert not done.model.training
     assert [row["step"] for row in rows(output)] == ["1", "2"]
     assert rows(output)[0].keys() == {
         "step", "loss", "loss_ce", "loss_mask", "loss_dice", "learning_rate", "grad_norm"
@@ -167,7 +167,8 @@ def test_lower_precision_is_that_of_the_products_alone(precision: str, tmp_path:
     losses: list[torch.dtype] = []
     loss = made.loss
     made.loss = lambda *arguments: losses.append((result := loss(*arguments)).total.dtype) or result
-    made.train()
+    with pytest.warns(UserWarning, match="hooks and patches cannot be"):
+        made.train()
     low = getattr(torch, precision)
     assert seen == {name: torch.float32 if name.startswith("pixel_decoder.") else low for name in seen}
     assert {name.partition(".")[0] for name in seen} == {"backbone", "pixel_decoder", "transformer_decoder"}
@@ -213,7 +214,8 @@ def test_the_average_of_the_weights_is_what_is_left(tmp_path: Path) -> None:
             expected[name] = kept * expected[name] + (1 - kept) * weight
     final = load_file(tmp_path / "final" / "model.safetensors")
     assert largest_difference(final, expected) < 1e-6
-    assert largest_difference(final, made.model.state_dict()) > 1e-5
+    assert largest_difference(final, torch.load(checkpoint_file(tmp_path, 3))["model"]) > 1e-5
+    assert largest_difference(final, made.model.state_dict()) == 0
 
 
 def test_checkpoints_and_lines_come_as_often_as_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -315,7 +317,7 @@ def test_evaluations_measure_the_average_by_a_truth_made_once(tmp_path: Path, mo
     assert calls == [VIDEOS]
     monkeypatch.undo()
     assert [row["step"] for row in rows(tmp_path, "evaluation.csv")] == ["2", "3"]
-    expected = evaluate_model(done.average, VIDEOS).stats
+    expected = evaluate_model(done.model, VIDEOS).stats
     found = rows(tmp_path, "evaluation.csv")[-1]
     assert {name: float(value) for name, value in found.items() if name != "step"} == expected
 
@@ -352,7 +354,7 @@ def test_the_best_weights_stay_also_when_a_run_is_resumed(tmp_path: Path, monkey
     best = VideoMask2Former.from_pretrained(tmp_path / "best").state_dict()
     average = torch.load(tmp_path / "checkpoints" / "step-00000002.pt")["average"]
     assert largest_difference(best, average) == 0
-    assert largest_difference(best, done.average.state_dict()) > 0
+    assert largest_difference(best, done.average) > 0
     assert [float(row["AP"]) for row in rows(tmp_path, "evaluation.csv")] == [0.2, 0.6, 0.5, 0.6]
 
 
