@@ -222,12 +222,16 @@ def stub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubStub]:
 
 
 @pytest.mark.filterwarnings("ignore:.* was trained on other frames")
-@pytest.mark.parametrize("source", ["timm", f"timm:{TAG}", "timm:test_convnext", f"timm/{TAG}"])
-def test_pretrained_weights_of_timm(source: str, stub: HubStub) -> None:
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [("test_convnext", source) for source in ("timm", f"timm:{TAG}", "timm:test_convnext", f"timm/{TAG}")]
+    + [(TAG, "timm")],
+)
+def test_pretrained_weights_of_timm(name: str, source: str, stub: HubStub) -> None:
     torch.manual_seed(1)
     classifier = timm.create_model("test_convnext")  # as the hub has it
     expected = {key.replace(".", "_"): tensor for key, tensor in classifier.state_dict().items()}
-    model = build("timm:test_convnext")
+    model = build(f"timm:{name}")
     done = load_backbone(model, source)
     weights = model.backbone.state_dict()
     assert (sum(done.loaded.values()), done.kept) == (len(weights), {})

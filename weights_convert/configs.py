@@ -236,7 +236,7 @@ def hf_config_from_native(config: Json) -> tuple[Json, Json]:
     is_swin = _get(config, "backbone.type") == "swin"
     fields, own = (_SWIN_FIELDS + _FIELDS, "type") if is_swin else (_FIELDS, "name")
     known = {ours for ours, _, _ in fields} | _NATIVE_FIXED.keys() | {"temporal", "labels", "backbone.type"}
-    known |= {f"backbone.{own}"}
+    known |= {f"backbone.{own}", "parts.loss", "parts.matcher"}  # the latter matter in training alone
     known |= {f"preprocessing.{name}" for name in _PREPROCESSING}
     if unknown := sorted(_paths(config) - known):
         raise ConversionError(f"config: {unknown[0]:.100} cannot be expressed in the hf format; keep the model native")

@@ -20,10 +20,11 @@ class TimmBackbone(nn.Module):
     were pretrained. In evaluation mode the two are the same function.
 
     Args:
-        name: timm model name; it is built with random weights.
+        name: timm model name, which may have the tag of pretrained weights; it is built with random ones.
 
     Raises:
-        ConfigError: timm does not know the name, or the model does not give these maps for frames of any size.
+        ConfigError: timm does not know the name or its tag, or the model does not give these maps for frames of any
+            size.
     """
 
     def __init__(self, *, name: str) -> None:
@@ -34,6 +35,9 @@ class TimmBackbone(nn.Module):
             close = difflib.get_close_matches(name, timm.list_models(), n=3)
             hint = f"; did you mean {', '.join(close)}?" if close else "; timm.list_models() lists the names"
             raise ConfigError(f"timm has no model {name!r}{hint}")
+        if "." in name and name not in (tagged := timm.list_pretrained(f"{name.split('.')[0]}.*")):
+            known = f"its tags: {', '.join(tagged)}" if tagged else "it has none"
+            raise ConfigError(f"timm has no pretrained weights {name!r}; {known:.200}")
         self.model = _build(name)
         indices = [self.model.feature_info.reduction().index(stride) for stride in STRIDES]
         self.channels = tuple(self.model.feature_info.channels()[index] for index in indices)

@@ -174,3 +174,13 @@ def made_of(kind: type[nn.Module], **sizes: Any) -> nn.Module:
 def test_a_partial_is_called_what_it_calls() -> None:
     model = VideoMask2Former(IN_LANES, parts={"cross_attention": functools.partial(made_of, MyAttention)})
     assert model.config.parts == {"cross_attention": f"{__name__}.made_of"}
+
+
+def test_a_loss_or_matcher_is_recorded_and_no_part_of_the_network(tmp_path: Path) -> None:
+    model = VideoMask2Former(IN_LANES, parts={"loss": made_of, "matcher": made_of})
+    assert model.config.parts == {"loss": f"{__name__}.made_of", "matcher": f"{__name__}.made_of"}
+    assert model.state_dict().keys() == VideoMask2Former(IN_LANES).state_dict().keys()
+    model.save_pretrained(tmp_path)
+    again = VideoMask2Former.from_pretrained(tmp_path)  # nobody gives them
+    assert again.config == model.config
+    assert hf_config_from_native(again.config.to_dict()) == hf_config_from_native(IN_LANES.to_dict())

@@ -4,7 +4,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from m2f_video.config import ConfigError, PixelDecoderConfig, TransformerDecoderConfig, VideoMask2FormerConfig
+from m2f_video.config import (
+    ConfigError,
+    PixelDecoderConfig,
+    TimmBackboneConfig,
+    TransformerDecoderConfig,
+    VideoMask2FormerConfig,
+)
 from m2f_video.modeling.timm_backbone import TimmBackbone
 from m2f_video.modeling.video_mask2former import VideoMask2Former
 from m2f_video.parity import random_model
@@ -78,6 +84,27 @@ def test_a_mistyped_name_gets_suggestions() -> None:
 def test_a_name_like_no_other_gets_advice() -> None:
     with pytest.raises(ConfigError, match=r"no model '@@@@'; timm.list_models\(\)"):
         TimmBackbone(name="@@@@")
+
+
+def test_a_tag_of_pretrained_weights_is_part_of_the_name(tmp_path: Path) -> None:
+    model = VideoMask2Former(config("resnet18.a1_in1k"))
+    assert model.backbone.channels == (64, 128, 256, 512)
+    model.save_pretrained(tmp_path)
+    loaded = VideoMask2Former.from_pretrained(tmp_path)
+    assert loaded.config.backbone == TimmBackboneConfig(name="resnet18.a1_in1k")
+    assert identical(loaded, model)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("resnet18.nobody", r"no pretrained weights 'resnet18\.nobody'; its tags: .*resnet18\.a1_in1k"),
+        ("test_resnet.", r"no pretrained weights 'test_resnet\.'"),
+    ],
+)
+def test_a_tag_that_timm_does_not_know_is_named(name: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        TimmBackbone(name=name)
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "test_vit", "crossvit_9_240"])
