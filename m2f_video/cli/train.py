@@ -7,12 +7,14 @@ from typing import Annotated, Literal
 
 import tyro
 
-from m2f_video.config import PRESETS_IN_WORDS
+from m2f_video.config import PRESETS_IN_WORDS, VideoMask2FormerConfig
 from m2f_video.training.config import TRAIN_PRESETS, TrainConfig
 
 SHOWN_PRESET = "demo"
 """Its fields are the defaults that --help shows where nothing else is chosen."""
 Settings = Annotated[TrainConfig, tyro.conf.AvoidSubcommands, tyro.conf.arg(name="")]
+# A record, which no flag can set; the config itself does not know of command lines.
+VideoMask2FormerConfig.__annotations__["parts"] = Annotated[dict[str, str], tyro.conf.Suppress]
 
 
 def train_command(argv: Sequence[str] = ()) -> Callable[..., int]:
