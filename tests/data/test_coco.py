@@ -106,7 +106,7 @@ def test_a_still_camera_shows_the_image(tmp_path):
     assert clip.masks[0, 1].sum() == 22 * 30
 
 
-@pytest.mark.parametrize("field", ["rotation", "translation", "zoom", "period"])
+@pytest.mark.parametrize("field", CameraMotion.__dataclass_fields__)
 def test_every_field_moves_frames_and_masks_together(tmp_path, field):
     paths = write_coco(tmp_path)
     motion = {"rotation": 0.0, "translation": 0.0, "zoom": 1.0, "period": 10.0}

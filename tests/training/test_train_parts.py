@@ -60,15 +60,15 @@ class HalfLoss(VideoMask2FormerLoss):
 
 
 class TwoQueries(HungarianMatcher):
-    """Every instance has the two queries that cost least, unless they are another's."""
+    """As in the guide, `m2f_video/modeling/README.md`."""
 
     def __call__(
         self, class_logits: Tensor, mask_logits: Tensor, labels: Tensor, masks: Tensor, random: RandomSource = None
     ) -> Match:
         cost = self.cost(class_logits, mask_logits, labels, masks, random)
         best = {int(query): target for target in range(len(labels)) for query in cost[:, target].argsort()[:2]}
-        queries = sorted(best)
-        return Match(torch.tensor(queries, dtype=torch.int64), torch.tensor([best[query] for query in queries]).long())
+        pairs = torch.tensor(sorted(best.items()), dtype=torch.int64, device=cost.device).reshape(-1, 2)
+        return Match(pairs[:, 0], pairs[:, 1])
 
 
 OWN = {"loss": HalfLoss, "matcher": TwoQueries}
