@@ -4,7 +4,7 @@ The average is tensors, not a second model: what is evaluated and saved is the t
 long as that takes, with all hooks and patches that it has by then.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from functools import partial
 
@@ -77,6 +77,33 @@ def _check_round_trip(model: nn.Module) -> None:
     for name, tensor in tensors_of(model).items():
         if name not in before or not torch.allclose(tensor, before[name], rtol=0, atol=0, equal_nan=True):
             raise ValueError(f"{name} is another once the model has loaded its own state dict; look at its hooks")
+
+
+def check_unchanged(
+    model: VideoMask2Former, config: VideoMask2FormerConfig, optimizer: torch.optim.Optimizer, names: Set[str]
+) -> None:
+    """Make sure that a model has the modules and weights with which its run was made, hooks and patches aside.
+
+    Others would not be trained, averaged or resumed.
+
+    Args:
+        model: as it is now.
+        config: of the run.
+        optimizer: of the run.
+        names: of the state dict, when the run was made.
+
+    Raises:
+        ValueError: it has others; the message names one.
+    """
+    known = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    other = {name for name, weight in model.named_parameters() if weight.requires_grad and weight not in known}
+    other |= names ^ model.state_dict().keys()
+    other |= config.differences(model.recorded_config()).keys()
+    if other:
+        raise ValueError(
+            f"the model is another than when the Trainer was made ({min(other)}); change it before, and give it to the "
+            "Trainer by model="
+        )
 
 
 def copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

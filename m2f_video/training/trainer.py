@@ -42,10 +42,10 @@ from m2f_video.training.folder import (
     held_folder,
     state_to_resume,
 )
-from m2f_video.training.given_model import config_of, copied, holding, recomputing
+from m2f_video.training.given_model import check_unchanged, config_of, copied, holding, recomputing
 from m2f_video.training.initial_weights import load_initial_weights
 from m2f_video.training.log import LOGGED_PARTS, TrainingLog
-from m2f_video.training.losses import NonFinitePredictionError, build_loss, loss_norms
+from m2f_video.training.losses import LossOutput, NonFinitePredictionError, build_loss, loss_norms
 from m2f_video.training.optim import build_optimizer, learning_rate, set_learning_rate, update_average
 
 
@@ -74,7 +74,8 @@ class Trainer:
             patches included, which take part in training and evaluation whenever they are set. They are in no
             checkpoint: set them again before a run is resumed, whose weights are then loaded into this model. Its
             config becomes the run's. A loss or matcher of your own is one that it was built with. It is put in training
-            mode; weights that need no gradient stay as they are.
+            mode; weights that need no gradient stay as they are. What modules keep outside the state dict, as buffers
+            that are not persistent, is not averaged or resumed.
 
     Raises:
         TypeError: `model` is no `VideoMask2Former`.
@@ -251,7 +252,7 @@ class Trainer:
 
     def _begin(self) -> None:
         """Leave what a run needs to be resumed from its beginning, or make up for what a kill has kept from it."""
-        self._check_untouched()
+        check_unchanged(self.model, self.config.model, self.optimizer, self._names)
         if not self.worker.is_main:
             return
         for name in (FINAL_FOLDER, BEST_FOLDER):  # which may not be written again
@@ -262,18 +263,6 @@ class Trainer:
             file.write_text(self.config.to_json(), encoding="utf-8")
         if self.best is not None and self.best["step"] == self.steps_done:
             self._write(BEST_FOLDER)
-
-    def _check_untouched(self) -> None:
-        """Weights that were made or exchanged since would not be trained, averaged or saved."""
-        known = {parameter for group in self.optimizer.param_groups for parameter in group["params"]}
-        other = {name for name, weight in self.model.named_parameters() if weight.requires_grad and weight not in known}
-        other |= self._names ^ self.model.state_dict().keys()
-        other |= self.config.model.differences(self.model.recorded_config()).keys()
-        if other:
-            raise ValueError(
-                f"the model is another than when the Trainer was made ({min(other)}); change it before, and give it to "
-                "the Trainer by model="
-            )
 
     def _write(self, folder: str) -> None:
         if self.worker.is_main:
@@ -315,6 +304,8 @@ class Trainer:
                 result = self.loss(output, targets, generator, norms)
             except NonFinitePredictionError as error:
                 raise NonFinitePredictionError(f"step {step + 1}: {error}") from error
+            if not isinstance(result, LossOutput):
+                raise TypeError(f"a loss must give a m2f_video.training.LossOutput, got {type(result).__name__}")
             self.scaler.scale(result.total).backward()
             absent = result.total.new_tensor(float("nan"))  # a loss of one's own may have other parts
             values = [result.total, *(result.parts.get(name, absent) for name in LOGGED_PARTS)]

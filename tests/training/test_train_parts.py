@@ -113,6 +113,11 @@ def test_a_model_brings_its_loss_and_matcher_along(tmp_path: Path) -> None:
     made.close()
 
 
+def test_a_loss_that_gives_something_else_is_named(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"a loss must give a m2f_video\.training\.LossOutput, got Tensor"):
+        train(tmp_path, parts={"loss": lambda **_: lambda *_: torch.zeros(())})
+
+
 class WithWeights(nn.Module):
     def __init__(self, **_: Any) -> None:
         super().__init__()

@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
+from m2f_video import VideoMask2Former
 from m2f_video.distributed import mean_over_workers, share_buffers
 from m2f_video.training import OptimConfig, Trainer, Worker, join_workers, trainer
 from tests.training.tiny_run import EXACT, HARD, KeptVideos, column, largest_difference, plain_descent, rows
@@ -33,7 +34,17 @@ CONFIGS = {
         batch_size=2,
         steps=2,
     ),
+    "given": CONFIG.replace(loss=replace(CONFIG.loss, deep_supervision=False), steps=2),
 }
+
+
+def given_model(rank: int) -> VideoMask2Former:
+    """That every worker has built with other random numbers, and of which a parameter is not used."""
+    torch.manual_seed(rank)
+    model = VideoMask2Former(CONFIG.model)
+    model.register_parameter("unused", nn.Parameter(torch.full((2,), float(rank))))
+    model.transformer_decoder.layers[0].register_buffer("rank", torch.tensor(rank))
+    return model
 
 
 def train_all(folder: Path, worker: Worker) -> None:
@@ -50,7 +61,8 @@ def train_all(folder: Path, worker: Worker) -> None:
         patch.setattr(trainer, "build_optimizer", plain_descent)
         patch.setattr(trainer, "evaluate_model", watched)
         for name, config in CONFIGS.items():
-            made = Trainer(config, HARD, folder / name, validation=HELD_OUT, worker=worker)
+            model = given_model(worker.rank) if name == "given" else None
+            made = Trainer(config, HARD, folder / name, validation=HELD_OUT, worker=worker, model=model)
             made.train()
             torch.save(made.model.state_dict(), folder / name / f"worker-{worker.rank}.pt")
             (folder / name / f"evaluated-{worker.rank}").write_text(repr((evaluated, made.best)))
@@ -82,7 +94,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.mark.skipif(not dist.is_available(), reason="PyTorch without torch.distributed")
 class TestTwoWorkers:
-    @pytest.mark.parametrize("name", ["whole", "parts"])
+    @pytest.mark.parametrize("name", ["whole", "parts", "given"])
     def test_they_learn_what_one_does(self, name: str, runs: tuple[Path, Path]) -> None:
         one, two = (folder / name for folder in runs)
         for number in ("loss", "loss_ce", "loss_mask", "loss_dice", "grad_norm"):
