@@ -7,11 +7,15 @@ in place of one later the config can record the name, of a hook or a patched met
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from m2f_video.config import VideoMask2FormerConfig
 from m2f_video.modeling.build import qualified_name
+
+if TYPE_CHECKING:
+    from m2f_video.modeling.video_mask2former import VideoMask2Former
 
 _HOOKS = {
     "_forward_hooks": "forward hook",
@@ -51,13 +55,20 @@ def build_of(model: nn.Module, class_of: Callable[[nn.Module], type] = type) -> 
     return {name: (class_of(module), _touches(module)) for name, module in model.named_modules()}
 
 
-def changes(before: Build, now: Build, kind_of_model: type) -> Changes:
-    """From one build to the other; of a subclass nobody knows what it builds, but that it is one."""
+def changes(model: "VideoMask2Former") -> Changes:
+    """What was done to a model's modules since it was built, twins of the acceleration aside.
+
+    Of a subclass nobody knows what it builds, but that it is one.
+    """
+    from m2f_video.acceleration.swap import plain_type
+    from m2f_video.modeling.video_mask2former import VideoMask2Former
+
+    before, now = model.as_built, build_of(model, plain_type)
     exchanged: dict[str, str] = {}
     touched: list[str] = []
-    of_subclass = now[""][0] is not kind_of_model
+    of_subclass = plain_type(model) is not VideoMask2Former
     if of_subclass:
-        touched.append(f"the model is a {qualified_name(now[''][0])}, whose own from_pretrained loads it")
+        touched.append(f"the model is a {qualified_name(type(model))}, whose own from_pretrained loads it")
     for name, (kind, touches) in now.items():
         if name.startswith(tuple(f"{outer}." for outer in exchanged)):
             continue
@@ -69,6 +80,13 @@ def changes(before: Build, now: Build, kind_of_model: type) -> Changes:
     gone = [name for name in before if name not in now and name.rpartition(".")[0] in now and not of_subclass]
     touched += [f"{name} is gone" for name in gone if name.rpartition(".")[0] not in exchanged]
     return Changes(exchanged, tuple(touched))
+
+
+def recorded_config(model: "VideoMask2Former") -> VideoMask2FormerConfig:
+    """A model's config with the names of modules that were put into it since it was built."""
+    stages = ("backbone", "pixel_decoder", "transformer_decoder")
+    exchanged = {name: kind for name, kind in changes(model).exchanged.items() if name.startswith(stages)}
+    return model.config.replace(parts={**model.config.parts, **exchanged}) if exchanged else model.config
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from m2f_video.config import TRAINING_PARTS, VideoMask2FormerConfig
 from m2f_video.hub import load_model, parse_dtype, warn_of_slow_dtype
-from m2f_video.modeling.as_built import Changes, build_of, changes, tensors_of
+from m2f_video.modeling.as_built import build_of, changes, recorded_config, tensors_of
 from m2f_video.modeling.build import (
     Parts,
     build_backbone,
@@ -106,9 +106,6 @@ for _output_type in (FrameFeatures, VideoMask2FormerOutput, Prediction):
     torch.export.register_dataclass(_output_type)
 
 
-_STAGES = ("backbone", "pixel_decoder", "transformer_decoder")
-
-
 class VideoMask2Former(
     nn.Module,
     PyTorchModelHubMixin,
@@ -140,7 +137,7 @@ class VideoMask2Former(
         self.transformer_decoder = build_transformer_decoder(config, parts)
         exchange_modules(self, parts)
         self.training_parts: Parts = {name: parts[name] for name in TRAINING_PARTS if name in parts}
-        self._as_built = build_of(self)
+        self.as_built = build_of(self)
 
     @property
     def device(self) -> torch.device:
@@ -375,7 +372,7 @@ class VideoMask2Former(
         Raises:
             ValueError: a module keeps something else than tensors in the state dict.
         """
-        if said := str(self.changes()):
+        if said := str(changes(self)):
             warnings.warn(
                 f"the model is not what its config builds: {said}. Weights are saved; hooks and patches cannot be, and "
                 "are to be set again; modules of its own are to be given as parts={name: ...} when it is loaded",
@@ -386,18 +383,7 @@ class VideoMask2Former(
 
     def _save_pretrained(self, save_directory: Path) -> None:
         state_dict = {name: tensor.detach().cpu() for name, tensor in tensors_of(self).items()}
-        write_checkpoint(save_directory, state_dict, self.recorded_config().to_dict())
-
-    def changes(self) -> Changes:
-        """What was done to the modules since the model was built: exchanged, hooked, patched."""
-        from m2f_video.acceleration.swap import plain_type
-
-        return changes(self._as_built, build_of(self, plain_type), VideoMask2Former)
-
-    def recorded_config(self) -> VideoMask2FormerConfig:
-        """The config with the names of modules that were put into the model since it was built."""
-        exchanged = {name: kind for name, kind in self.changes().exchanged.items() if name.startswith(_STAGES)}
-        return self.config.replace(parts={**self.config.parts, **exchanged}) if exchanged else self.config
+        write_checkpoint(save_directory, state_dict, recorded_config(self).to_dict())
 
 
 def _check_pixel_values(pixels: Tensor, *, ndim: int, layout: str) -> None:

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from m2f_video.checked_config import shown
 from m2f_video.config import TRAINING_PARTS, ConfigError, VideoMask2FormerConfig
-from m2f_video.modeling.as_built import tensors_of
+from m2f_video.modeling.as_built import recorded_config, tensors_of
 from m2f_video.modeling.build import require_parts
 from m2f_video.modeling.pixel_decoder import DeformableEncoderLayer
 from m2f_video.modeling.swin import SwinBlock
@@ -40,7 +40,7 @@ def config_of(
     """
     if not isinstance(model, VideoMask2Former):
         raise TypeError(f"model must be a VideoMask2Former, got {type(model).__name__}")
-    own = model.recorded_config()
+    own = recorded_config(model)
     require_parts(own, model.training_parts, TRAINING_PARTS)
     if config != VideoMask2FormerConfig():
         differences = model.config.differences(config.replace(labels=own.labels, parts=model.config.parts))
@@ -98,7 +98,7 @@ def check_unchanged(
     known = {parameter for group in optimizer.param_groups for parameter in group["params"]}
     other = {name for name, weight in model.named_parameters() if weight.requires_grad and weight not in known}
     other |= names ^ model.state_dict().keys()
-    other |= config.differences(model.recorded_config()).keys()
+    other |= config.differences(recorded_config(model)).keys()
     if other:
         raise ValueError(
             f"the model is another than when the Trainer was made ({min(other)}); change it before, and give it to the "

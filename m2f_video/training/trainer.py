@@ -28,7 +28,7 @@ from m2f_video.evaluation.annotations import GroundTruth
 from m2f_video.evaluation.predict import evaluate_model, prepare_ground_truth
 from m2f_video.files import atomic_path, remove_leftovers
 from m2f_video.hub import first_misfit
-from m2f_video.modeling.as_built import tensors_of
+from m2f_video.modeling.as_built import changes, tensors_of
 from m2f_video.modeling.build import Parts, require_parts, with_parts
 from m2f_video.modeling.video_mask2former import VideoMask2Former
 from m2f_video.training.batches import Batch, ClipBatches, ClipOrder, Collate, load_batches, lost_process
@@ -164,8 +164,8 @@ class Trainer:
         config, said = self.config, []
         torch.manual_seed(config.seed)
         model = given or VideoMask2Former(config.model, self.parts)
-        if given and (changes := str(given.changes())):
-            said.append(f"the model given is not what its config builds: {changes}; do the same before it is resumed")
+        if given and (done := str(changes(given))):
+            said.append(f"the model given is not what its config builds: {done}; do the same before it is resumed")
         if state is not None:
             if source := init or init_backbone:
                 said.append(f"{source} is not loaded: the run goes on from its checkpoint")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from m2f_video import VideoMask2Former
 from m2f_video.acceleration import accelerated
 from m2f_video.checked_config import ConfigError
+from m2f_video.modeling.as_built import changes
 from m2f_video.modeling.cross_attention import CrossAttention
 from m2f_video.parity import random_model
 from tests.acceleration.conftest import IN_LANES, clip
@@ -89,7 +90,7 @@ def test_what_a_module_does_to_itself_is_its_own(tmp_path: Path) -> None:
     saved(model, tmp_path)
     attention = model.transformer_decoder.layers[1].cross_attn
     attention.register_forward_hook(hook)
-    assert str(model.changes()) == f"{LAYER}.cross_attn has a forward hook"
+    assert str(changes(model)) == f"{LAYER}.cross_attn has a forward hook"
 
 
 class Doubled(nn.Module):
@@ -144,7 +145,7 @@ def test_single_modules_are_parts_too() -> None:
 
     model = VideoMask2Former(IN_LANES, parts={LAYER: layer})
     assert [type(each) is MyLayer for each in model.transformer_decoder.layers][:3] == [False, True, False]
-    assert str(model.changes()) == ""
+    assert str(changes(model)) == ""
     assert list(model.config.parts) == [LAYER]
 
 

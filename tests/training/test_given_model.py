@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 from m2f_video import VideoMask2Former
 from m2f_video.checked_config import ConfigError
 from m2f_video.config import PreprocessingConfig, VideoMask2FormerConfig
+from m2f_video.modeling.as_built import changes
 from m2f_video.modeling.cross_attention import CrossAttention, Level
 from m2f_video.training import OptimConfig, Trainer
 from m2f_video.training.checkpoint import load_latest_checkpoint
@@ -204,7 +205,7 @@ def test_recomputing_leaves_patches_as_they_were(tmp_path: Path) -> None:
     with recomputing(model, True):
         assert layer.forward is not own
     assert layer.forward is own
-    assert str(model.changes()) == "transformer_decoder.layers.0 has a patched forward"
+    assert str(changes(model)) == "transformer_decoder.layers.0 has a patched forward"
     train(tmp_path, CONFIG.replace(activation_checkpointing=True))  # of which saving says nothing
 
 
