@@ -59,7 +59,7 @@ def segment(
         overlay: write overlay.mp4.
     """
     from m2f_video.inference.processor import VideoProcessor
-    from m2f_video.inference.whole import segment_video
+    from m2f_video.inference.segment import segment_video
     from m2f_video.video.reader import open_video, parse_frames
     from m2f_video.video.writer import MAX_SIDE
 

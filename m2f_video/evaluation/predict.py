@@ -25,7 +25,7 @@ from m2f_video.evaluation.journal import Journal, Row
 from m2f_video.evaluation.pairing import pair_tracks
 from m2f_video.evaluation.video_ap import VideoAPResult, average_precision
 from m2f_video.inference.processor import VideoProcessor
-from m2f_video.inference.whole import segment_video
+from m2f_video.inference.segment import segment_video
 from m2f_video.modeling.video_mask2former import VideoMask2Former
 from m2f_video.video.reader import DEFAULT_FPS, VideoReader
 
