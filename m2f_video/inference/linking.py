@@ -7,6 +7,8 @@ N objects of a window, R tracks, W frames of a window, C channels of mask embedd
 logits.
 """
 
+import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -76,6 +78,10 @@ class Linker(Protocol):
     def memory(self) -> int:
         """How many windows in a row a track may be missed before it is given up."""
 
+    @property
+    def every_query(self) -> bool:
+        """Whether all of the model's queries are objects, rather than those that are likely to be one."""
+
     def similarity(self, tracks: Sequence[TrackState], window: Window, missed: Tensor) -> Tensor:
         """Of every pair, (R, N), any real number; `missed` (R,) counts the windows since each track was seen."""
 
@@ -85,6 +91,19 @@ def soft_iou(a: Tensor, b: Tensor) -> Tensor:
     a, b = a.flatten(1).float().sigmoid(), b.flatten(1).float().sigmoid()
     inter = a @ b.T
     return inter / (a.sum(1)[:, None] + b.sum(1) - inter).clamp(min=1e-6)
+
+
+def shared_iou(track: TrackState, window: Window) -> Tensor:
+    """Soft IoU (N,) of a track and objects in the frames that the track's last window shares with theirs; 0 of none."""
+    shared = track.start + len(track.mask_logits) - window.start
+    if shared <= 0:
+        return window.probabilities.new_zeros(len(window.queries))
+    return soft_iou(track.mask_logits[None, -shared:], window.mask_logits[:, :shared])[0]
+
+
+def cosine(a: Tensor, b: Tensor) -> Tensor:
+    """Of vectors (R, C) and (N, C) -> (R, N)."""
+    return F.normalize(a.float(), dim=1) @ F.normalize(b.float(), dim=1).T
 
 
 def class_similarity(a: Tensor, b: Tensor) -> Tensor:
@@ -104,6 +123,7 @@ class TransferLinker:
 
     threshold: float = 0.5
     memory: int = 3
+    every_query: bool = False
     frames: int = 4
     miss_penalty: float = 0.1
 
@@ -116,8 +136,56 @@ class TransferLinker:
         return masks + classes - self.miss_penalty * missed[:, None]
 
 
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingLinker:
+    """Cosine of mask embeddings from one window to the next, every query a slot that always lives.
+
+    After MinVIS (arXiv 2208.02245), which compares the queries themselves, frame by frame. Nothing is born or lost.
+    """
+
+    threshold: float = -math.inf
+    memory: int = sys.maxsize
+    every_query: bool = True
+
+    def similarity(self, tracks: Sequence[TrackState], window: Window, missed: Tensor) -> Tensor:
+        """See `Linker`."""
+        return cosine(torch.stack([track.mask_embedding for track in tracks]), window.mask_embeddings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskIouLinker:
+    """Soft IoU in frames that two windows share, after IFC (arXiv 2106.03299); the stride must be below the window."""
+
+    threshold: float = 0.05
+    memory: int = 3
+    every_query: bool = False
+
+    def similarity(self, tracks: Sequence[TrackState], window: Window, missed: Tensor) -> Tensor:
+        """See `Linker`."""
+        return torch.stack([shared_iou(track, window) for track in tracks])
+
+
+@dataclass(frozen=True, kw_only=True)
+class BothLinker:
+    """Cosine of mask embeddings plus soft IoU in shared frames."""
+
+    threshold: float = 0.8
+    memory: int = 3
+    every_query: bool = False
+
+    def similarity(self, tracks: Sequence[TrackState], window: Window, missed: Tensor) -> Tensor:
+        """See `Linker`."""
+        embeddings = torch.stack([track.mask_embedding for track in tracks])
+        return cosine(embeddings, window.mask_embeddings) + MaskIouLinker().similarity(tracks, window, missed)
+
+
 LinkerName = Literal["transfer", "embedding", "mask_iou", "both"]
-LINKERS: dict[LinkerName, Callable[[], Linker]] = {"transfer": TransferLinker}
+LINKERS: dict[LinkerName, Callable[[], Linker]] = {
+    "transfer": TransferLinker,
+    "embedding": EmbeddingLinker,
+    "mask_iou": MaskIouLinker,
+    "both": BothLinker,
+}
 
 
 def named_linker(linker: LinkerName | Linker) -> Linker:

@@ -122,7 +122,10 @@ def objects_of(
         ValueError: NaN in the class logits.
     """
     class_logits, duplicate_iou = output.class_queries_logits[0], windowing.duplicate_iou
-    queries = likely_queries(class_logits, windowing.top_k if duplicate_iou >= 1 else None)
+    if windowing.linker.every_query:
+        queries, duplicate_iou = torch.arange(len(class_logits), device=class_logits.device), 1.0
+    else:
+        queries = likely_queries(class_logits, windowing.top_k if duplicate_iou >= 1 else None)
     embeddings = output.mask_embeddings[:, queries]
     logits = mask_product(embeddings, window.features.mask_features[None])[0]
     kept = without_duplicates([logits > 0], duplicate_iou) if duplicate_iou < 1 else slice(None)
