@@ -3,7 +3,7 @@
 T frames, Q queries, K classes, W frames of a window, S its stride.
 """
 
-from typing import Literal, get_args
+from typing import Literal, TypedDict, get_args
 
 import torch
 
@@ -23,6 +23,16 @@ WINDOW = 8
 """Frames of a window."""
 MOST_WHOLE = 36
 """Frames of the longest video that `auto` takes as one clip: of the longest in YouTubeVIS 2019."""
+
+
+class Segmentation(TypedDict, total=False):
+    """Options of `segment_video` that choose another function of the video; see there."""
+
+    mode: Mode
+    window: int
+    stride: int | None
+    linker: LinkerName | Linker
+    duplicate_iou: float | None
 
 
 def choose_mode(mode: Mode, num_frames: int | None) -> tuple[Literal["whole", "window"], str]:

@@ -16,8 +16,7 @@ from m2f_video import (
     open_video,
     segment_video,
 )
-from m2f_video.inference import segments
-from m2f_video.inference import on_video
+from m2f_video.inference import on_video, segments
 from m2f_video.inference.postprocess import resize_masks
 from m2f_video.video import VideoError
 from tests.conftest import synthetic_frames
