@@ -7,6 +7,7 @@ B clips, T frames of a clip, Q queries, K classes, C channels, H W height and wi
 
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from m2f_video.modeling.build import (
     build_transformer_decoder,
     with_parts,
 )
+from m2f_video.modeling.taps import Taps, capture
 from m2f_video.modeling.transformer_decoder import MaskProduct, Prediction
 from weights_convert import staged_folder, write_checkpoint
 
@@ -239,6 +241,43 @@ class VideoMask2Former(
             queries=decoded.queries,
             attention_masks=decoded.attention_masks,
         )
+
+    def capture(
+        self, *names: str, detach: bool = True, device: torch.device | str | None = None
+    ) -> AbstractContextManager[Taps]:
+        """Look at what modules compute while this model runs in a `with` block, in whatever way; results do not change.
+
+            with model.capture("transformer_decoder.layers.*.cross_attn", "*.cross_attn.attention_weights") as taps:
+                segment_video(model, "cars.mp4")
+            taps["transformer_decoder.layers.3.cross_attn"]  # (1, Q, C)
+
+        An output is what the module gives: a tensor, or tuples and dataclasses of such. Those of modules of backbone
+        and pixel decoder are concatenated over the frames of a clip, in whatever chunks these were encoded.
+        `taps.calls(name)` gives one for each clip, or call of another module; `taps[name]` the only one. What no
+        forward returns is called by its module's name and one of these (`*` does not match these):
+
+        - `cross_attn.attention_mask`: as `F.scaled_dot_product_attention` is told, bool (B, Q, S), or (B, M, Q, S)
+          where heads differ, or what is added to products; None where a query attends everywhere.
+        - `cross_attn.attention_weights`: (B, M, Q, S), before dropout; 4 M Q S bytes a clip: 21 MB a frame at stride 8
+          of 480x864, 100 queries and 8 heads. Of `MaskPooling` the shares (B, Q, S) of pixels. `backbone...attn` too.
+        - `layers.N.mask_logits` and `cross_attn.mask_logits`: (B, Q, S) of a layer, at the size of its level; None
+          where there are none.
+        - `pixel_decoder...self_attn.sampling_locations`: (F, N, M, L, P, 2) as (x, y), 0 and 1 being the outer edges.
+        - `pixel_decoder...self_attn.sampling_weights`: (F, N, M, L, P).
+
+        What is captured runs without a fused twin, as whatever is hooked; the rest stays fused. Calls by the thread
+        that opened the block are captured.
+
+        Args:
+            names: of modules, as `named_modules` has them, or patterns as of `fnmatch`, whose `*` matches dots too.
+            detach: give copies without gradients; otherwise what autograd knows, itself.
+            device: where to put what is captured; None: where it is.
+
+        Raises:
+            ValueError: a name or pattern that matches nothing, or a compiled model (`torch.compile`).
+            TapError: from `taps[name]`, see there.
+        """
+        return capture(self, *names, detach=detach, device=device)
 
     def prepare_for_inference(
         self, dtype: torch.dtype | str | None = None, compile: Literal["auto", "kernels", "model", "none"] = "auto"
