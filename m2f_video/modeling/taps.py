@@ -26,7 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from m2f_video.modeling.cross_attention import Attention, MaskPooling, pooling_weights
+from m2f_video.modeling import cross_attention
+from m2f_video.modeling.cross_attention import Attention, MaskPooling
 from m2f_video.modeling.ms_deform_attn import MSDeformAttn
 from m2f_video.modeling.swin import WindowAttention
 from m2f_video.ops import ms_deform_attn, ms_deform_attn_from_offsets, samples_from_offsets
@@ -44,7 +45,9 @@ class TapError(LookupError):
 class Taps:
     """What was captured, by name: `taps[name]`, or `taps.calls(name)` where there is more than one of it."""
 
-    def __init__(self, names: Sequence[str], detach: bool, device: torch.device | str | None) -> None:
+    def __init__(
+        self, names: Sequence[str] = (), detach: bool = True, device: torch.device | str | None = None
+    ) -> None:
         self._found: dict[str, list[tuple[int, int, Any]]] = {name: [] for name in names}  # clip, chunk, value
         self._runs = dict.fromkeys(names, 0)
         self._detach, self._device = detach, device
@@ -147,7 +150,7 @@ def _open(model: nn.Module, names: Mapping[str, tuple[str, str]], taps: Taps) ->
         looks: dict[str, _Look] = {}
         for name, (place, internal) in names.items():
             module = model.get_submodule(place)
-            if internal in CAUGHT:
+            if internal in CAUGHT and not _pools(module):
                 looks.setdefault(place, _Look(taps)).wanted[internal] = name
             else:
                 handle = module.register_forward_hook(_hook(taps, name, internal), with_kwargs=True)
@@ -174,17 +177,23 @@ def _leave_all(entered: list["_Look"]) -> None:
 
 
 def _hook(taps: Taps, name: str, internal: str) -> Callable[..., None]:
+    """Of outputs, or of what a module makes of the mask logits that it is given."""
+
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if not internal:
-            taps._add(name, output)
-            return
-        logits = _argument(module, "mask_logits", args, kwargs)
-        if internal == "attention_weights" and logits is not None:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not taps._detach):
-                logits = pooling_weights(logits)
-        taps._add(name, logits)
+        value = _argument(module, "mask_logits", args, kwargs) if internal else output
+        if internal in _OF_LOGITS and value is not None:
+            with torch.no_grad():
+                value = _OF_LOGITS[internal](value)
+        taps._add(name, value)
 
     return hook
+
+
+_OF_LOGITS: dict[str, Callable[[Tensor], Tensor]] = {
+    "attention_mask": lambda logits: cross_attention.attention_mask(logits),
+    "attention_weights": lambda logits: cross_attention.pooling_weights(logits),
+}
+"""What `MaskPooling` makes of them, by functions as they are then."""
 
 
 def _counter(taps: Taps, count: str) -> Callable[..., None]:
@@ -298,15 +307,17 @@ CAUGHT: dict[str, dict[Any, Callable[..., Tensor | None]]] = {
 # --- names
 
 
-def _is_attention(name: str, module: nn.Module) -> bool:
+def _pools(module: nn.Module) -> bool:
+    return isinstance(module, MaskPooling) and type(module).forward is MaskPooling.forward
+
+
+def _attends(name: str, module: nn.Module) -> bool:
     """Of queries: ours, or one's own in their place."""
-    own = name.startswith(f"{CLIP_PART}.") and name.endswith("_attn") and not isinstance(module, MaskPooling)
-    return isinstance(module, Attention) or own
+    return isinstance(module, Attention) or (name.startswith(f"{CLIP_PART}.") and name.endswith("_attn"))
 
 
 def _weighs(name: str, module: nn.Module) -> bool:
-    pools = isinstance(module, MaskPooling) and type(module).forward is MaskPooling.forward
-    return _is_attention(name, module) or pools or isinstance(module, WindowAttention)
+    return _attends(name, module) or isinstance(module, WindowAttention)
 
 
 def _samples(name: str, module: nn.Module) -> bool:
@@ -319,7 +330,7 @@ def _has_mask_logits(name: str, module: nn.Module) -> bool:
 
 
 INTERNALS: dict[str, Callable[[str, nn.Module], bool]] = {
-    "attention_mask": _is_attention,
+    "attention_mask": _attends,
     "attention_weights": _weighs,
     "sampling_locations": _samples,
     "sampling_weights": _samples,
