@@ -287,7 +287,7 @@ def _masks_of(model: VideoMask2Former) -> list[str]:
 
 
 def _allowed(mask: Tensor) -> Tensor:
-    """Where a query may attend, (B, Q, S), or (B, M, Q, S) where heads differ, from what PyTorch's attention is told."""
+    """Where a query may attend, as `attention_mask` says of taps, from what PyTorch's attention is told."""
     return _of_all_heads(mask if mask.dtype == torch.bool else mask > BLOCKED)
 
 

@@ -339,14 +339,20 @@ INTERNALS: dict[str, Callable[[str, nn.Module], bool]] = {
 """What no forward returns, and which modules have it; `README.md` beside this file says what each is."""
 
 
-def _resolve(model: nn.Module, patterns: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """Of each name that a pattern matches: its module's name, and the internal or nothing."""
+def tap_names(model: nn.Module) -> dict[str, tuple[str, str]]:
+    """All that can be captured of a model, by name: the name of the module, and which internal or nothing."""
     modules = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
     known = {name: (name, "") for name, module in modules.items() if type(module).forward is not nn.Module.forward}
     for name, module in modules.items():
         for internal, has in INTERNALS.items():
             if has(name, module):
                 known.setdefault(f"{name}.{internal}", (name, internal))
+    return known
+
+
+def _resolve(model: nn.Module, patterns: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """What patterns match."""
+    known = tap_names(model)
     found: dict[str, tuple[str, str]] = {}
     for pattern in patterns:
         if not isinstance(pattern, str):

@@ -429,10 +429,10 @@ def test_what_was_not_captured_or_not_once_is_an_error(model: VideoMask2Former) 
         with pytest.raises(TapError, match="was not called"):
             taps[CROSS]
         model(clip(1))
-        with pytest.raises(TapError, match="captured were transformer_decoder.layers.1.cross_attn"):
+        with pytest.raises(TapError, match="captured were transformer_decoder"):
             taps[SELF]
         model(clip(1))
-        with pytest.raises(TapError, match="2 times; taps.calls"):
+        with pytest.raises(TapError, match="2 times; taps"):
             taps[CROSS]
 
 
@@ -445,7 +445,7 @@ def test_frames_of_several_sizes_in_a_clip_are_an_error(model: VideoMask2Former)
 
 
 def test_a_compiled_model_is_refused(model: VideoMask2Former) -> None:
-    with pytest.raises(ValueError, match="backbone is compiled by torch.compile"):
+    with pytest.raises(ValueError, match="backbone is compiled by torch"):
         copy.deepcopy(model).prepare_for_inference(compile="model").capture(CROSS)
     compiled = torch.compile(model, backend="eager")
     with pytest.raises(ValueError, match="the model is compiled"):
