@@ -175,6 +175,7 @@ def test_reports_name_why(model: VideoMask2Former) -> None:
         reasons = {row.name: row.reason for row in report(model)}
     assert "hooked" in reasons[CROSS]
     assert "hooked" in reasons[LAYER]
+    assert reasons[""] == ""  # frames are encoded one by one still
 
 
 def test_an_edited_module_is_seen_as_it_is(model: VideoMask2Former, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -450,6 +451,20 @@ def test_a_compiled_model_is_refused(model: VideoMask2Former) -> None:
     compiled = torch.compile(model, backend="eager")
     with pytest.raises(ValueError, match="the model is compiled"):
         type(model).capture(compiled, CROSS)
+
+
+@pytest.mark.slow
+def test_what_torch_compile_made_is_said_not_to_be_seen(model: VideoMask2Former) -> None:
+    names = CROSS, f"{CROSS}.attention_mask", f"{SELF}.sampling_locations"
+    compiled = torch.compile(model.requires_grad_(False), backend="eager", fullgraph=True)
+    with torch.no_grad(), compiled.capture(*names) as taps:
+        output = compiled(clip(1))
+        assert_close(numbers(output), numbers(model(clip(1))))  # the same modules, uncompiled: these are seen
+        assert [len(taps.calls(name)) for name in names] == [1, 1, 1]
+    with torch.no_grad(), compiled.capture(CROSS) as taps:
+        compiled(clip(1))
+    with pytest.raises(TapError, match="by what torch"):
+        taps[CROSS]
 
 
 def test_taps_tell_what_they_hold(model: VideoMask2Former) -> None:
