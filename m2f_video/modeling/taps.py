@@ -376,13 +376,15 @@ def _some(pattern: str, names: list[str]) -> str:
 
 
 def _signature(module: nn.Module, argument: str) -> inspect.Signature | None:
-    """Of the `forward` of a module's class or the nearest above it that has such an argument."""
+    """Of a module's `forward`, if it has such an argument; of what it overrides where it hands all on, as twins do."""
     for kind in type(module).__mro__:
-        if kind is nn.Module:
-            return None
-        signature = inspect.signature(vars(kind)["forward"]) if "forward" in vars(kind) else None
-        if signature is not None and argument in signature.parameters:
-            return signature
+        if kind is not nn.Module and "forward" in vars(kind):
+            signature = inspect.signature(vars(kind)["forward"])
+            if argument in signature.parameters:
+                return signature
+            kinds = {parameter.kind for parameter in list(signature.parameters.values())[1:]}
+            if kinds != {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
+                return None
     return None
 
 

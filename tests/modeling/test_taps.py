@@ -3,7 +3,7 @@
 import copy
 import threading
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from m2f_video import VideoMask2Former, segment_video
 from m2f_video.acceleration import accelerated, report
 from m2f_video.acceleration.swap import Fused
-from m2f_video.modeling.cross_attention import MaskPooling, attention_mask
+from m2f_video.modeling.cross_attention import CrossAttention, MaskPooling, attention_mask
 from m2f_video.modeling.position_encoding import pixel_centres
-from m2f_video.modeling.taps import TapError, attention_weights
+from m2f_video.modeling.taps import TapError, attention_weights, capture, tap_names
 from m2f_video.modeling.video_mask2former import VideoMask2FormerOutput
 from m2f_video.ops import ms_deform_attn, ms_deform_attn_from_offsets
 from m2f_video.parity import random_model
@@ -109,6 +109,57 @@ def assert_alike(name: str, mine: Any, theirs: Any) -> None:
     elif mine is not None:
         for part, value in vars(mine).items():
             assert_alike(name, value, getattr(theirs, part))
+
+
+@pytest.mark.slow
+def test_each_name_by_itself_is_captured_of_a_prepared_model(model: VideoMask2Former) -> None:
+    """Whatever twin does the work of a module steps aside."""
+    names = list(tap_names(model))
+    with torch.no_grad():
+        with model.capture(*names) as expected:
+            model(clip(2, 64, 64))
+        uncalled = [name for name in names if not expected.calls(name)]
+        assert all(isinstance(model.get_submodule(name), nn.Embedding) for name in uncalled)  # weights alone
+        model.prepare_for_inference()
+        for name in names:
+            with model.capture(name) as taps:
+                model(clip(2, 64, 64))
+            assert len(taps.calls(name)) == len(expected.calls(name)), name
+            for pair in zip(taps.calls(name), expected.calls(name), strict=True):
+                assert_alike(name, *pair)
+
+
+class Pair(NamedTuple):
+    count: int
+    level: Tensor
+
+
+class Nested(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone, self.transformer_decoder = nn.Sequential(nn.Identity()), nn.Identity()
+
+    def forward(self, frames: Tensor, chunk: int) -> Any:
+        for part in frames.split(chunk):
+            self.backbone({"pair": Pair(3, part), "list": [part[0, 0, 0], None], "text": str(len(part))})
+        return self.transformer_decoder(frames)
+
+
+def test_chunks_of_any_structure_are_joined() -> None:
+    net, frames = Nested(), torch.arange(8.0).view(4, 1, 2)[[0, 0, 0, 0]]
+    with capture(net, "backbone", "backbone.0") as taps:
+        net(frames, 2)
+        net(frames, 4)
+    halves, whole = taps.calls("backbone.0")
+    assert halves["pair"].count == 3
+    assert torch.equal(halves["pair"].level, frames)
+    assert torch.equal(halves["list"][0], frames[0, 0, 0])
+    assert halves["list"][1] is None
+    assert (halves["text"], whole["text"]) == ("2", "4")
+    with capture(net, "backbone") as taps:
+        net(frames, 3)
+    with pytest.raises(TapError, match="a str that differs"):
+        taps["backbone"]
 
 
 def test_windows_and_clips_are_entries(model: VideoMask2Former) -> None:
@@ -313,6 +364,11 @@ class Own(nn.Module):
         return self.out(F.scaled_dot_product_attention(query, keys, keys, attn_mask=logits > 0.5))
 
 
+class Renamed(CrossAttention):
+    def forward(self, query: Tensor, level: Any, where: Tensor | None) -> Tensor:
+        return super().forward(query, level, where)
+
+
 class OwnPooling(MaskPooling):
     def forward(self, query: Tensor, level: Any, mask_logits: Tensor | None = None) -> Tensor:
         return self.out_proj(query)
@@ -323,6 +379,14 @@ def test_a_module_of_ones_own_is_seen_by_what_it_calls() -> None:
     with torch.no_grad(), model.capture(f"{LAYER}.mask_logits", "*.cross_attn.attention_mask") as taps:
         model(clip(1))
     assert torch.equal(taps[f"{CROSS}.attention_mask"], taps[f"{LAYER}.mask_logits"] > 0.5)
+
+
+def test_arguments_are_those_of_ones_own_forward() -> None:
+    model = VideoMask2Former(IN_LANES, parts={"cross_attention": Renamed}).eval()
+    assert f"{CROSS}.mask_logits" not in tap_names(model)
+    with torch.no_grad(), model.capture("*.mask_logits") as taps:
+        model(clip(1))
+    assert list(taps) == [f"transformer_decoder.layers.{layer}.mask_logits" for layer in range(3)]
 
 
 def test_what_a_module_does_not_call_is_said() -> None:
