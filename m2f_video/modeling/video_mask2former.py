@@ -5,11 +5,11 @@ Two halves that can run apart: `encode_frames` sees frames one by one, `decode_c
 B clips, T frames of a clip, Q queries, K classes, C channels, H W height and width of the input in pixels.
 """
 
+import functools
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -28,6 +28,7 @@ from m2f_video.modeling.build import (
 )
 from m2f_video.modeling.taps import Taps, capture
 from m2f_video.modeling.transformer_decoder import MaskProduct, Prediction
+from m2f_video.partial_loading import warn_of_partial_loading
 from weights_convert import staged_folder, write_checkpoint
 
 
@@ -345,6 +346,7 @@ class VideoMask2Former(
         local_files_only: bool = False,
         force_download: bool = False,
         parts: Parts | None = None,
+        partial: bool = False,
     ) -> Self:
         """Load a model from the hub, a folder or a file, in this project's or a foreign format.
 
@@ -365,6 +367,9 @@ class VideoMask2Former(
             force_download: download again.
             parts: modules of your own that the model was built with, as for `VideoMask2Former`. A checkpoint records
                 their names, and none is ever imported by its name.
+            partial: load what fits, and leave the rest of the model as it is initialised, at random; a warning has the
+                table of what was done. `m2f_video.load_partially` says what fits, and gives the table for a model that
+                is built already.
 
         Returns:
             The model in evaluation mode.
@@ -372,11 +377,12 @@ class VideoMask2Former(
         Raises:
             FileNotFoundError: no such file or folder, and not a hub name.
             ConfigError: the config is missing or describes no model we can build.
-            weights_convert.ConversionError: weights that cannot be read, are not finite, or do not fit the config.
+            weights_convert.ConversionError: weights that cannot be read, are not finite, or do not fit the config; with
+                `partial`, of which nothing fits.
             ValueError: an unknown dtype or device.
         """
         return load_model(
-            partial(cls, parts=parts) if parts else cls,
+            functools.partial(cls, parts=parts) if parts else cls,
             pretrained_model_name_or_path,
             config=config,
             temporal=temporal,
@@ -388,6 +394,7 @@ class VideoMask2Former(
             local_files_only=local_files_only,
             force_download=force_download,
             check_first=not parts,
+            partially=warn_of_partial_loading if partial else None,
         )
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> str | None:

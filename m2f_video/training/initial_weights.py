@@ -32,7 +32,7 @@ def load_initial_weights(model: VideoMask2Former, source: str) -> bool:
     if other := {name: both for name, both in changed.items() if name not in asked and name != "labels"}:
         raise ConfigError(
             f"{source:.80} would compute something else here than what it was trained for: {in_words(other)}; train "
-            "with its own config, or without its weights"
+            "with its own config, or load what fits by --init-partial"
         )
     load_state_dict_strictly(model, weights if knows_classes else weights | head, source)
     if asked:

@@ -34,6 +34,7 @@ from m2f_video.modeling.pixel_decoder import DeformableEncoderLayer
 from m2f_video.modeling.swin import SwinBlock
 from m2f_video.modeling.transformer_decoder import DecoderLayer
 from m2f_video.modeling.video_mask2former import VideoMask2Former
+from m2f_video.partial_loading import load_partially
 from m2f_video.training.batches import Batch, ClipBatches, ClipOrder, Collate, load_batches, lost_process
 from m2f_video.training.checkpoint import checkpoint_file, save_checkpoint
 from m2f_video.training.config import TrainConfig
@@ -69,16 +70,19 @@ class Trainer:
         init: weights to begin with, as `VideoMask2Former.from_pretrained` takes them; None begins with random ones. A
             classifier of other labels begins with random weights.
         init_backbone: weights of the backbone to begin with, as `load_backbone` takes them, instead of `init`.
+        init_partial: load what fits of them, as `load_partially` and `load_backbone` do; the log begins with the table
+            of what was done.
         tensorboard: write TensorBoard's event files too.
         parts: modules of your own that the model is built with, as for `VideoMask2Former`. The run records their names,
             and goes on with parts of the same names alone.
 
     Raises:
         ConfigError: a part that there is no place for, or one that the config records and that is not given.
-        ValueError: both `init` and `init_backbone` are given; another run is at work in the folder; it holds a run and
-            `resume` was not asked for; the run in it had another config or other data; no checkpoint can be read, or
-            its logs cannot be gone on with; a batch cannot be divided among the workers, or they disagree on what to
-            go on with; or the validation videos are missing, have other classes or no annotations.
+        ValueError: both `init` and `init_backbone` are given, or `init_partial` and none of them; another run is at
+            work in the folder; it holds a run and `resume` was not asked for; the run in it had another config or other
+            data; no checkpoint can be read, or its logs cannot be gone on with; a batch cannot be divided among the
+            workers, or they disagree on what to go on with; or the validation videos are missing, have other classes or
+            no annotations.
         OSError: files cannot be read or written.
     """
 
@@ -93,11 +97,14 @@ class Trainer:
         resume: bool = False,
         init: str | None = None,
         init_backbone: str | None = None,
+        init_partial: bool = False,
         tensorboard: bool = False,
         parts: Parts | None = None,
     ) -> None:
         if init is not None and init_backbone is not None:
             raise ValueError("give init or init_backbone, not both: the first brings a backbone along")
+        if init_partial and init is None and init_backbone is None:
+            raise ValueError("init_partial loads what fits of weights; give them by init or init_backbone")
         self.parts = parts or {}
         model = with_parts(config.model.replace(labels=tuple(videos.labels)), self.parts)
         self.config = config = config.replace(model=model)
@@ -120,7 +127,7 @@ class Trainer:
                 "the run to go on with", (config.to_json(), self._data, None if state is None else state["step"])
             )
             self._truth = self._prepare_truth()
-            said = self._build(state, init, init_backbone)
+            said = self._build(state, init, init_backbone, init_partial)
             self._batches = self._load_batches(videos)
             held.callback(self._batches.close)  # and the processes behind it
             self.log = TrainingLog(output, self.worker, config.steps, self.steps_done, config.log_every, tensorboard)
@@ -138,7 +145,9 @@ class Trainer:
                 stacklevel=2,
             )
 
-    def _build(self, state: dict[str, Any] | None, init: str | None, init_backbone: str | None) -> list[str]:
+    def _build(
+        self, state: dict[str, Any] | None, init: str | None, init_backbone: str | None, init_partial: bool
+    ) -> list[str]:
         """Make all that has a state, as it is at the beginning or was saved; gives what there is to say about it."""
         config, said = self.config, []
         torch.manual_seed(config.seed)
@@ -151,10 +160,12 @@ class Trainer:
                     f"{self.output}: there were {state['workers']} workers and are now {self.worker.world_size}, so "
                     "that other random numbers are drawn than in an uninterrupted run"
                 )
+        elif init is not None and init_partial:
+            said.append(str(load_partially(model, init)))
         elif init is not None and not load_initial_weights(model, init):
             said.append(f"{init} knows other classes: the classifier begins with random weights")
         elif init_backbone is not None:
-            said.append(str(load_backbone(model, init_backbone)))
+            said.append(str(load_backbone(model, init_backbone, partial=init_partial)))
         self.model = model.to(self.worker.device).train()
         self.average = copy.deepcopy(self.model).eval().requires_grad_(False) if config.optim.ema_decay else None
         if config.activation_checkpointing:

@@ -155,8 +155,8 @@ def test_a_run_from_the_weights_of_a_backbone(
         assert run_tiny(folder, tmp_path / "run", *begin) == 130
     printed = capsys.readouterr().out
     assert f"backbone of {tmp_path / 'swin.pth'}\n" in printed
-    assert ["backbone.stages", "61", "0"] in [line.split() for line in printed.splitlines()]
-    assert ["backbone.out_norms", "0", "8"] in [line.split() for line in printed.splitlines()]
+    assert ["backbone.stages", "61", "0", "0", "0"] in [line.split() for line in printed.splitlines()]
+    assert ["backbone.out_norms", "0", "0", "8", "0"] in [line.split() for line in printed.splitlines()]
     state = load_latest_checkpoint(tmp_path / "run")
     assert state is not None
     weights = to_native(swin.state_dict())
