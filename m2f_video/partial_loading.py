@@ -168,9 +168,10 @@ def load_partially(
 
 def load_file_partially(model: "VideoMask2Former", path: Path, source: str) -> LoadingReport:
     """As `load_partially`, from a file or folder that is there, called `source` in messages."""
+    state_dict = read_state_dict(path)
     own = load_config(path) if config_beside(path).exists() else model.config
     with naming(source):
-        weights = to_native(read_state_dict(path))
+        weights = to_native(state_dict)
     return load_what_fits(model, weights, source, own=own)
 
 
@@ -201,7 +202,8 @@ def load_what_fits(
     Raises:
         weights_convert.ConversionError: nothing fits.
     """
-    expected = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(prefix)}
+    own_state = model.state_dict()  # in which modules of one's own may have something else than tensors
+    expected = {name: t for name, t in own_state.items() if name.startswith(prefix) and isinstance(t, Tensor)}
     place = _Place(own or model.config, model.config, weights, expected)
     fitted: dict[str, Tensor] = {}
     notes: dict[str, str] = {}
@@ -351,7 +353,7 @@ def _part(field_name: str) -> str:
     first, _, rest = field_name.partition(".")
     if first != "parts":
         return first
-    return rest if rest in ("backbone", "pixel_decoder") else "transformer_decoder"
+    return next((part for part in ("backbone", "pixel_decoder") if rest.startswith(part)), "transformer_decoder")
 
 
 def _scales(decoder: TransformerDecoderConfig, level_embed: Tensor | None = None) -> tuple[int, ...]:
