@@ -13,7 +13,8 @@ from torch import Tensor
 
 from m2f_video.config import ConfigError, TimmBackboneConfig
 from m2f_video.hub import config_beside, first_misfit, in_words, warn_of_other_function, weights_path
-from m2f_video.partial_loading import LoadingReport, Weight, load_what_fits
+from m2f_video.loading_report import LoadingReport, Weight
+from m2f_video.partial_loading import load_what_fits
 from weights_convert import ConversionError, import_state_dict, naming, read_state_dict
 
 if TYPE_CHECKING:
