@@ -25,7 +25,7 @@ from weights_convert import ConversionError, naming, read_state_dict, to_native
 if TYPE_CHECKING:
     from m2f_video.modeling.video_mask2former import VideoMask2Former
 
-_SCALES = (32, 16, 8)
+_SCALES = (32, 16, 8)  # strides of the transformer decoder's levels
 _POSITION_TABLE = re.compile(r"(backbone\.stages\.\d+\.blocks\.\d+\.attn\.)relative_position_bias_table")
 _LEVEL_EMBED = "transformer_decoder.level_embed.weight"
 _LEVEL_PROJECTION = re.compile(r"(transformer_decoder\.input_projections\.)(\d+)(\..*)")
@@ -203,7 +203,7 @@ class _Place:
             if given.shape == tensor.shape and pairs == {row: row for row in range(len(tensor))}:
                 return given, ""
             if not pairs:
-                return None, "of other rows"
+                return None, f"of other rows: {len(given)}, here {len(tensor)}"
             result = tensor.detach().clone()
             result[list(pairs)] = given[list(pairs.values())].to(result)
             return result, how
@@ -245,10 +245,11 @@ class _Place:
         if name in _QUERIES:
             kept = min(len(tensor), len(given))
             return {row: row for row in range(kept)}, f"the first {kept} of {len(given)} queries, here {len(tensor)}"
-        if name == _LEVEL_EMBED and len(given) == len(_scales(self.own.transformer_decoder, given)):
+        if name == _LEVEL_EMBED:
             return self.levels, "levels by their strides"
-        if name in _CLASS_HEAD and len(given) == self.own.num_labels + 1:
-            rows = _rows_by_label(self.own.labels, self.used.labels)
+        if name in _CLASS_HEAD:
+            fits = len(given) == self.own.num_labels + 1
+            rows = _rows_by_label(self.own.labels, self.used.labels) if fits else {}
             return rows, f"{len(rows) - 1} of {self.used.num_labels} classes by their names"
         return None
 

@@ -161,6 +161,14 @@ def test_as_many_other_classes_are_not_taken_for_these(saved: Path, trained: Vid
         assert torch.equal(loaded.after[name][[0, 2]], loaded.before[name][[0, 2]])  # which of the two dogs?
 
 
+def test_rows_that_are_not_those_of_their_config_are_left_out(saved: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(TINY.replace(labels=("cat", "dog")).to_json())
+    (tmp_path / "model.safetensors").write_bytes((saved / "bare.safetensors").read_bytes())
+    report = Loaded(TINY, tmp_path).report
+    assert report.counts("new") == report.counts("ignored") == {"transformer_decoder.class_head": 2}
+    assert of(report, "transformer_decoder.class_head.bias") == "new: of other rows: 4, here 4"
+
+
 @pytest.mark.parametrize("scale", [32, 16, 8])
 @pytest.mark.parametrize("source", ["model", "bare.safetensors"])
 def test_levels_go_by_their_strides(scale: int, source: str, tmp_path: Path) -> None:
