@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from m2f_video.backbone_weights import load_backbone
 from m2f_video.data.augment import Augmentation
 from m2f_video.data.clip import AnnotatedVideos, ClipDataset
 from m2f_video.distributed import Worker, mean_over_workers, share_buffers
@@ -34,7 +33,6 @@ from m2f_video.modeling.pixel_decoder import DeformableEncoderLayer
 from m2f_video.modeling.swin import SwinBlock
 from m2f_video.modeling.transformer_decoder import DecoderLayer
 from m2f_video.modeling.video_mask2former import VideoMask2Former
-from m2f_video.partial_loading import load_partially
 from m2f_video.training.batches import Batch, ClipBatches, ClipOrder, Collate, load_batches, lost_process
 from m2f_video.training.checkpoint import checkpoint_file, save_checkpoint
 from m2f_video.training.config import TrainConfig
@@ -46,7 +44,7 @@ from m2f_video.training.folder import (
     held_folder,
     state_to_resume,
 )
-from m2f_video.training.initial_weights import load_initial_weights
+from m2f_video.training.initial_weights import InitialWeights
 from m2f_video.training.log import LOGGED_PARTS, TrainingLog
 from m2f_video.training.losses import NonFinitePredictionError, VideoMask2FormerLoss, loss_norms
 from m2f_video.training.optim import build_optimizer, learning_rate, set_learning_rate, update_average
@@ -101,10 +99,7 @@ class Trainer:
         tensorboard: bool = False,
         parts: Parts | None = None,
     ) -> None:
-        if init is not None and init_backbone is not None:
-            raise ValueError("give init or init_backbone, not both: the first brings a backbone along")
-        if init_partial and init is None and init_backbone is None:
-            raise ValueError("init_partial loads what fits of weights; give them by init or init_backbone")
+        initial = InitialWeights(init, init_backbone, init_partial)
         self.parts = parts or {}
         model = with_parts(config.model.replace(labels=tuple(videos.labels)), self.parts)
         self.config = config = config.replace(model=model)
@@ -127,7 +122,7 @@ class Trainer:
                 "the run to go on with", (config.to_json(), self._data, None if state is None else state["step"])
             )
             self._truth = self._prepare_truth()
-            said = self._build(state, init, init_backbone, init_partial)
+            said = self._build(state, initial)
             self._batches = self._load_batches(videos)
             held.callback(self._batches.close)  # and the processes behind it
             self.log = TrainingLog(output, self.worker, config.steps, self.steps_done, config.log_every, tensorboard)
@@ -145,27 +140,21 @@ class Trainer:
                 stacklevel=2,
             )
 
-    def _build(
-        self, state: dict[str, Any] | None, init: str | None, init_backbone: str | None, init_partial: bool
-    ) -> list[str]:
+    def _build(self, state: dict[str, Any] | None, initial: InitialWeights) -> list[str]:
         """Make all that has a state, as it is at the beginning or was saved; gives what there is to say about it."""
         config, said = self.config, []
         torch.manual_seed(config.seed)
         model = VideoMask2Former(config.model, self.parts)
         if state is not None:
-            if given := init or init_backbone:
-                said.append(f"{given} is not loaded: the run goes on from its checkpoint")
+            if initial.source:
+                said.append(f"{initial.source} is not loaded: the run goes on from its checkpoint")
             if state["workers"] != self.worker.world_size:
                 said.append(
                     f"{self.output}: there were {state['workers']} workers and are now {self.worker.world_size}, so "
                     "that other random numbers are drawn than in an uninterrupted run"
                 )
-        elif init is not None and init_partial:
-            said.append(str(load_partially(model, init)))
-        elif init is not None and not load_initial_weights(model, init):
-            said.append(f"{init} knows other classes: the classifier begins with random weights")
-        elif init_backbone is not None:
-            said.append(str(load_backbone(model, init_backbone, partial=init_partial)))
+        else:
+            said += initial.load(model)
         self.model = model.to(self.worker.device).train()
         self.average = copy.deepcopy(self.model).eval().requires_grad_(False) if config.optim.ema_decay else None
         if config.activation_checkpointing:
