@@ -28,8 +28,8 @@ from m2f_video.benchmark import machine, peak_bytes
 from m2f_video.config import VideoMask2FormerConfig
 from m2f_video.files import atomic_path
 from m2f_video.inference.processor import VideoProcessor
+from m2f_video.inference.segment import segment_video
 from m2f_video.inference.segments import MASK_STRIDE
-from m2f_video.inference.whole import segment_video
 from m2f_video.modeling.transformer_decoder import Prediction
 from m2f_video.modeling.video_mask2former import VideoMask2FormerOutput
 from m2f_video.parity import random_model

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from m2f_video.config import VideoMask2FormerConfig
     from m2f_video.inference import VideoProcessor, segment_video
     from m2f_video.modeling.video_mask2former import VideoMask2Former
+    from m2f_video.partial_loading import load_partially
     from m2f_video.results import Track, VideoSegmentation
     from m2f_video.video import VideoWriter, open_video, read_video
 
@@ -19,6 +20,7 @@ __all__ = [
     "VideoSegmentation",
     "VideoWriter",
     "load_backbone",
+    "load_partially",
     "open_video",
     "read_video",
     "segment_video",
@@ -32,6 +34,7 @@ _MODULES = {
     "VideoSegmentation": "results",
     "VideoWriter": "video",
     "load_backbone": "backbone_weights",
+    "load_partially": "partial_loading",
     "open_video": "video",
     "read_video": "video",
     "segment_video": "inference",

@@ -3,8 +3,8 @@
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,8 @@ from torch import Tensor
 
 from m2f_video.config import ConfigError, TimmBackboneConfig
 from m2f_video.hub import config_beside, first_misfit, in_words, warn_of_other_function, weights_path
+from m2f_video.loading_report import LoadingReport, Weight
+from m2f_video.partial_loading import load_what_fits
 from weights_convert import ConversionError, import_state_dict, naming, read_state_dict
 
 if TYPE_CHECKING:
@@ -21,34 +23,7 @@ if TYPE_CHECKING:
 _OF_BACKBONE = ("backbone.", "preprocessing.image_")  # fields of a config that a backbone's weights depend on
 
 
-@dataclass(frozen=True)
-class LoadedBackbone:
-    """What `load_backbone` has done, as numbers of tensors by the group of their names.
-
-    Attributes:
-        source: where the weights are from.
-        loaded: of the model's backbone, such as `backbone.stages`.
-        kept: of the model's backbone, which the source lacks: they are as they were, random in a new model.
-        left_out: of the source, which are no part of the backbone, such as a classifier's head.
-    """
-
-    source: str
-    loaded: dict[str, int]
-    kept: dict[str, int]
-    left_out: dict[str, int]
-
-    def __str__(self) -> str:
-        """A table."""
-        rows = [(group, self.loaded.get(group, 0), self.kept.get(group, 0)) for group in {**self.loaded, **self.kept}]
-        rows.append(("all", sum(self.loaded.values()), sum(self.kept.values())))
-        width = max(len(group) for group, _, _ in rows)
-        lines = [f"backbone of {self.source}", f"{'':{width}}  loaded  as before"]
-        lines += [f"{group:{width}}  {loaded:6}  {kept:9}" for group, loaded, kept in rows]
-        rest = ", ".join(f"{group} ({count})" for group, count in self.left_out.items())
-        return "\n".join(lines + ([f"left out: {rest}"] if rest else []))
-
-
-def load_backbone(model: "VideoMask2Former", source: str | os.PathLike[str]) -> LoadedBackbone:
+def load_backbone(model: "VideoMask2Former", source: str | os.PathLike[str], *, partial: bool = False) -> LoadingReport:
     """Load the weights of a backbone into a model; all others stay as they are.
 
     Warns where the model normalises frames otherwise than those that the weights were trained on, as timm or a config
@@ -60,10 +35,11 @@ def load_backbone(model: "VideoMask2Former", source: str | os.PathLike[str]) -> 
             detectron2 or Swin's authors), or with a whole model, of which the backbone is taken; or `timm:NAME`, the
             pretrained weights of timm, as `timm:resnet50.a1_in1k`; or `timm`, those that timm takes by default for a
             timm backbone.
+        partial: load what fits, as `load_partially`.
 
     Returns:
         What was loaded and what was not. Swin's output norms, which no classifier has, may stay as they were; all
-        other weights of the backbone must be there.
+        other weights of the backbone must be there, unless `partial`.
 
     Raises:
         FileNotFoundError: there is no such file, or it cannot be fetched.
@@ -83,17 +59,18 @@ def load_backbone(model: "VideoMask2Former", source: str | os.PathLike[str]) -> 
     weights, left_out = _backbone_weights(state_dict, name, timm_name, expected)
     counts = [key for key in expected if key.endswith(".num_batches_tracked") and key not in weights]
     weights |= {key: torch.zeros_like(expected[key]) for key in counts}  # old files lack them; nothing depends on them
-    kept = [key for key in expected if key not in weights and key.startswith("backbone.out_norms.")]
-    if misfit := first_misfit({key: tensor for key, tensor in expected.items() if key not in kept}, weights):
+    needed = {key: t for key, t in expected.items() if key in weights or not key.startswith("backbone.out_norms.")}
+    if not partial and (misfit := first_misfit(needed, weights)):
         raise ConversionError(
             f"the weights of {name:.100} do not fit the model's backbone: {misfit}; give weights of its kind and sizes"
         )
-    model.load_state_dict(weights, strict=False)  # each key was looked at
+    report = load_what_fits(model, weights, name, prefix="backbone.")
     if changed := _other_normalisation(tag, model):
         warnings.warn(f"the backbone of {name:.80} was trained on other frames: {in_words(changed)}", stacklevel=2)
     elif path and not tag:
         warn_of_other_function(config_beside(path), model.config, name, of=_OF_BACKBONE, stacklevel=3)
-    return LoadedBackbone(name, _by_group(weights), _by_group(kept), left_out)
+    rest = tuple(Weight(group, "ignored", 0, count=count) for group, count in left_out.items())
+    return replace(report, source=f"backbone of {name}", weights=report.weights + rest)
 
 
 def _pretrained(source: str, tag: str, timm_name: str | None) -> dict[str, Tensor]:
@@ -142,7 +119,3 @@ def _backbone_weights(
     weights = {key: tensor for key, tensor in translation.state_dict.items() if key.startswith("backbone.")}
     rest = Counter(key.split(".")[0] for key in translation.state_dict if key not in weights)
     return weights, dict(rest + translation.ignored)
-
-
-def _by_group(keys: Iterable[str]) -> dict[str, int]:
-    return dict(Counter(".".join(key.split(".")[: 3 if key.startswith("backbone.model.") else 2]) for key in keys))

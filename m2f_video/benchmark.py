@@ -26,8 +26,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from m2f_video.data.synthetic import SyntheticVideos
 from m2f_video.files import atomic_path
+from m2f_video.inference.on_video import Progress
 from m2f_video.inference.processor import VideoProcessor
-from m2f_video.inference.whole import Progress, segment_video
+from m2f_video.inference.segment import segment_video
 from m2f_video.modeling.video_mask2former import VideoMask2Former
 from m2f_video.video import VideoWriter
 

@@ -138,25 +138,32 @@ def load_model(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     check_first: bool = True,
+    partially: Callable[[Any, Path, str], None] | None = None,
     **hub_options: Unpack[HubOptions],
 ) -> Model:
     """What `build` makes of a config, with weights; arguments and errors as `VideoMask2Former.from_pretrained`.
 
     It is built without numbers first, so that a config which asks for other weights than these takes no memory; not
     where `check_first` is False, for what keeps tensors of its own from one building to the next. Warns where `config`
-    or `temporal` let the weights compute something else than the checkpoint's own config.
+    or `temporal` let the weights compute something else than the checkpoint's own config. Where `partially` is given,
+    it loads the weights instead: into a model, from a path, by the name of the source.
     """
     target_dtype, target_device = parse_dtype(dtype or torch.float32), parse_device(device or "cpu")
     path = weights_path(source, hub_options)
-    used, state_dict = load_checkpoint(path, config=config, temporal=temporal)
-    if check_first:
-        with suppress(RuntimeError, TypeError), torch.device("meta"):  # which a model that reads numbers then raises
-            check_fit(build(used).state_dict(), state_dict, str(source))
-    model = build(used)
-    load_state_dict_strictly(model, state_dict, str(source))
+    if partially:
+        used = load_config(path, config=config, temporal=temporal)
+        model = build(used)
+        partially(model, path, str(source))
+    else:
+        used, state_dict = load_checkpoint(path, config=config, temporal=temporal)
+        if check_first:  # what is suppressed, a model that reads numbers then raises
+            with suppress(RuntimeError, TypeError), torch.device("meta"):
+                check_fit(build(used).state_dict(), state_dict, str(source))
+        model = build(used)
+        load_state_dict_strictly(model, state_dict, str(source))
     model = model.to(device=target_device, dtype=target_dtype).eval()
     warn_of_slow_dtype(target_dtype, target_device, stacklevel=4)
-    if config is not None or temporal is not None:
+    if not partially and (config is not None or temporal is not None):
         warn_of_other_function(config_beside(path), used, str(source), stacklevel=4)
     return model
 
@@ -258,7 +265,8 @@ def check_fit(expected: Mapping[str, Tensor], state_dict: Mapping[str, Tensor], 
                 "--init-backbone, or load them into a built model with m2f_video.load_backbone(model, source)"
             )
         raise ConversionError(
-            f"the weights of {source:.80} do not fit its config: {misfit}. Give the config they were trained with."
+            f"the weights of {source:.80} do not fit its config: {misfit}. Give the config they were trained "
+            "with, or load what fits: partial=True, train --init-partial."
         )
 
 

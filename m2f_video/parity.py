@@ -18,7 +18,7 @@ F frames, B clips, T frames of a clip, Q queries, K classes, C channels, N token
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from math import isfinite, nan
 from pathlib import Path
@@ -29,11 +29,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from m2f_video.acceleration import accelerated
 from m2f_video.acceleration.swap import Fused
 from m2f_video.config import SwinConfig, VideoMask2FormerConfig
+from m2f_video.modeling.taps import Taps
 from m2f_video.modeling.video_mask2former import VideoMask2Former
 from weights_convert import ConversionError, from_native, hf_config_from_native, write_checkpoint
 
@@ -250,8 +250,10 @@ def model_stages(model: VideoMask2Former, frames: Tensor) -> dict[str, Tensor]:
     masks are there where no twin attends, and where the cross-attention is by `F.scaled_dot_product_attention`.
     """
     clips = frames if frames.ndim == 5 else frames[:, None]
-    with _caught_masks(model) as masks:
+    names = _masks_of(model)
+    with model.capture(*names) if names else nullcontext(Taps()) as taps:
         plain = model(clips, output_auxiliary=True, output_hidden=True)
+    masks = {int(name.split(".")[2]): call for name in taps for call in taps.calls(name) if call is not None}
     default = model(clips)
     features = plain.features
 
@@ -266,51 +268,27 @@ def model_stages(model: VideoMask2Former, frames: Tensor) -> dict[str, Tensor]:
         stages[f"decoder {i} class logits"] = prediction.class_queries_logits
         stages[f"decoder {i} mask logits"] = of_masks(prediction.masks_queries_logits)
         if i in masks:
-            stages[f"decoder {i} attention mask"] = masks[i]
+            stages[f"decoder {i} attention mask"] = _allowed(masks[i])
     stages["default path class logits"] = default.class_queries_logits
     stages["default path mask logits"] = of_masks(default.masks_queries_logits)
     return stages
 
 
-@contextmanager
-def _caught_masks(model: VideoMask2Former) -> Iterator[dict[int, Tensor]]:
-    """By layer, where its cross-attention may attend, (B, Q, S) bool, as PyTorch's attention is told."""
-    masks: dict[int, Tensor] = {}
+def _masks_of(model: VideoMask2Former) -> list[str]:
+    """By layer, what the taps call the mask of its cross-attention; none where twins attend, which make no mask.
+
+    Looking closer would change what runs.
+    """
     layers = list(model.transformer_decoder.layers)
     if any(isinstance(module, Fused) for layer in layers for module in layer.modules()):
-        yield masks  # looking closer would change what runs
-        return
-    mode = _CaughtMasks(masks)
-    with ExitStack() as stack:
-        for index, layer in enumerate(layers):
-            if isinstance(attention := getattr(layer, "cross_attn", None), nn.Module):
-                begin = attention.register_forward_pre_hook(lambda *_, index=index: mode.look_at(index))
-                end = attention.register_forward_hook(lambda *_: mode.look_at(None), always_call=True)
-                stack.callback(begin.remove)
-                stack.callback(end.remove)
-        stack.enter_context(mode)
-        yield masks
+        return []
+    own = (index for index, layer in enumerate(layers) if isinstance(getattr(layer, "cross_attn", None), nn.Module))
+    return [f"transformer_decoder.layers.{index}.cross_attn.attention_mask" for index in own]
 
 
-class _CaughtMasks(TorchFunctionMode):
-    """Keeps the mask of each attention that is looked at."""
-
-    def __init__(self, masks: dict[int, Tensor]) -> None:
-        super().__init__()
-        self._masks = masks
-        self._index: int | None = None
-
-    def look_at(self, index: int | None) -> None:
-        self._index = index
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if function is F.scaled_dot_product_attention and self._index is not None:
-            mask = kwargs.get("attn_mask", args[3] if len(args) > 3 else None)
-            if mask is not None:
-                allowed = mask if mask.dtype == torch.bool else mask > BLOCKED
-                self._masks[self._index] = _of_all_heads(allowed)
-        return function(*args, **kwargs)
+def _allowed(mask: Tensor) -> Tensor:
+    """Where a query may attend, as `attention_mask` says of taps, from what PyTorch's attention is told."""
+    return _of_all_heads(mask if mask.dtype == torch.bool else mask > BLOCKED)
 
 
 def _of_all_heads(mask: Tensor) -> Tensor:

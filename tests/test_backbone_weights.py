@@ -69,14 +69,14 @@ def test_a_swin_classifier(
     assert same(without_backbone(model), before)
     loaded = {key: model.state_dict()[key] for key in to_native(swin)}
     assert same(loaded, to_native(swin))
-    assert done.loaded == {"backbone.patch_embed": 4, "backbone.stages": 74}
-    assert done.kept == {"backbone.out_norms": 8}
-    assert done.left_out == ({} if is_converted else {"head.{rest}": 2, "norm.{p}": 2})
+    assert done.counts("loaded") == {"backbone.patch_embed": 4, "backbone.stages": 74}
+    assert done.counts("new") == {"backbone.out_norms": 8}
+    assert done.counts("ignored") == ({} if is_converted else {"head.{rest}": 2, "norm.{p}": 2})
     lines = [line.split() for line in str(done).splitlines()]
     assert lines[0] == ["backbone", "of", str(path)]
-    assert ["backbone.stages", "74", "0"] in lines
-    assert ["backbone.out_norms", "0", "8"] in lines
-    assert ["all", "78", "8"] in lines
+    assert ["backbone.stages", "74", "0", "0", "0"] in lines
+    assert ["backbone.out_norms", "0", "0", "8", "0"] in lines
+    assert ["all", "78", "0", "8", "0" if is_converted else "4"] in lines
 
 
 @pytest.mark.parametrize("kind", ["folder", "hf_folder"])
@@ -86,9 +86,9 @@ def test_the_backbone_of_a_whole_model(kind: str, tiny_model: VideoMask2Former, 
     done = load_backbone(model, request.getfixturevalue(kind))
     assert identical(model.backbone, tiny_model.backbone)
     assert same(without_backbone(model), before)
-    assert done.kept == {}
-    assert done.loaded["backbone.out_norms"] == 8
-    assert done.left_out["transformer_decoder"] > 0
+    assert done.names("new") == []
+    assert done.counts("loaded")["backbone.out_norms"] == 8
+    assert done.counts("ignored")["transformer_decoder"] > 0
 
 
 @pytest.mark.parametrize("name", ["resnet18", "test_convnext", "convnext_atto", "regnetx_002"])
@@ -99,7 +99,7 @@ def test_a_classifier_of_timm(name: str, tmp_path: Path) -> None:
     torch.save(weights, tmp_path / "classifier.pth")
     model = build(f"timm:{name}").eval()
     done = load_backbone(model, tmp_path / "classifier.pth")
-    assert (done.kept, len(done.left_out)) == ({}, 1)
+    assert (done.names("new"), len(done.names("ignored"))) == ([], 1)
     pixels = torch.randn(1, 3, 64, 96)
     with torch.no_grad():
         expected = classifier.forward_intermediates(pixels, intermediates_only=True)
@@ -234,7 +234,7 @@ def test_pretrained_weights_of_timm(name: str, source: str, stub: HubStub) -> No
     model = build(f"timm:{name}")
     done = load_backbone(model, source)
     weights = model.backbone.state_dict()
-    assert (sum(done.loaded.values()), done.kept) == (len(weights), {})
+    assert (len(done.names("loaded")), done.names("new")) == (len(weights), [])
     assert all(
         torch.equal(tensor, expected[key.removeprefix("model.").replace(".", "_")]) for key, tensor in weights.items()
     )

@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "m2f_video"
 BASE = {"files", "distributed", "categories", "config", "checked_config"}
 MAY_IMPORT = {
     "ops": set[str](),
-    "modeling": {"ops", "hub"},
+    "modeling": {"ops", "hub", "partial_loading"},
     "acceleration": {"modeling", "ops"},
     "video": set[str](),
     "results": {"video"},

@@ -34,7 +34,7 @@ def demo(
     """
     from m2f_video.data import SyntheticVideos
     from m2f_video.evaluation import average_precision, load_results, pair_tracks, prepare_ground_truth
-    from m2f_video.inference.whole import segment_video
+    from m2f_video.inference.segment import segment_video
     from m2f_video.video import VideoWriter
 
     file = output / "video.mp4"

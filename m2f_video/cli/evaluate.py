@@ -30,6 +30,8 @@ from m2f_video.evaluation.tracking import SCORE_THRESHOLD, TrackingResult, track
 from m2f_video.evaluation.video_ap import VideoAPResult, average_precision
 from m2f_video.files import made_directory
 from m2f_video.hub import load_config
+from m2f_video.inference.linking import LinkerName
+from m2f_video.inference.segment import WINDOW, Mode
 from m2f_video.modeling.video_mask2former import VideoMask2Former
 
 SUBMISSION_FILE = "results.zip"
@@ -63,6 +65,17 @@ class ModelOptions:
     """with --data: how many (query, class) pairs of a video become results; the published evaluation takes 10."""
     frames_per_chunk: int | None = None
     """with --data: frames encoded at a time; by default 1 on a CPU and 8 elsewhere."""
+    mode: Mode = "whole"
+    """with --data: decode each video as a whole, as published; in windows; or auto, by its length."""
+    window: int = WINDOW
+    """with --data: frames of a window."""
+    stride: int | None = None
+    """with --data: frames from one window to the next; by default as many as a window has."""
+    linker: LinkerName = "transfer"
+    """with --data: how objects of a window are linked to tracks."""
+    duplicate_iou: float | None = None
+    """with --data: of two objects whose masks overlap by more, leave out the less certain one; by default 1 (none) for
+    whole videos, 0.5 in windows."""
 
 
 def eval_results(
@@ -164,6 +177,11 @@ def _evaluate_checkpoint(
             frames_per_chunk=options.frames_per_chunk,
             plain=options.plain,
             journal=journal,
+            mode=options.mode,
+            window=options.window,
+            stride=options.stride,
+            linker=options.linker,
+            duplicate_iou=options.duplicate_iou,
         )
         if not worker.is_main:
             predict()

@@ -22,6 +22,7 @@ from m2f_video.cli.data import DATA_COMMANDS
 from m2f_video.cli.demo import demo
 from m2f_video.cli.evaluate import eval_results
 from m2f_video.cli.info import info
+from m2f_video.cli.inspect import inspect
 from m2f_video.cli.parity import parity
 from m2f_video.cli.segment import segment
 from m2f_video.cli.train import train_command
@@ -36,6 +37,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "parity": parity,
     "benchmark": benchmark,
     "eval": eval_results,
+    "inspect": inspect,
     "info": info,
 }
 

@@ -9,6 +9,8 @@ import torch
 from m2f_video.cli.console import one_line, progress_bars
 from m2f_video.cli.outputs import DtypeName, Source, check_output, print_tracks
 from m2f_video.hub import load_config
+from m2f_video.inference.linking import LinkerName
+from m2f_video.inference.segment import WINDOW, Mode
 from m2f_video.modeling.video_mask2former import VideoMask2Former
 from m2f_video.results.tracks import OVERLAY_FILE, TRACKS_FILE
 
@@ -24,6 +26,11 @@ def segment(
     device: str | None = None,
     dtype: DtypeName = "float32",
     frames: str | None = None,
+    mode: Mode = "auto",
+    window: int = WINDOW,
+    stride: int | None = None,
+    linker: LinkerName = "transfer",
+    duplicate_iou: float | None = None,
     top_k: int = 10,
     score_threshold: float = 0.0,
     shortest_edge: int | None = None,
@@ -49,7 +56,16 @@ def segment(
         device: such as cpu, cuda or cuda:1; by default cuda where there is one, else cpu.
         dtype: floating-point type the model runs in.
         frames: which frames, START:STOP or START:STOP:STEP, counted from 0, such as 10:50:2.
-        top_k: how many (query, class) pairs become tracks; the published evaluation takes 10.
+        mode: whole decodes the video as one clip, as published, window clip by clip, linking what they show, in memory
+            that does not grow; auto takes whole for up to 36 frames, and says so.
+        window: frames of a window.
+        stride: frames from the beginning of one window to that of the next; by default as many as a window has.
+        linker: how objects of a window are linked to tracks: by their masks and classes (transfer), by embeddings as
+            MinVIS does (embedding), by masks in shared frames as IFC does (mask_iou, with --stride below --window), or
+            by the last two (both).
+        duplicate_iou: of two objects whose masks overlap by more than this IoU leave out the less certain one; by
+            default 1 (none) for whole videos, as published, and 0.5 in windows.
+        top_k: how many (object, class) pairs become tracks; the published evaluation takes 10.
         score_threshold: leave out tracks that score less. 0 keeps all top-k, as the published evaluation does; 0.3
             suits most videos.
         shortest_edge: resize frames to this shorter side, in pixels, instead of the checkpoint's.
@@ -59,7 +75,7 @@ def segment(
         overlay: write overlay.mp4.
     """
     from m2f_video.inference.processor import VideoProcessor
-    from m2f_video.inference.whole import segment_video
+    from m2f_video.inference.segment import choose_mode, segment_video
     from m2f_video.video.reader import open_video, parse_frames
     from m2f_video.video.writer import MAX_SIDE
 
@@ -87,11 +103,19 @@ def segment(
         longest_edge = max(preprocessing.longest_edge, shortest_edge)
         preprocessing = replace(preprocessing, shortest_edge=shortest_edge, longest_edge=longest_edge, fixed_size=None)
     processor = VideoProcessor(preprocessing, model.config.labels)
+    chosen, why = choose_mode(mode, reader.num_frames_hint)
+    if mode == "auto":
+        print(f"mode {chosen}: {why}")
     with progress_bars(unit="frame") as update:
         segmentation = segment_video(
             model,
             reader,
             processor=processor,
+            mode=chosen,
+            window=window,
+            stride=stride,
+            linker=linker,
+            duplicate_iou=duplicate_iou,
             top_k=top_k,
             score_threshold=score_threshold,
             frames_per_chunk=frames_per_chunk,

@@ -41,6 +41,7 @@ def train_command(argv: Sequence[str] = ()) -> Callable[..., int]:
         validation_videos: int | None = None,
         init: str | None = None,
         init_backbone: str | None = None,
+        init_partial: bool = False,
         resume: bool = False,
         device: str | None = None,
         tensorboard: bool = False,
@@ -76,6 +77,8 @@ def train_command(argv: Sequence[str] = ()) -> Callable[..., int]:
             init_backbone: weights of the backbone alone to begin with: a file, folder or hub name (of a converted
                 backbone, of timm, torchvision, detectron2 or Swin's authors, or of a whole model), or timm:NAME for
                 pretrained ones of timm, such as timm:resnet50.a1_in1k; timm takes those of the model's own backbone.
+            init_partial: load what fits of weights that are of another config, and print what was loaded, resized, left
+                new and ignored: other classes, queries, layers, windows, another backbone, modules of one's own.
             resume: go on from the latest checkpoint in OUTPUT.
             device: such as cpu or cuda; by default cuda where there is one, else cpu.
             tensorboard: write TensorBoard's event files to OUTPUT/tensorboard; needs the extra m2f-video[train].
@@ -107,6 +110,7 @@ def train_command(argv: Sequence[str] = ()) -> Callable[..., int]:
                 resume=resume,
                 init=init,
                 init_backbone=init_backbone,
+                init_partial=init_partial,
                 tensorboard=tensorboard,
             )
             count = sum(parameter.numel() for parameter in trainer.model.parameters())

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from itertools import chain
-from typing import Any, TypedDict, Unpack
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from m2f_video.evaluation.journal import Journal, Row
 from m2f_video.evaluation.pairing import pair_tracks
 from m2f_video.evaluation.video_ap import VideoAPResult, average_precision
 from m2f_video.inference.processor import VideoProcessor
-from m2f_video.inference.whole import segment_video
+from m2f_video.inference.segment import Segmentation, segment_video
 from m2f_video.modeling.video_mask2former import VideoMask2Former
 from m2f_video.video.reader import DEFAULT_FPS, VideoReader
 
@@ -42,6 +42,7 @@ def predict_videos(
     world_size: int = 1,
     journal: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
+    **how: Unpack[Segmentation],
 ) -> list[Row]:
     """Segment each video of a dataset, from the dataset's own frames.
 
@@ -56,7 +57,7 @@ def predict_videos(
         world_size: number of shares.
         journal: file (`.jsonl`) that keeps each video as soon as it is finished. With the same journal a run that was
             stopped goes on behind its last finished video and gives the same rows. The journal serves the same
-            weights, config, preprocessing, dataset and `top_k`; what only rounding depends on (device, share,
+            weights, config, preprocessing, dataset, `top_k` and `how`; what only rounding depends on (device, share,
             `frames_per_chunk` and `plain`) may change. It is not removed at the end.
         progress: called with ("videos", videos done, videos of the share), the first time before the work with how
             many of them the journal had.
@@ -76,8 +77,9 @@ def predict_videos(
     category_ids = _category_ids(videos)
     _check_labels(model.config.labels, tuple(category_ids))
     processor = processor or VideoProcessor.from_config(model.config)
+    how = {"mode": "whole", **how}
     share = range(rank, len(videos), world_size)
-    kept = None if journal is None else Journal(journal, _made_from(model, videos, processor, top_k))
+    kept = None if journal is None else Journal(journal, _made_from(model, videos, processor, top_k, how))
     rows_of = {} if kept is None else {index: kept.rows[index] for index in share if index in kept.rows}
     known_ids = set(category_ids.values())
     for index, rows in rows_of.items():
@@ -97,6 +99,7 @@ def predict_videos(
                 top_k=top_k,
                 frames_per_chunk=frames_per_chunk,
                 plain=plain,
+                **how,
             )
             rows_of[index] = [
                 {
@@ -114,7 +117,7 @@ def predict_videos(
     return [row for index in share for row in rows_of[index]]
 
 
-class PredictOptions(TypedDict, total=False):
+class PredictOptions(Segmentation, total=False):
     """What else `predict_videos` takes."""
 
     processor: VideoProcessor | None
@@ -266,7 +269,7 @@ def _check_labels(labels: tuple[str, ...], categories: tuple[str, ...]) -> None:
 
 
 def _made_from(
-    model: VideoMask2Former, videos: AnnotatedVideos, processor: VideoProcessor, top_k: int
+    model: VideoMask2Former, videos: AnnotatedVideos, processor: VideoProcessor, top_k: int, how: Segmentation
 ) -> dict[str, Any]:
     """What the predictions depend on. How they are computed (device, chunks, ranks) is not part of it."""
     return {
@@ -274,6 +277,9 @@ def _made_from(
         "dataset": videos.fingerprint,
         "preprocessing": asdict(processor.config),
         "top_k": top_k,
+        "segmentation": {
+            name: value if isinstance(value, int | float | str) else repr(value) for name, value in how.items()
+        },
     }
 
 

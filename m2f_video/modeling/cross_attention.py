@@ -28,6 +28,12 @@ def attention_mask(mask_logits: Tensor) -> Tensor:
     return ~blocked | blocked.all(-1, keepdim=True)
 
 
+def pooling_weights(mask_logits: Tensor) -> Tensor:
+    """Shares of the pixels that each query's mask covers in its mean: (B, Q, S) logits -> (B, Q, S)."""
+    mask = attention_mask(mask_logits)
+    return mask.to(position_dtype(mask_logits)) / mask.sum(-1, keepdim=True)  # never by 0; counts leave float16
+
+
 @dataclass(frozen=True)
 class Level:
     """One level of a batch of clips, as cross-attention reads it: S keys and values.
@@ -173,9 +179,7 @@ class MaskPooling(nn.Module):
         if mask_logits is None:
             pooled = values.mean(1, keepdim=True).expand(-1, query.shape[1], -1)
         else:
-            mask = attention_mask(mask_logits)
-            shares = mask.to(position_dtype(values)) / mask.sum(-1, keepdim=True)  # never by 0; counts leave float16
-            pooled = shares.to(values) @ values
+            pooled = pooling_weights(mask_logits).to(values) @ values
         return self.out_proj(pooled)
 
 

@@ -5,11 +5,12 @@ Two halves that can run apart: `encode_frames` sees frames one by one, `decode_c
 B clips, T frames of a clip, Q queries, K classes, C channels, H W height and width of the input in pixels.
 """
 
+import functools
 import os
 import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -28,7 +29,9 @@ from m2f_video.modeling.build import (
     exchange_modules,
     with_parts,
 )
+from m2f_video.modeling.taps import Taps, capture
 from m2f_video.modeling.transformer_decoder import MaskProduct, Prediction
+from m2f_video.partial_loading import warn_of_partial_loading
 from weights_convert import staged_folder, write_checkpoint
 
 
@@ -247,6 +250,43 @@ class VideoMask2Former(
             attention_masks=decoded.attention_masks,
         )
 
+    def capture(
+        self, *names: str, detach: bool = True, device: torch.device | str | None = None
+    ) -> AbstractContextManager[Taps]:
+        """Look at what modules compute while this model runs in a `with` block, in whatever way; results do not change.
+
+            with model.capture("transformer_decoder.layers.*.cross_attn", "*.cross_attn.attention_weights") as taps:
+                segment_video(model, "cars.mp4")
+            taps["transformer_decoder.layers.3.cross_attn"]  # (1, Q, C)
+
+        An output is what the module gives: a tensor, or tuples and dataclasses of such. Those of modules of backbone
+        and pixel decoder are concatenated over the frames of a clip, in whatever chunks these were encoded.
+        `taps.calls(name)` gives one for each clip, or call of another module; `taps[name]` the only one. What no
+        forward returns is called by its module's name and one of these (`*` does not match these):
+
+        - `cross_attn.attention_mask`: as `F.scaled_dot_product_attention` is told, bool (B, Q, S), or (B, M, Q, S)
+          where heads differ, or what is added to products; None where a query attends everywhere.
+        - `cross_attn.attention_weights`: (B, M, Q, S), before dropout; 4 M Q S bytes a clip: 21 MB a frame at stride 8
+          of 480x864, 100 queries and 8 heads. Of `MaskPooling` the shares (B, Q, S) of pixels. `backbone...attn` too.
+        - `layers.N.mask_logits` and `cross_attn.mask_logits`: (B, Q, S) of a layer, at the size of its level; None
+          where there are none.
+        - `pixel_decoder...self_attn.sampling_locations`: (F, N, M, L, P, 2) as (x, y), 0 and 1 being the outer edges.
+        - `pixel_decoder...self_attn.sampling_weights`: (F, N, M, L, P).
+
+        What is captured runs without a fused twin, as whatever is hooked; the rest stays fused. Calls by the thread
+        that opened the block are captured.
+
+        Args:
+            names: of modules, as `named_modules` has them, or patterns as of `fnmatch`, whose `*` matches dots too.
+            detach: give copies without gradients; otherwise what autograd knows, itself.
+            device: where to put what is captured; None: where it is.
+
+        Raises:
+            ValueError: a name or pattern that matches nothing, or a compiled model (`torch.compile`).
+            TapError: from `taps[name]`, see there.
+        """
+        return capture(self, *names, detach=detach, device=device)
+
     def prepare_for_inference(
         self, dtype: torch.dtype | str | None = None, compile: Literal["auto", "kernels", "model", "none"] = "auto"
     ) -> Self:
@@ -313,6 +353,7 @@ class VideoMask2Former(
         local_files_only: bool = False,
         force_download: bool = False,
         parts: Parts | None = None,
+        partial: bool = False,
     ) -> Self:
         """Load a model from the hub, a folder or a file, in this project's or a foreign format.
 
@@ -333,6 +374,9 @@ class VideoMask2Former(
             force_download: download again.
             parts: modules of your own that the model was built with, as for `VideoMask2Former`. A checkpoint records
                 their names, and none is ever imported by its name.
+            partial: load what fits, and leave the rest of the model as it is initialised, at random; a warning has the
+                table of what was done. `m2f_video.load_partially` says what fits, and gives the table for a model that
+                is built already.
 
         Returns:
             The model in evaluation mode.
@@ -340,11 +384,12 @@ class VideoMask2Former(
         Raises:
             FileNotFoundError: no such file or folder, and not a hub name.
             ConfigError: the config is missing or describes no model we can build.
-            weights_convert.ConversionError: weights that cannot be read, are not finite, or do not fit the config.
+            weights_convert.ConversionError: weights that cannot be read, are not finite, or do not fit the config; with
+                `partial`, of which nothing fits.
             ValueError: an unknown dtype or device.
         """
         return load_model(
-            partial(cls, parts=parts) if parts else cls,
+            functools.partial(cls, parts=parts) if parts else cls,
             pretrained_model_name_or_path,
             config=config,
             temporal=temporal,
@@ -356,6 +401,7 @@ class VideoMask2Former(
             local_files_only=local_files_only,
             force_download=force_download,
             check_first=not parts,
+            partially=warn_of_partial_loading if partial else None,
         )
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> str | None:

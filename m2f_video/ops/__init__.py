@@ -9,9 +9,15 @@ from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from m2f_video.ops.embedding_bag import ms_deform_attn_embedding_bag, ms_deform_attn_embedding_bag_from_offsets
-from m2f_video.ops.reference import Shapes, ms_deform_attn_reference, sampling_locations_from_offsets
+from m2f_video.ops.reference import (
+    Shapes,
+    ms_deform_attn_reference,
+    samples_from_offsets,
+    sampling_locations_from_offsets,
+)
 from m2f_video.ops.triton_verified import VERIFIED
 
 __all__ = [
@@ -21,6 +27,7 @@ __all__ = [
     "ms_deform_attn",
     "ms_deform_attn_from_offsets",
     "resolve_backend",
+    "samples_from_offsets",
     "sampling_locations_from_offsets",
 ]
 
@@ -62,6 +69,10 @@ def ms_deform_attn(
         ValueError: shapes that do not fit together, an unknown backend, or one that cannot run here or on these
             inputs.
     """
+    tensors = value, sampling_locations, attention_weights
+    if has_torch_function(tensors):  # as of PyTorch's own functions, modes and subclasses see the call
+        rest = spatial_shapes, sampling_locations, attention_weights, backend
+        return handle_torch_function(ms_deform_attn, tensors, value, *rest)
     _check_shapes(value, spatial_shapes, sampling_locations, attention_weights)
     resolved = resolve_backend(backend, value, sampling_locations, attention_weights)
     if resolved == "triton":
@@ -98,6 +109,10 @@ def ms_deform_attn_from_offsets(
     Raises:
         ValueError: as `ms_deform_attn`.
     """
+    tensors = value, reference_points, offsets, attention_logits
+    if has_torch_function(tensors):
+        rest = spatial_shapes, reference_points, offsets, attention_logits, backend
+        return handle_torch_function(ms_deform_attn_from_offsets, tensors, value, *rest)
     _check_shapes(value, spatial_shapes, offsets, attention_logits)
     if reference_points.shape != (offsets.shape[1], 2):
         raise ValueError(f"reference_points must be {(offsets.shape[1], 2)}, got {tuple(reference_points.shape)}")
@@ -106,8 +121,7 @@ def ms_deform_attn_from_offsets(
         return ms_deform_attn_embedding_bag_from_offsets(
             value, spatial_shapes, reference_points, offsets, attention_logits
         )
-    locations = sampling_locations_from_offsets(reference_points, offsets.to(reference_points.dtype), spatial_shapes)
-    weights = attention_logits.flatten(3).softmax(-1).view_as(attention_logits)
+    locations, weights = samples_from_offsets(reference_points, offsets, attention_logits, spatial_shapes)
     return ms_deform_attn(value, spatial_shapes, locations, weights, resolved)
 
 

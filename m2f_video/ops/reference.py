@@ -49,3 +49,15 @@ def sampling_locations_from_offsets(reference_points: Tensor, offsets: Tensor, s
     """
     sizes = torch.tensor([(w, h) for h, w in spatial_shapes], dtype=offsets.dtype, device=offsets.device)
     return reference_points[:, None, None, None, :] + offsets / sizes[:, None, :]
+
+
+def samples_from_offsets(
+    reference_points: Tensor, offsets: Tensor, attention_logits: Tensor, spatial_shapes: Shapes
+) -> tuple[Tensor, Tensor]:
+    """What `m2f_video.ops.ms_deform_attn_from_offsets` samples, and how it weighs it.
+
+    Returns:
+        Locations (B, Q, M, L, P, 2), in the dtype of the reference points, and weights (B, Q, M, L, P).
+    """
+    locations = sampling_locations_from_offsets(reference_points, offsets.to(reference_points.dtype), spatial_shapes)
+    return locations, attention_logits.flatten(3).softmax(-1).view_as(attention_logits)

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from m2f_video.backbone_weights import load_backbone
 from m2f_video.config import TRAINING_PARTS
 from m2f_video.data.augment import Augmentation
 from m2f_video.data.clip import AnnotatedVideos, ClipDataset
@@ -43,7 +42,7 @@ from m2f_video.training.folder import (
     state_to_resume,
 )
 from m2f_video.training.given_model import check_unchanged, config_of, copied, holding, recomputing
-from m2f_video.training.initial_weights import load_initial_weights
+from m2f_video.training.initial_weights import InitialWeights
 from m2f_video.training.log import LOGGED_PARTS, TrainingLog
 from m2f_video.training.losses import LossOutput, NonFinitePredictionError, build_loss, loss_norms
 from m2f_video.training.optim import build_optimizer, learning_rate, set_learning_rate, update_average
@@ -67,6 +66,8 @@ class Trainer:
         init: weights to begin with, as `VideoMask2Former.from_pretrained` takes them; None begins with random ones. A
             classifier of other labels begins with random weights.
         init_backbone: weights of the backbone to begin with, as `load_backbone` takes them, instead of `init`.
+        init_partial: load what fits of them, as `load_partially` and `load_backbone` do; the log begins with the table
+            of what was done.
         tensorboard: write TensorBoard's event files too.
         parts: modules of your own that the model is built with, as for `VideoMask2Former`, and a `loss` or `matcher` of
             your own. The run records their names, and goes on with parts of the same names alone.
@@ -81,11 +82,12 @@ class Trainer:
         TypeError: `model` is no `VideoMask2Former`.
         ConfigError: a part that there is no place for, or one that the config records and that is not given; or `model`
             does not fit the config or the data.
-        ValueError: more than one of `init`, `init_backbone` and `model` is given, or `parts` with `model`; no weight of
-            `model` learns, or its state dict is not its state; another run is at work in the folder; it holds a run and
-            `resume` was not asked for; the run in it had another config or other data; no checkpoint can be read, or
-            its logs cannot be gone on with; a batch cannot be divided among the workers, or they disagree on what to
-            go on with; or the validation videos are missing, have other classes or no annotations.
+        ValueError: more than one of `init`, `init_backbone` and `model` is given, `parts` with `model`, or
+            `init_partial` and nothing to load; no weight of `model` learns, or its state dict is not its state; another
+            run is at work in the folder; it holds a run and `resume` was not asked for; the run in it had another
+            config or other data; no checkpoint can be read, or its logs cannot be gone on with; a batch cannot be
+            divided among the workers, or they disagree on what to go on with; or the validation videos are missing,
+            have other classes or no annotations.
         OSError: files cannot be read or written.
     """
 
@@ -100,19 +102,19 @@ class Trainer:
         resume: bool = False,
         init: str | None = None,
         init_backbone: str | None = None,
+        init_partial: bool = False,
         tensorboard: bool = False,
         parts: Parts | None = None,
         model: VideoMask2Former | None = None,
     ) -> None:
-        if init is not None and init_backbone is not None:
-            raise ValueError("give init or init_backbone, not both: the first brings a backbone along")
+        initial = InitialWeights(init, init_backbone, init_partial)
         labels = tuple(videos.labels)
         if model is None:
             self.parts = parts or {}
             built = with_parts(config.model.replace(labels=labels), self.parts)
             require_parts(built, self.parts, TRAINING_PARTS)
         else:
-            if init or init_backbone or parts:
+            if initial.source or parts:
                 raise ValueError(
                     "give model or what it is made from, not both: build it with its parts, and load weights into it, "
                     "by from_pretrained or load_backbone, before"
@@ -139,7 +141,7 @@ class Trainer:
                 "the run to go on with", (config.to_json(), self._data, None if state is None else state["step"])
             )
             self._truth = self._prepare_truth()
-            said = self._build(state, init, init_backbone, model)
+            said = self._build(state, initial, model)
             self._batches = self._load_batches(videos)
             held.callback(self._batches.close)  # and the processes behind it
             self.log = TrainingLog(output, self.worker, config.steps, self.steps_done, config.log_every, tensorboard)
@@ -158,7 +160,7 @@ class Trainer:
             )
 
     def _build(
-        self, state: dict[str, Any] | None, init: str | None, init_backbone: str | None, given: VideoMask2Former | None
+        self, state: dict[str, Any] | None, initial: InitialWeights, given: VideoMask2Former | None
     ) -> list[str]:
         """Make all that has a state, as it is at the beginning or was saved; gives what there is to say about it."""
         config, said = self.config, []
@@ -167,17 +169,15 @@ class Trainer:
         if given and (done := str(changes(given))):
             said.append(f"the model given is not what its config builds: {done}; do the same before it is resumed")
         if state is not None:
-            if source := init or init_backbone:
-                said.append(f"{source} is not loaded: the run goes on from its checkpoint")
+            if initial.source:
+                said.append(f"{initial.source} is not loaded: the run goes on from its checkpoint")
             if state["workers"] != self.worker.world_size:
                 said.append(
                     f"{self.output}: there were {state['workers']} workers and are now {self.worker.world_size}, so "
                     "that other random numbers are drawn than in an uninterrupted run"
                 )
-        elif init is not None and not load_initial_weights(model, init):
-            said.append(f"{init} knows other classes: the classifier begins with random weights")
-        elif init_backbone is not None:
-            said.append(str(load_backbone(model, init_backbone)))
+        else:
+            said += initial.load(model)
         self.model = model.to(self.worker.device).train()
         self._is_given = given is not None
         if self._is_given:

@@ -155,8 +155,8 @@ def test_a_run_from_the_weights_of_a_backbone(
         assert run_tiny(folder, tmp_path / "run", *begin) == 130
     printed = capsys.readouterr().out
     assert f"backbone of {tmp_path / 'swin.pth'}\n" in printed
-    assert ["backbone.stages", "61", "0"] in [line.split() for line in printed.splitlines()]
-    assert ["backbone.out_norms", "0", "8"] in [line.split() for line in printed.splitlines()]
+    assert ["backbone.stages", "61", "0", "0", "0"] in [line.split() for line in printed.splitlines()]
+    assert ["backbone.out_norms", "0", "0", "8", "0"] in [line.split() for line in printed.splitlines()]
     state = load_latest_checkpoint(tmp_path / "run")
     assert state is not None
     weights = to_native(swin.state_dict())
@@ -170,6 +170,30 @@ def test_a_run_from_the_weights_of_a_backbone(
     assert run_tiny(folder, tmp_path / "other", *begin, "--model.backbone.window-size", 3) == 2
     assert "relative_position_bias_table is (49, 1), the config makes it (25, 1)" in error_of(capsys)
     assert not (tmp_path / "other").exists()
+
+
+def test_a_run_from_what_fits_of_the_demo(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["model"]["backbone"] = {"type": "timm", "name": "regnetx_002"}
+    config["model"]["pixel_decoder"] |= {"hidden_dim": 64, "mask_dim": 64, "ffn_dim": 256}
+    config["model"]["transformer_decoder"] |= {"hidden_dim": 128, "ffn_dim": 512}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"steps": 1}))
+    options = ("--data", folder / "data", "--output", tmp_path / "run", "--device", "cpu", "--init", "demo")
+    assert run("--config", tmp_path / "config.json", *options) == 2
+    assert "--init-partial" in error_of(capsys)
+    assert not (tmp_path / "run").exists()
+    assert run("--config", tmp_path / "config.json", *options, "--init-partial") == 0
+    printed = capsys.readouterr().out
+    lines = [line.split() for line in printed.splitlines()]
+    assert lines[:2] == [["weights", "of", "demo"], ["loaded", "resized", "new", "ignored"]]
+    assert ["transformer_decoder.query_features", "0", "1", "0", "0"] in lines
+    assert (
+        "resized: transformer_decoder.query_features.weight, the first 5 of 20 queries, here 5 (and 1 more)\n"
+        in printed
+    )
+    assert "new: pixel_decoder.layers.0.self_attn.sampling_offsets.weight, of another layout: " in printed
+    assert "loaded, but computes something else: pixel_decoder.num_layers 2 -> 1; " in printed
+    VideoMask2Former.from_pretrained(tmp_path / "run/final")
 
 
 @pytest.fixture
@@ -271,6 +295,10 @@ def test_a_recipe_has_to_be_chosen(
         (("--init-backbone", "{folder}/config.json"), "config.json: it is not a checkpoint"),
         (("--init-backbone", "timm"), "the backbone is not timm's; name weights, such as timm:swin_tiny"),
         (("--init", "demo", "--init-backbone", "demo"), "give init or init_backbone, not both"),
+        (("--init", "demo"), "or load what fits by --init-partial"),
+        (("--init-partial",), "init_partial loads what fits of weights; give them by init or init_backbone"),
+        (("--init-partial", "--init", "nowhere"), "nowhere does not exist"),
+        (("--init-partial", "--init", "{folder}/config.json"), "config.json: it is not a checkpoint"),
         (("--model.temporal", "per_frame"), "an image model has no clips to learn from"),
         (("--output", "{folder}/config.json"), "config.json is a file, where a training run needs a folder"),
         (("--output", "{folder}/config.json/run"), "config.json/run"),

@@ -16,8 +16,7 @@ from m2f_video import (
     open_video,
     segment_video,
 )
-from m2f_video.inference import segments
-from m2f_video.inference import whole as inference
+from m2f_video.inference import on_video, segments
 from m2f_video.inference.postprocess import resize_masks
 from m2f_video.video import VideoError
 from tests.conftest import synthetic_frames
@@ -71,7 +70,7 @@ def test_masks_are_resized_a_bounded_number_at_a_time(tiny_model, video, monkeyp
         counts.append(len(logits))
         return resize_masks(logits, *sizes)
 
-    monkeypatch.setattr(inference, "resize_masks", resize)
+    monkeypatch.setattr(on_video, "resize_masks", resize)
     for most, expected in ((1, 1), (3 * 61 * 90, 3)):
         counts.clear()
         monkeypatch.setattr(segments, "CHUNK_PIXELS", most)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from m2f_video import VideoMask2Former
 from m2f_video.config import ConfigError
+from m2f_video.modeling.cross_attention import CrossAttention
 from m2f_video.training import Trainer
 from tests.training.tiny_run import (
     CONFIG,
@@ -106,6 +107,58 @@ def test_a_run_killed_before_its_first_checkpoint_keeps_what_it_began_with(other
     train_until(0, tmp_path / "killed", config, init=str(other / "same"))
     train(tmp_path / "killed", config, resume=True)
     assert final_weights(tmp_path / "killed") == final_weights(tmp_path / "whole")
+
+
+def test_what_fits_of_other_weights(other: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    decoder = replace(MODEL.transformer_decoder, num_queries=6, cross_attention="full")
+    config = CONFIG.replace(model=MODEL.replace(transformer_decoder=decoder))
+    made = Trainer(config, VIDEOS, tmp_path / "made", init=str(other / "same"), init_partial=True)
+    printed = capsys.readouterr().out
+    assert f"weights of {other / 'same'}\n" in printed
+    assert (
+        "resized: transformer_decoder.query_features.weight, the first 5 of 5 queries, here 6 (and 1 more)\n" in printed
+    )
+    assert "something else: transformer_decoder.cross_attention 'masked' -> 'full'\n" in printed
+    given = load_file(other / "same/model.safetensors")
+    ours = made.model.state_dict()
+    assert [name for name in ours if not torch.equal(ours[name][:5], given[name][:5])] == []
+    made.close()
+
+
+class Attention(CrossAttention):
+    pass
+
+
+class Renamed(Attention):
+    pass
+
+
+def test_parts_that_were_renamed_begin_a_training(tmp_path: Path) -> None:
+    was = VideoMask2Former(MODEL, parts={"cross_attention": Attention})
+    was.save_pretrained(tmp_path / "was")
+    options: dict[str, Any] = {"init": str(tmp_path / "was"), "parts": {"cross_attention": Renamed}}
+    with pytest.raises(ConfigError, match=r"parts.cross_attention is .*Renamed.* or load what fits by --init-partial"):
+        Trainer(CONFIG, VIDEOS, tmp_path / "made", **options)
+    made = Trainer(CONFIG, VIDEOS, tmp_path / "made", **options, init_partial=True)
+    assert largest_difference(made.model.state_dict(), was.state_dict()) == 0
+    made.close()
+
+
+def test_nothing_is_half_loaded(other: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="init_partial loads what fits of weights; give them by init or init_backbone"):
+        Trainer(CONFIG, VIDEOS, tmp_path / "made", init_partial=True)
+    backbone = {"backbone.patch_embed.norm.bias": torch.ones(5)}
+    save_file(backbone, tmp_path / "other.safetensors")
+    for option in ("init", "init_backbone"):
+        with pytest.raises(ConversionError, match=r"nothing of .* fits the model"):
+            Trainer(
+                CONFIG,
+                VIDEOS,
+                tmp_path / "made",
+                **{option: str(tmp_path / "other.safetensors")},  # type: ignore[arg-type]
+                init_partial=True,
+            )
+    assert not (tmp_path / "made").exists()
 
 
 @pytest.mark.parametrize("option", ["init", "init_backbone"])

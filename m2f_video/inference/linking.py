@@ -1,0 +1,255 @@
+"""Which object of a window is which track: the similarity of every pair, and the best assignment above a threshold.
+
+A video cut into windows is decoded window by window, and each window's objects are linked to the tracks so far: what
+was linked once stays. A linker is a small class with a similarity; `Tracker` does the rest. Nothing is trained.
+
+N objects of a window, R tracks, W frames of a window, C channels of mask embeddings, K classes, h w size of the mask
+logits.
+"""
+
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MaskProductFunction = Callable[[Tensor, Tensor], Tensor]
+"""Embeddings (1, N, C) and mask features (1, F, C, h, w) -> mask logits (1, N, F, h, w)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Window:
+    """Objects that the model sees in some frames that follow each other.
+
+    Attributes:
+        start: number of its first frame.
+        queries: (N,) the model's queries whose objects these are.
+        probabilities: (N, K+1), the last column no-object.
+        mask_embeddings: (N, C).
+        mask_logits: (N, W, h, w).
+        mask_features: (W, C, h, w).
+        mask_product: makes mask logits of embeddings and features.
+    """
+
+    start: int
+    queries: Tensor
+    probabilities: Tensor
+    mask_embeddings: Tensor
+    mask_logits: Tensor
+    mask_features: Tensor
+    mask_product: MaskProductFunction
+
+
+@dataclass(eq=False)
+class TrackState:
+    """What is known of a track between two windows, whatever its length.
+
+    Attributes:
+        id: from 1, by birth.
+        probabilities: (K+1,), summed over the windows that it was seen in.
+        windows: how many these are.
+        last: number of the last of them, among all windows.
+        start: first frame of that window.
+        mask_embedding: (C,) there.
+        mask_logits: (W, h, w) there.
+    """
+
+    id: int
+    probabilities: Tensor
+    windows: int
+    last: int
+    start: int
+    mask_embedding: Tensor
+    mask_logits: Tensor
+
+
+class Linker(Protocol):
+    """How alike tracks and the objects of the next window are."""
+
+    @property
+    def threshold(self) -> float:
+        """Pairs that are less alike are not linked."""
+
+    @property
+    def memory(self) -> int:
+        """How many windows in a row a track may be missed before it is given up."""
+
+    @property
+    def every_query(self) -> bool:
+        """Whether all of the model's queries are objects, rather than those that are likely to be one."""
+
+    def similarity(self, tracks: Sequence[TrackState], window: Window, missed: Tensor) -> Tensor:
+        """Of every pair, (R, N), any real number; `missed` (R,) counts the windows since each track was seen."""
+
+
+def soft_iou(a: Tensor, b: Tensor) -> Tensor:
+    """IoU of mask probabilities: logits (R, ...) and (N, ...) of the same pixels -> (R, N)."""
+    a, b = a.flatten(1).float().sigmoid(), b.flatten(1).float().sigmoid()
+    inter = a @ b.T
+    return inter / (a.sum(1)[:, None] + b.sum(1) - inter).clamp(min=1e-6)
+
+
+def shared_iou(track: TrackState, window: Window) -> Tensor:
+    """Soft IoU (N,) of a track and objects in the frames that the track's last window shares with theirs; 0 of none."""
+    shared = track.start + len(track.mask_logits) - window.start
+    if shared <= 0:
+        return window.probabilities.new_zeros(len(window.queries))
+    return soft_iou(track.mask_logits[None, -shared:], window.mask_logits[:, :shared])[0]
+
+
+def cosine(a: Tensor, b: Tensor) -> Tensor:
+    """Of vectors (R, C) and (N, C) -> (R, N)."""
+    return F.normalize(a.float(), dim=1) @ F.normalize(b.float(), dim=1).T
+
+
+def class_similarity(a: Tensor, b: Tensor) -> Tensor:
+    """Bhattacharyya coefficient of distributions over classes, no-object apart: (R, K+1) and (N, K+1) -> (R, N)."""
+    a, b = (F.normalize(x[:, :-1].float().clamp(min=0), p=1.0, dim=1).sqrt() for x in (a, b))
+    return a @ b.T
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransferLinker:
+    """An object's mask embedding, applied to the next window, gives its mask there: soft IoU with that, and classes.
+
+    Attributes:
+        frames: of the beginning of the new window that are compared.
+        miss_penalty: for each window that the track was missed.
+    """
+
+    threshold: float = 0.5
+    memory: int = 3
+    every_query: bool = False
+    frames: int = 4
+    miss_penalty: float = 0.1
+
+    def similarity(self, tracks: Sequence[TrackState], window: Window, missed: Tensor) -> Tensor:
+        """See `Linker`."""
+        embeddings = torch.stack([track.mask_embedding for track in tracks])
+        carried = window.mask_product(embeddings[None], window.mask_features[None, : self.frames])[0]
+        masks = soft_iou(carried, window.mask_logits[:, : self.frames])
+        classes = class_similarity(torch.stack([track.probabilities for track in tracks]), window.probabilities)
+        return masks + classes - self.miss_penalty * missed[:, None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingLinker:
+    """Cosine of mask embeddings from one window to the next, every query a slot that always lives.
+
+    After MinVIS (arXiv 2208.02245), which compares the queries themselves, frame by frame. Nothing is born or lost.
+    """
+
+    threshold: float = -math.inf
+    memory: int = sys.maxsize
+    every_query: bool = True
+
+    def similarity(self, tracks: Sequence[TrackState], window: Window, missed: Tensor) -> Tensor:
+        """See `Linker`."""
+        return cosine(torch.stack([track.mask_embedding for track in tracks]), window.mask_embeddings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskIouLinker:
+    """Soft IoU in frames that two windows share, after IFC (arXiv 2106.03299); the stride must be below the window."""
+
+    threshold: float = 0.05
+    memory: int = 3
+    every_query: bool = False
+
+    def similarity(self, tracks: Sequence[TrackState], window: Window, missed: Tensor) -> Tensor:
+        """See `Linker`."""
+        return torch.stack([shared_iou(track, window) for track in tracks])
+
+
+@dataclass(frozen=True, kw_only=True)
+class BothLinker:
+    """Cosine of mask embeddings plus soft IoU in shared frames."""
+
+    threshold: float = 0.8
+    memory: int = 3
+    every_query: bool = False
+
+    def similarity(self, tracks: Sequence[TrackState], window: Window, missed: Tensor) -> Tensor:
+        """See `Linker`."""
+        embeddings = torch.stack([track.mask_embedding for track in tracks])
+        return cosine(embeddings, window.mask_embeddings) + MaskIouLinker().similarity(tracks, window, missed)
+
+
+LinkerName = Literal["transfer", "embedding", "mask_iou", "both"]
+LINKERS: dict[LinkerName, Callable[[], Linker]] = {
+    "transfer": TransferLinker,
+    "embedding": EmbeddingLinker,
+    "mask_iou": MaskIouLinker,
+    "both": BothLinker,
+}
+
+
+def named_linker(linker: LinkerName | Linker) -> Linker:
+    """A linker by its name, or the one that is given.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    if not isinstance(linker, str):
+        return linker
+    if linker not in LINKERS:
+        raise ValueError(f"linker must be one of {', '.join(LINKERS)}, or one of your own, got {linker!r:.60}")
+    return LINKERS[linker]()
+
+
+class Tracker:
+    """Tracks through the windows of a video.
+
+    Args:
+        linker: says how alike pairs are.
+    """
+
+    def __init__(self, linker: Linker) -> None:
+        self.linker = linker
+        self.windows = 0
+        self.tracks: dict[int, TrackState] = {}
+        """All that there ever were, by id."""
+
+    def link(self, window: Window) -> list[int]:
+        """The track of each object of the next window; where none is alike enough, a new one."""
+        number, self.windows = self.windows, self.windows + 1
+        alive = [track for track in self.tracks.values() if number - track.last <= self.linker.memory + 1]
+        track_of = dict[int, TrackState]()
+        if alive and len(window.queries):
+            missed = window.probabilities.new_tensor([number - track.last - 1 for track in alive])
+            similarity = self.linker.similarity(alive, window, missed)
+            track_of = {column: alive[row] for row, column in assign_most(similarity, self.linker.threshold)}
+        return [self._seen(window, row, number, track_of.get(row)) for row in range(len(window.queries))]
+
+    def _seen(self, window: Window, row: int, number: int, track: TrackState | None) -> int:
+        probabilities, embedding, logits = (
+            values[row] for values in (window.probabilities, window.mask_embeddings, window.mask_logits)
+        )
+        if track is None:
+            id_ = len(self.tracks) + 1
+            self.tracks[id_] = TrackState(id_, probabilities, 1, number, window.start, embedding, logits)
+            return id_
+        track.probabilities = track.probabilities + probabilities
+        track.windows, track.last, track.start = track.windows + 1, number, window.start
+        track.mask_embedding, track.mask_logits = embedding, logits
+        return track.id
+
+    def scores(self) -> Tensor:
+        """(R, K), of all tracks in the order of their ids: class probabilities, averaged over all windows so far.
+
+        A window that a track is not seen in counts as probability 0.
+        """
+        summed = torch.stack([track.probabilities for track in self.tracks.values()])
+        return summed[:, :-1] / self.windows
+
+
+def assign_most(similarity: Tensor, threshold: float) -> list[tuple[int, int]]:
+    """Pairs (row, column) of the largest sum (the Hungarian method) that are above the threshold."""
+    from scipy.optimize import linear_sum_assignment
+
+    rows, columns = linear_sum_assignment(similarity.cpu().numpy(), maximize=True)
+    return [pair for pair in zip(rows.tolist(), columns.tolist(), strict=True) if similarity[pair] > threshold]

@@ -1,0 +1,79 @@
+"""A model and a video: what every way to segment shares, frames to features and mask logits to run lengths.
+
+F frames, N masks, H W height and width of the video, h w of the mask logits.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import numpy as np
+from torch import Tensor, nn
+
+from m2f_video.acceleration import accelerated
+from m2f_video.inference.clip_model import ClipModel
+from m2f_video.inference.linking import MaskProductFunction
+from m2f_video.inference.postprocess import resize_masks
+from m2f_video.inference.processor import VideoProcessor
+from m2f_video.inference.segments import chunks
+from m2f_video.modeling.transformer_decoder import MaskProduct
+from m2f_video.modeling.video_mask2former import FrameFeatures
+from m2f_video.results.masks import Rle, encode_mask
+from m2f_video.video.reader import VideoReader
+
+Progress = Callable[[str, int, int | None], None]
+"""Called with a stage ("frames" or "masks"), how many frames it has done, and of how many (None: not known yet)."""
+
+
+@dataclass(frozen=True)
+class ModelOnVideo:
+    """A model, a video and how they meet.
+
+    Attributes:
+        model: sees the frames.
+        reader: of the video.
+        processor: prepares frames, and says what was done to them.
+        frames_per_chunk: frames encoded, and masks made, at a time.
+        progress: see `Progress`.
+    """
+
+    model: ClipModel
+    reader: VideoReader
+    processor: VideoProcessor
+    frames_per_chunk: int
+    progress: Progress | None = None
+
+    @contextmanager
+    def accelerated(self, plain: bool) -> Iterator["ModelOnVideo"]:
+        """With the model's twins in place for a while, or with `plain` as it is written, in evaluation mode."""
+        if not isinstance(self.model, nn.Module):
+            yield self
+            return
+        with accelerated(self.model, plain) as model:
+            yield replace(self, model=model)
+
+    @property
+    def mask_product(self) -> MaskProductFunction:
+        """What makes mask logits of mask embeddings and mask features."""
+        return getattr(self.model, "mask_product", None) or MaskProduct()
+
+    def encode(self, pixels: np.ndarray) -> FrameFeatures:
+        """Features of frames (F, H, W, 3)."""
+        return self.model.encode_frames(self.processor.process_frames(pixels).to(self.model.device))
+
+    def encode_masks(self, mask_logits: Tensor) -> list[tuple[Rle | None, ...]]:
+        """Masks of logits (N, F, h, w), at the video's size: for each of the N, one of each frame."""
+        size = (self.reader.height, self.reader.width)
+        resized, padded = self.processor.resized_size(*size), self.processor.padded_size(*size)
+        N, F = mask_logits.shape[:2]
+        logits = mask_logits.flatten(0, 1)[:, None]  # (N*F, 1, h, w)
+        encoded: list[Rle | None] = []
+        for part in chunks(len(logits), size[0] * size[1]):
+            masks = resize_masks(logits[part], padded, resized, size) > 0
+            encoded += [encode_mask(mask) for mask in masks[:, 0].cpu().numpy()]
+        return [tuple(encoded[row * F : (row + 1) * F]) for row in range(N)]
+
+    def report(self, stage: str, done: int, total: int | None) -> None:
+        """Tell how far it is."""
+        if self.progress is not None:
+            self.progress(stage, done, total)

@@ -1,0 +1,185 @@
+"""From a video to tracks, as one clip or in windows.
+
+T frames, Q queries, K classes, W frames of a window, S its stride.
+"""
+
+from typing import Literal, TypedDict, get_args
+
+import torch
+
+from m2f_video.inference.clip_model import ClipModel
+from m2f_video.inference.linking import Linker, LinkerName, named_linker
+from m2f_video.inference.on_video import ModelOnVideo, Progress
+from m2f_video.inference.postprocess import select_top_k
+from m2f_video.inference.processor import VideoProcessor
+from m2f_video.inference.stream import VideoStream, segment_windows
+from m2f_video.inference.whole import segment_whole
+from m2f_video.inference.windows import DUPLICATE_IOU, Windowing
+from m2f_video.results.tracks import VideoSegmentation
+from m2f_video.video.reader import VideoReader, VideoSource, open_video
+
+Mode = Literal["auto", "whole", "window"]
+WINDOW = 8
+"""Frames of a window."""
+MOST_WHOLE = 36
+"""Frames of the longest video that `auto` takes as one clip: of the longest in YouTubeVIS 2019."""
+
+
+class Segmentation(TypedDict, total=False):
+    """Options of `segment_video` that choose another function of the video; see there."""
+
+    mode: Mode
+    window: int
+    stride: int | None
+    linker: LinkerName | Linker
+    duplicate_iou: float | None
+
+
+def choose_mode(mode: Mode, num_frames: int | None) -> tuple[Literal["whole", "window"], str]:
+    """How a video is segmented, and why, in words.
+
+    Args:
+        mode: as it was asked for.
+        num_frames: of the video, as far as its source knows.
+
+    Raises:
+        ValueError: no such mode.
+    """
+    if mode not in get_args(Mode):
+        raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}, got {mode!r:.60}")
+    if mode != "auto":
+        return mode, "as asked"
+    if num_frames is None:
+        return "window", "the source does not say how long it is"
+    if num_frames > MOST_WHOLE:
+        return "window", f"{num_frames} frames are more than {MOST_WHOLE}"
+    return "whole", f"{num_frames} frames are at most {MOST_WHOLE}"
+
+
+@torch.inference_mode()
+def segment_video(
+    model: ClipModel,
+    source: VideoSource | VideoReader,
+    *,
+    processor: VideoProcessor | None = None,
+    frames: slice | None = None,
+    mode: Mode = "auto",
+    window: int = WINDOW,
+    stride: int | None = None,
+    linker: LinkerName | Linker = "transfer",
+    duplicate_iou: float | None = None,
+    top_k: int = 10,
+    score_threshold: float = 0.0,
+    frames_per_chunk: int | None = None,
+    strict: bool = False,
+    plain: bool = False,
+    progress: Progress | None = None,
+) -> VideoSegmentation:
+    """Segment and track the objects of a video.
+
+    As a whole it is one clip: every query attends to all frames (arXiv 2112.10764, section 3), and features of all
+    frames stay in memory until the end. In windows, clips of a few frames are decoded one after the other and their
+    objects are linked, in memory that does not grow with the video but for the result; `stream_video` gives that frame
+    by frame.
+
+    Args:
+        model: with `temporal="joint"`, on any device, in any dtype. It runs in evaluation mode and accelerated, see
+            `m2f_video.acceleration.accelerated`, and is as it was afterwards; several threads may share it.
+        source: what `open_video` takes (file, folder of frames, array), or an open reader.
+        processor: other preprocessing than the model's own.
+        frames: which frames of the source, counted from 0; None takes all. Not for an open reader.
+        mode: `whole`, as published; `window`; or `auto`, which takes `whole` for up to `MOST_WHOLE` frames, and
+            `window` for more or where the source does not say how many it has. See `choose_mode`.
+        window: frames W of a window.
+        stride: frames S from the beginning of one window to that of the next, 1 to W; None is W. Frames that two
+            windows share keep the masks of the first.
+        linker: how objects of a window are linked to tracks: a name, see `m2f_video.inference.linking.LINKERS`, or a
+            `Linker` of your own.
+        duplicate_iou: of two objects whose masks overlap by more than this IoU, in the whole video or a window, the
+            less certain one is left out; 1 keeps all, as the published evaluation does. None is 1 for `whole` and 0.5
+            for `window`.
+        top_k: how many (object, class) pairs become tracks, as the published evaluation takes 10.
+        score_threshold: pairs that score less are left out.
+        frames_per_chunk: frames encoded at a time; None is 1 on a CPU and 8 elsewhere.
+        strict: raise an error for a video that is damaged or changes its size, instead of warning and using
+            what comes before.
+        plain: run the model as it is written, without accelerated twins.
+        progress: see `Progress`.
+
+    Returns:
+        Tracks by falling score; their masks have the source's size. `save` writes them and the overlay.
+
+    Raises:
+        VideoError: the source is no video, or none of its frames is selected.
+        FileNotFoundError: there is no such file.
+        TypeError: `model` is none.
+        ValueError: a per-frame model, an option out of its range, or NaN in what the model gives.
+    """
+    video = _on_video(model, source, processor, frames, frames_per_chunk, strict, progress)
+    _check_selection(model, top_k, score_threshold)
+    chosen, _ = choose_mode(mode, video.reader.num_frames_hint)
+    windowing = _windowing(window, stride, linker, duplicate_iou, top_k)  # a bad option is one in any mode
+    if chosen == "window":
+        tracks, count = segment_windows(VideoStream(video, windowing, plain), score_threshold)
+    else:
+        duplicates = 1.0 if duplicate_iou is None else duplicate_iou
+        with video.accelerated(plain) as fast:
+            tracks, count = segment_whole(fast, top_k=top_k, score_threshold=score_threshold, duplicate_iou=duplicates)
+    reader = video.reader
+    return VideoSegmentation(
+        source=reader.source,
+        width=reader.width,
+        height=reader.height,
+        fps=float(reader.fps),
+        frames=reader.frame_indices(count),
+        labels=model.config.labels,
+        tracks=tuple(tracks),
+        video=reader,
+    )
+
+
+def _on_video(
+    model: ClipModel,
+    source: VideoSource | VideoReader,
+    processor: VideoProcessor | None,
+    frames: slice | None,
+    frames_per_chunk: int | None,
+    strict: bool,
+    progress: Progress | None,
+) -> ModelOnVideo:
+    if not isinstance(model, ClipModel):
+        raise TypeError(
+            f"the model comes first, loaded by VideoMask2Former.from_pretrained; got {type(model).__name__}"
+        )
+    if model.config.temporal != "joint":
+        raise ValueError(
+            "segment_video needs a model with temporal='joint', whose identities hold across frames; "
+            "load the checkpoint with temporal='joint' (--temporal joint), or segment its frames as images with "
+            "processor.post_process_instance_segmentation"
+        )
+    if isinstance(source, VideoReader) and frames is not None:
+        raise ValueError("frames cannot be chosen for an open reader; give them to open_video")
+    reader = source if isinstance(source, VideoReader) else open_video(source, frames, strict=strict)
+    chunk_size = (1 if model.device.type == "cpu" else 8) if frames_per_chunk is None else frames_per_chunk
+    if not 1 <= chunk_size < 2**31:
+        raise ValueError(f"frames_per_chunk must be at least 1 and below {2**31}, got {frames_per_chunk!s:.30}")
+    return ModelOnVideo(model, reader, processor or VideoProcessor.from_config(model.config), chunk_size, progress)
+
+
+def _windowing(
+    window: int, stride: int | None, linker: LinkerName | Linker, duplicate_iou: float | None, top_k: int
+) -> Windowing:
+    return Windowing(
+        window=window,
+        stride=window if stride is None else stride,
+        linker=named_linker(linker),
+        duplicate_iou=DUPLICATE_IOU if duplicate_iou is None else duplicate_iou,
+        top_k=top_k,
+    )
+
+
+def _check_selection(model: ClipModel, top_k: int, score_threshold: float) -> None:
+    """Fail before the work rather than after it."""
+    config = model.config
+    blank = torch.zeros(config.transformer_decoder.num_queries, config.num_labels + 1)
+    select_top_k(blank, top_k, score_threshold)

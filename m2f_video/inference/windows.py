@@ -1,0 +1,172 @@
+"""A video as clips of a few frames: windows, each decoded as the model was trained to, and what they show.
+
+W frames of a window, S frames from one window's beginning to the next, Q queries, N objects, C channels, K classes,
+h w size of the mask logits.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from m2f_video.inference.clip_model import ClipPrediction
+from m2f_video.inference.features import FeatureBuffer
+from m2f_video.inference.linking import Linker, MaskProductFunction, Window
+from m2f_video.inference.on_video import ModelOnVideo
+from m2f_video.inference.postprocess import select_top_k
+from m2f_video.inference.segments import check_thresholds, class_probabilities
+from m2f_video.modeling.video_mask2former import FrameFeatures
+
+DUPLICATE_IOU = 0.5
+"""Two objects of which the masks overlap by more are one."""
+MOST_WINDOW = 4096
+"""Frames; a window's features are in memory together."""
+
+
+@dataclass(frozen=True, eq=False)
+class WindowFeatures:
+    """Features of the frames of a window.
+
+    Attributes:
+        start: number of its first frame.
+        num_new: how many of its last frames were in no window before.
+        features: of all its frames.
+    """
+
+    start: int
+    num_new: int
+    features: FrameFeatures
+
+
+@dataclass(frozen=True, kw_only=True)
+class Windowing:
+    """How a video is cut into windows, and what is seen in them is linked.
+
+    Attributes:
+        window: frames W of a window.
+        stride: frames S from the beginning of one window to that of the next, at most W.
+        linker: of objects to tracks.
+        duplicate_iou: of two objects whose masks overlap by more than this IoU the less certain one is left out; 1
+            keeps all.
+        top_k: how many (object, class) pairs of a video are wanted.
+
+    Raises:
+        ValueError: one of them is out of its range.
+    """
+
+    window: int
+    stride: int
+    linker: Linker
+    duplicate_iou: float
+    top_k: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.window <= MOST_WINDOW:
+            raise ValueError(f"window must be 1 to {MOST_WINDOW} frames, got {self.window!s:.30}")
+        if not 1 <= self.stride <= self.window:
+            raise ValueError(f"stride must be 1 to window={self.window} frames, got {self.stride!s:.30}")
+        check_thresholds(duplicate_iou=self.duplicate_iou)
+
+
+def window_features(video: ModelOnVideo, windowing: Windowing) -> Iterator[WindowFeatures]:
+    """Cut a video of any length into windows, with the pixels of one window and the features of two in memory.
+
+    Where fewer frames are left than a window has, the last one begins earlier: positions in time are scaled by a
+    clip's length, so that a shorter clip would be another kind of input. A video that is shorter than a window is one.
+    """
+    size, stride = windowing.window, windowing.stride
+    frames, recent = iter(video.reader), deque[np.ndarray](maxlen=size)
+    overlap: FrameFeatures | None = None
+    count = 0
+    while new := list(islice(frames, stride if count else size)):
+        buffer, again = FeatureBuffer(size), list[np.ndarray]()
+        if count and len(new) < stride:
+            again = list(recent)[len(new) - size :]
+        elif overlap is not None:
+            buffer.append(overlap)
+        pixels = again + new
+        for start in range(0, len(pixels), video.frames_per_chunk):
+            buffer.append(video.encode(np.stack(pixels[start : start + video.frames_per_chunk])))
+        features = buffer.features()
+        count += len(new)
+        yield WindowFeatures(count - len(features.mask_features), len(new), features)
+        recent.extend(new)
+        overlap = last_frames(features, size - stride) if stride < size else None
+
+
+def last_frames(features: FrameFeatures, count: int) -> FrameFeatures:
+    """Of so many frames at the end."""
+    return FrameFeatures(features.mask_features[-count:], tuple(level[-count:] for level in features.multi_scale))
+
+
+def objects_of(
+    output: ClipPrediction,
+    window: WindowFeatures,
+    mask_product: MaskProductFunction,
+    windowing: Windowing,
+) -> Window:
+    """The objects that a model sees in a window, the most certain first: `likely_queries` without duplicates.
+
+    Args:
+        output: of the window.
+        window: of which the masks are made.
+        mask_product: makes masks of embeddings and features.
+        windowing: says what a duplicate is. Where all are kept, the queries of the `top_k` likeliest (query, class)
+            pairs are taken too, as of a whole video.
+
+    Raises:
+        ValueError: NaN in the class logits.
+    """
+    class_logits, duplicate_iou = output.class_queries_logits[0], windowing.duplicate_iou
+    if windowing.linker.every_query:
+        queries, duplicate_iou = torch.arange(len(class_logits), device=class_logits.device), 1.0
+    else:
+        queries = likely_queries(class_logits, windowing.top_k if duplicate_iou >= 1 else None)
+    embeddings = output.mask_embeddings[:, queries]
+    logits = mask_product(embeddings, window.features.mask_features[None])[0]
+    kept = without_duplicates([logits > 0], duplicate_iou) if duplicate_iou < 1 else slice(None)
+    return Window(
+        window.start,
+        queries[kept],
+        class_probabilities(class_logits)[queries[kept]],
+        embeddings[0, kept],
+        logits[kept],
+        window.features.mask_features,
+        mask_product,
+    )
+
+
+def likely_queries(class_logits: Tensor, top_k: int | None) -> Tensor:
+    """Queries whose likeliest class is not no-object, and those of the `top_k` likeliest (query, class) pairs.
+
+    Of class logits (Q, K+1); by falling probability of any object, of equals the first.
+    """
+    probabilities = class_probabilities(class_logits)
+    is_likely = probabilities.argmax(1) < probabilities.shape[1] - 1
+    if top_k is not None:
+        is_likely[select_top_k(class_logits, top_k)[2]] = True
+    queries = is_likely.nonzero().flatten()
+    return queries[probabilities[queries, -1].argsort(stable=True)]
+
+
+def without_duplicates(masks: Iterable[Tensor], duplicate_iou: float) -> Tensor:
+    """Which masks overlap no better one, that is kept, by more than an IoU: their indices, rising.
+
+    Args:
+        masks: bool (N, frames, h, w), the best first, in parts that follow each other in time.
+        duplicate_iou: in [0, 1].
+    """
+    inter = area = torch.zeros(())
+    for part in masks:
+        pixels = part.flatten(1).float()
+        inter, area = inter + (pixels @ pixels.T).double().cpu(), area + pixels.sum(1).double().cpu()
+    iou = inter / (area[:, None] + area - inter).clamp(min=1)
+    kept = list[int]()
+    for index, row in enumerate(iou):
+        if not (row[kept] > duplicate_iou).any():
+            kept.append(index)
+    return torch.tensor(kept, dtype=torch.int64)
