@@ -60,6 +60,8 @@ def config_of(
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("no weight of the model given learns, as after prepare_for_inference; call requires_grad_()")
     for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(f"{name} is on the meta device and holds no numbers; build the model on another")
         if parameter.dtype in (torch.bfloat16, torch.float16):
             raise ValueError(f"{name} is {parameter.dtype}; train model.float(), with the precision of the config")
     _check_round_trip(model)

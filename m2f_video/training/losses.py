@@ -4,6 +4,7 @@ B clips, Q queries, K classes, T frames, h w size of the mask logits, H W size o
 instances of the batch, R = N*T masks (instances outermost, then frames), P points or pixels of a mask.
 """
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
@@ -309,16 +310,30 @@ def build_loss(config: LossConfig, num_labels: int, parts: Mapping[str, Callable
     """The loss, or one of your own, with the matcher that it makes.
 
     Raises:
-        ConfigError: what is made is no loss, or has parameters, which no optimiser would know.
+        ConfigError: something cannot be called as ours is made; or what is made is no loss, or has parameters, which no
+            optimiser would know.
     """
-    make = parts.get("loss", VideoMask2FormerLoss)
-    loss: Any = make(config=config, num_labels=num_labels, matcher=parts.get("matcher", HungarianMatcher))
+    make, matcher = parts.get("loss", VideoMask2FormerLoss), parts.get("matcher", HungarianMatcher)
+    _check_takes("loss", make, VideoMask2FormerLoss)
+    _check_takes("matcher", matcher, HungarianMatcher)
+    loss: Any = make(config=config, num_labels=num_labels, matcher=matcher)
     if not callable(loss):
         raise ConfigError(f"parts['loss'] must make a function of predictions and targets, got {loss!r:.60}")
     if isinstance(loss, torch.nn.Module) and any(True for _ in loss.parameters()):
         raise ConfigError("parts['loss'] has parameters, which are not trained; keep them in a module of the model")
     built: Loss = loss
     return built
+
+
+def _check_takes(name: str, make: Callable[..., Any], ours: type) -> None:
+    """Make sure that what makes a part takes the arguments of ours, which no loss or matcher itself does."""
+    arguments = inspect.signature(ours).parameters
+    try:
+        inspect.signature(make).bind(**arguments)
+    except TypeError as error:
+        raise ConfigError(
+            f"parts[{name!r}] must be a class or function that makes a {name} from {', '.join(arguments)}: {error}"
+        ) from error
 
 
 def _checked_predictions(

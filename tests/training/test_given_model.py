@@ -268,6 +268,7 @@ def keeps_more() -> VideoMask2Former:
         ),
         (frozen, {}, ValueError, "no weight of the model given learns, as after prepare_for_inference"),
         (lambda: plain().to(torch.bfloat16), {}, ValueError, r"is torch\.bfloat16; train model\.float\(\)"),
+        (lambda: plain().to("meta"), {}, ValueError, "is on the meta device and holds no numbers"),
         (halves_itself, {}, ValueError, r"transformer_decoder\.norm\.weight is another once"),
         (keeps_more, {}, ValueError, r"backbone\.extra keeps a dict in the state dict"),
     ],

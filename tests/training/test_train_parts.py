@@ -125,11 +125,17 @@ class WithWeights(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("make", "message"), [(lambda **_: 3, "must make a function"), (WithWeights, "has parameters, which are not")]
+    ("parts", "message"),
+    [
+        ({"loss": lambda **_: 3}, "must make a function"),
+        ({"loss": WithWeights}, "has parameters, which are not"),
+        ({"loss": VideoMask2FormerLoss(LossConfig(), K)}, "makes a loss from config, num_labels, matcher: missing"),
+        ({"matcher": lambda cost: cost}, "makes a matcher from class_weight, .*, num_points: missing"),
+    ],
 )
-def test_what_is_no_loss_is_refused(make: Any, message: str) -> None:
+def test_what_is_no_loss_or_matcher_is_refused(parts: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        build_loss(LossConfig(), K, {"loss": make})
+        build_loss(LossConfig(), K, parts)
 
 
 def match(queries: list[Any], targets: list[int]) -> Match:
