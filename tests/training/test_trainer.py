@@ -114,6 +114,16 @@ def test_activations_are_computed_again_rather_than_kept(tmp_path: Path) -> None
     assert rows(again) == rows(kept)
 
 
+@pytest.mark.parametrize("deep", [True, False])
+def test_masks_of_every_depth_are_made_for_deep_supervision_alone(deep: bool, tmp_path: Path) -> None:
+    made = Trainer(CONFIG.replace(loss=replace(CONFIG.loss, deep_supervision=deep)), VIDEOS, tmp_path)
+    depths: list[int] = []
+    handle = made.model.register_forward_hook(lambda _, __, output: depths.append(len(output.auxiliary or ())))
+    made.loss = lambda *arguments, loss=made.loss: handle.remove() or loss(*arguments)
+    made.train()
+    assert depths == [3 if deep else 0]
+
+
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_lower_precision_is_that_of_the_products_alone(precision: str, tmp_path: Path) -> None:
     made = Trainer(CONFIG.replace(precision=precision, steps=1), VIDEOS, tmp_path)
