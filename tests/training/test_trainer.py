@@ -1,6 +1,7 @@
 """What a run does: the effect of what steers it, its outputs, and how it ends when numbers go wrong."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
