@@ -28,6 +28,7 @@ from m2f_video.data.synthetic import SyntheticVideos
 from m2f_video.files import atomic_path
 from m2f_video.inference.processor import VideoProcessor
 from m2f_video.inference.whole import Progress, segment_video
+from m2f_video.modeling.pixel_decoder import DeformableEncoderLayer
 from m2f_video.modeling.video_mask2former import VideoMask2Former
 from m2f_video.video import VideoWriter
 
@@ -326,8 +327,8 @@ def stages(model: VideoMask2Former, pixels: Tensor, compiled: bool = False) -> d
         BACKBONE: lambda: model.backbone(pixels),
         PIXEL_DECODER: lambda: model.pixel_decoder(maps),
     }
-    if not compiled:
-        layers = model.pixel_decoder.layers
+    layers = [module for module in model.pixel_decoder.modules() if isinstance(module, DeformableEncoderLayer)]
+    if layers and not compiled:
         (tokens, *others), options = inputs_of(layers[0], parts[PIXEL_DECODER])
 
         def deformable_encoder() -> Tensor:

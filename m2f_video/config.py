@@ -5,7 +5,7 @@ arXiv 2112.01527, section 3). Every field changes what is built or computed; not
 """
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, Self
 
 from m2f_video.categories import LABEL_SETS, YOUTUBEVIS_2019
@@ -106,32 +106,55 @@ _BACKBONE_TYPES: dict[str, type[SwinConfig] | type[TimmBackboneConfig]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class PixelDecoderConfig(CheckedConfig):
-    """Multi-scale deformable-attention pixel decoder (arXiv 2112.01527, section 3.2.2; arXiv 2010.04159)."""
+    """Pixel decoder (arXiv 2112.01527, section 3.2.2; arXiv 2010.04159), or what the paper compares it with."""
 
+    kind: Literal["ms_deform_attn", "fpn", "semantic_fpn", "bifpn", "fapn", "none"] = "ms_deform_attn"
+    """What makes features of the backbone's maps (table 4): a deformable encoder; an FPN, Semantic FPN, BiFPN or FaPN;
+    or nothing, so that they are only projected."""
     hidden_dim: int = 256
     """Width of the encoder tokens and of the multi-scale features."""
     mask_dim: int = 256
     """Channels of the mask features, and of the mask embeddings multiplied with them."""
     num_layers: int = 6
-    """Deformable encoder layers."""
+    """Deformable encoder layers, or layers of a BiFPN. The other kinds have no use for this field and the next ones,
+    nor has a BiFPN for the next ones: there they must keep their defaults."""
     ffn_dim: int = 1024
     """Hidden width of each encoder layer's feed-forward network."""
     num_heads: int = 8
     """Heads of the deformable attention."""
     num_points: int = 4
     """Sampling points per head and level."""
+    num_levels: int = 3
+    """Levels that the encoder sees, from stride 32 on: 1 to 4, which are strides 32, 16, 8 and 4. Those that it does
+    not see come by feature-pyramid steps."""
     dropout: float = 0.0
     """Dropout after the attention and inside the feed-forward network. Acts in training only."""
 
     def _check(self) -> None:
-        _require_range(self, hidden_dim=MOST_WIDTH, mask_dim=MOST_WIDTH, num_layers=MOST_LAYERS, ffn_dim=MOST_HIDDEN)
-        _require_range(self, num_heads=MOST_HEADS, num_points=64)
+        _require_range(self, hidden_dim=MOST_WIDTH, mask_dim=MOST_WIDTH, ffn_dim=MOST_HIDDEN)
+        _require_range(self, num_heads=MOST_HEADS, num_points=64, num_levels=4)
+        check_fields(self, f"must be 0 to {MOST_LAYERS}", lambda depth: 0 <= depth <= MOST_LAYERS, "num_layers")
         for divisor, why in ((GROUP_NORM_GROUPS, "the groups of its norms"), (self.num_heads, "num_heads")):
             require(
                 self.hidden_dim % divisor == 0,
                 f"PixelDecoderConfig.hidden_dim={self.hidden_dim} is not divisible by {divisor} ({why})",
             )
         check_fields(self, "must be in [0, 1)", lambda rate: 0 <= rate < 1, "dropout")
+        used = self.arguments()
+        others = [item for item in fields(self) if item.name not in ("kind", *used)]
+        if odd := [item for item in others if getattr(self, item.name) != item.default]:
+            raise ConfigError(
+                f"PixelDecoderConfig.kind={self.kind!r} has no use for "
+                f"{', '.join(f'{item.name}={shown(getattr(self, item.name))}' for item in odd)}; "
+                f"leave out, or give the default: {', '.join(f'{item.name}={item.default}' for item in odd)}"
+            )
+
+    def arguments(self) -> dict[str, Any]:
+        """The fields that a decoder of this kind is built from."""
+        names = {item.name for item in fields(self)} - {"kind"}
+        if self.kind != "ms_deform_attn":
+            names = {"hidden_dim", "mask_dim"} | ({"num_layers"} if self.kind == "bifpn" else set())
+        return {item.name: getattr(self, item.name) for item in fields(self) if item.name in names}
 
 
 @dataclass(frozen=True, kw_only=True)

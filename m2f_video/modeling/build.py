@@ -18,6 +18,13 @@ from m2f_video.modeling.cross_attention import (
     MaskPooling,
     SpatiallyModulatedCrossAttention,
 )
+from m2f_video.modeling.feature_pyramids import (
+    AlignedFeaturePyramid,
+    BackboneProjections,
+    BidirectionalFeaturePyramid,
+    FeaturePyramid,
+    SemanticFeaturePyramid,
+)
 from m2f_video.modeling.pixel_decoder import MSDeformAttnPixelDecoder
 from m2f_video.modeling.position_encoding import NoPosition, SinePosition2D, SinePosition3D
 from m2f_video.modeling.swin import SwinTransformer
@@ -27,6 +34,14 @@ from m2f_video.modeling.transformer_decoder import DecoderLayer, MaskedTransform
 Parts = Mapping[str, Callable[..., nn.Module]]
 """Modules of your own, or functions that make them, by the names of `config.PARTS`."""
 
+PIXEL_DECODERS: dict[str, type[nn.Module]] = {
+    "ms_deform_attn": MSDeformAttnPixelDecoder,
+    "fpn": FeaturePyramid,
+    "semantic_fpn": SemanticFeaturePyramid,
+    "bifpn": BidirectionalFeaturePyramid,
+    "fapn": AlignedFeaturePyramid,
+    "none": BackboneProjections,
+}
 CROSS_ATTENTIONS: dict[str, type[nn.Module]] = {
     "masked": CrossAttention,
     "full": FullCrossAttention,
@@ -77,8 +92,8 @@ def build_backbone(config: VideoMask2FormerConfig, parts: Parts) -> Any:
 
 def build_pixel_decoder(config: VideoMask2FormerConfig, parts: Parts, in_channels: tuple[int, ...]) -> Any:
     """Of maps with these channels at strides 4, 8, 16, 32."""
-    make = parts.get("pixel_decoder", MSDeformAttnPixelDecoder)
-    return make(in_channels=in_channels, **asdict(config.pixel_decoder))
+    make = parts.get("pixel_decoder", PIXEL_DECODERS[config.pixel_decoder.kind])
+    return make(in_channels=in_channels, **config.pixel_decoder.arguments())
 
 
 def build_transformer_decoder(config: VideoMask2FormerConfig, parts: Parts) -> MaskedTransformerDecoder:
