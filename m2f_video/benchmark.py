@@ -86,8 +86,9 @@ def count_flops(function: Part) -> int:
     Not counted are elementwise operations and the sampling of deformable attention, nor anything inside a compiled
     function: count its eager form. Parameters must not require gradients.
     """
-    has_onednn = hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    unknown = {torch.ops.mkldnn._linear_pointwise: _linear_flops} if has_onednn else {}  # to the counter
+    unknown = {torch.ops.torchvision.deform_conv2d: _deform_conv_flops}  # to the counter
+    if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        unknown[torch.ops.mkldnn._linear_pointwise] = _linear_flops
     counter = FlopCounterMode(display=False, custom_mapping=unknown)
     with sdpa_kernel(SDPBackend.MATH), counter:  # plain products, because attention's fused CPU kernel is unknown too
         function()
@@ -96,6 +97,10 @@ def count_flops(function: Part) -> int:
 
 def _linear_flops(input_shape: Sequence[int], weight_shape: Sequence[int], *_: object, **__: object) -> int:
     return 2 * math.prod(input_shape) * weight_shape[0]
+
+
+def _deform_conv_flops(_: Sequence[int], weight_shape: Sequence[int], *__: object, out_shape: Sequence[int]) -> int:
+    return 2 * math.prod(out_shape) * math.prod(weight_shape[1:])
 
 
 def peak_bytes(function: Part, device: torch.device | str = "cpu") -> int:
