@@ -86,7 +86,7 @@ def count_flops(function: Part) -> int:
     Not counted are elementwise operations and the sampling of deformable attention, nor anything inside a compiled
     function: count its eager form. Parameters must not require gradients.
     """
-    unknown = {torch.ops.torchvision.deform_conv2d: _deform_conv_flops}  # to the counter
+    unknown: dict[Any, Callable[..., int]] = {torch.ops.torchvision.deform_conv2d: _deform_conv_flops}  # to the counter
     if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         unknown[torch.ops.mkldnn._linear_pointwise] = _linear_flops
     counter = FlopCounterMode(display=False, custom_mapping=unknown)
