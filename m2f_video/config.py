@@ -116,8 +116,8 @@ class PixelDecoderConfig(CheckedConfig):
     mask_dim: int = 256
     """Channels of the mask features, and of the mask embeddings multiplied with them."""
     num_layers: int = 6
-    """Deformable encoder layers, or layers of a BiFPN. The other kinds have no use for this field and the next ones,
-    nor has a BiFPN for the next ones: there they must keep their defaults."""
+    """Deformable encoder layers, or layers of a BiFPN; 0 leaves the projected maps as they are. This field and those
+    below must keep their defaults where a kind has no use for them."""
     ffn_dim: int = 1024
     """Hidden width of each encoder layer's feed-forward network."""
     num_heads: int = 8
@@ -140,8 +140,7 @@ class PixelDecoderConfig(CheckedConfig):
                 f"PixelDecoderConfig.hidden_dim={self.hidden_dim} is not divisible by {divisor} ({why})",
             )
         check_fields(self, "must be in [0, 1)", lambda rate: 0 <= rate < 1, "dropout")
-        used = self.arguments()
-        others = [item for item in fields(self) if item.name not in ("kind", *used)]
+        others = [item for item in fields(self) if item.name not in ("kind", *self.arguments())]
         if odd := [item for item in others if getattr(self, item.name) != item.default]:
             raise ConfigError(
                 f"PixelDecoderConfig.kind={self.kind!r} has no use for "

@@ -118,10 +118,14 @@ class FeatureSelection(nn.Module):
 
 
 class DeformableConv(DeformConv2d):
-    """Torchvision's, which samples with all digits of positions and has no kernel for bfloat16."""
+    """Torchvision's, 3x3, in float32 at least: positions need the digits, and it has no kernel for bfloat16."""
+
+    def __init__(self, *, dim: int) -> None:
+        super().__init__(dim, dim, kernel_size=3, padding=1, bias=False)
+        nn.init.kaiming_uniform_(self.weight, a=1)
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:  # without weights of samples
-        """(B, C, H, W), by offsets (B, 2*9, H, W) in pixels -> (B, C', H, W)."""
+        """(B, C, H, W), by offsets (B, 2*9, H, W) in pixels, y before x -> (B, C, H, W)."""
         exact = position_dtype(x)
         output = deform_conv2d(x.to(exact), offsets.to(exact), self.weight.to(exact), padding=self.padding)
         return output.to(x.dtype)
@@ -136,10 +140,9 @@ class FeatureAlignment(nn.Module):
     def __init__(self, *, dim: int) -> None:
         super().__init__()
         self.offsets = nn.Conv2d(2 * dim, 2 * 9, kernel_size=3, padding=1)
-        self.align = DeformableConv(dim, dim, kernel_size=3, padding=1, bias=False)
+        self.align = DeformableConv(dim=dim)
         for parameter in self.offsets.parameters():
             nn.init.zeros_(parameter)
-        nn.init.kaiming_uniform_(self.align.weight, a=1)
 
     def forward(self, coarse: Tensor, lateral: Tensor) -> Tensor:
         """Two maps (B, C, H, W), the first upsampled -> (B, C, H, W)."""

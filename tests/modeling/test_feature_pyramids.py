@@ -209,7 +209,7 @@ def test_offsets_come_of_both_maps() -> None:
 
 def test_deformable_samples_keep_their_digits_in_bfloat16() -> None:
     torch.manual_seed(0)
-    conv = DeformableConv(4, 4, kernel_size=3, padding=1, bias=False).bfloat16()
+    conv = DeformableConv(dim=4).bfloat16()
     x, offsets = torch.randn(1, 4, 3, 300).bfloat16(), torch.randn(1, 18, 3, 300).bfloat16()
     ours = conv(x, offsets).detach()
     assert ours.dtype == torch.bfloat16
