@@ -29,6 +29,7 @@ from m2f_video.files import atomic_path
 from m2f_video.inference.on_video import Progress
 from m2f_video.inference.processor import VideoProcessor
 from m2f_video.inference.segment import segment_video
+from m2f_video.modeling.pixel_decoder import DeformableEncoderLayer
 from m2f_video.modeling.video_mask2former import VideoMask2Former
 from m2f_video.video import VideoWriter
 
@@ -86,8 +87,9 @@ def count_flops(function: Part) -> int:
     Not counted are elementwise operations and the sampling of deformable attention, nor anything inside a compiled
     function: count its eager form. Parameters must not require gradients.
     """
-    has_onednn = hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    unknown = {torch.ops.mkldnn._linear_pointwise: _linear_flops} if has_onednn else {}  # to the counter
+    unknown: dict[Any, Callable[..., int]] = {torch.ops.torchvision.deform_conv2d: _deform_conv_flops}  # to the counter
+    if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        unknown[torch.ops.mkldnn._linear_pointwise] = _linear_flops
     counter = FlopCounterMode(display=False, custom_mapping=unknown)
     with sdpa_kernel(SDPBackend.MATH), counter:  # plain products, because attention's fused CPU kernel is unknown too
         function()
@@ -96,6 +98,10 @@ def count_flops(function: Part) -> int:
 
 def _linear_flops(input_shape: Sequence[int], weight_shape: Sequence[int], *_: object, **__: object) -> int:
     return 2 * math.prod(input_shape) * weight_shape[0]
+
+
+def _deform_conv_flops(_: Sequence[int], weight_shape: Sequence[int], *__: object, out_shape: Sequence[int]) -> int:
+    return 2 * math.prod(out_shape) * math.prod(weight_shape[1:])
 
 
 def peak_bytes(function: Part, device: torch.device | str = "cpu") -> int:
@@ -327,8 +333,8 @@ def stages(model: VideoMask2Former, pixels: Tensor, compiled: bool = False) -> d
         BACKBONE: lambda: model.backbone(pixels),
         PIXEL_DECODER: lambda: model.pixel_decoder(maps),
     }
-    if not compiled:
-        layers = model.pixel_decoder.layers
+    layers = [module for module in model.pixel_decoder.modules() if isinstance(module, DeformableEncoderLayer)]
+    if layers and not compiled:
         (tokens, *others), options = inputs_of(layers[0], parts[PIXEL_DECODER])
 
         def deformable_encoder() -> Tensor:

@@ -6,7 +6,7 @@ arXiv 2112.01527, section 3). Every field changes what is built or computed; not
 
 import json
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, Self
 
 from m2f_video.categories import LABEL_SETS, YOUTUBEVIS_2019
@@ -114,32 +114,54 @@ _BACKBONE_TYPES: dict[str, type[SwinConfig] | type[TimmBackboneConfig]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class PixelDecoderConfig(CheckedConfig):
-    """Multi-scale deformable-attention pixel decoder (arXiv 2112.01527, section 3.2.2; arXiv 2010.04159)."""
+    """Pixel decoder (arXiv 2112.01527, section 3.2.2; arXiv 2010.04159), or what the paper compares it with."""
 
+    kind: Literal["ms_deform_attn", "fpn", "semantic_fpn", "bifpn", "fapn", "none"] = "ms_deform_attn"
+    """What makes features of the backbone's maps (table 4e): a deformable encoder; an FPN, Semantic FPN, BiFPN or FaPN;
+    or nothing, so that they are only projected."""
     hidden_dim: int = 256
     """Width of the encoder tokens and of the multi-scale features."""
     mask_dim: int = 256
     """Channels of the mask features, and of the mask embeddings multiplied with them."""
     num_layers: int = 6
-    """Deformable encoder layers."""
+    """Deformable encoder layers, or layers of a BiFPN; 0 leaves the projected maps as they are. This field and those
+    below must keep their defaults where a kind has no use for them."""
     ffn_dim: int = 1024
     """Hidden width of each encoder layer's feed-forward network."""
     num_heads: int = 8
     """Heads of the deformable attention."""
     num_points: int = 4
     """Sampling points per head and level."""
+    num_levels: int = 3
+    """Levels that the encoder sees, from stride 32 on: 1 to 4, which are strides 32, 16, 8 and 4. Those that it does
+    not see come by feature-pyramid steps."""
     dropout: float = 0.0
     """Dropout after the attention and inside the feed-forward network. Acts in training only."""
 
     def _check(self) -> None:
-        _require_range(self, hidden_dim=MOST_WIDTH, mask_dim=MOST_WIDTH, num_layers=MOST_LAYERS, ffn_dim=MOST_HIDDEN)
-        _require_range(self, num_heads=MOST_HEADS, num_points=64)
+        _require_range(self, hidden_dim=MOST_WIDTH, mask_dim=MOST_WIDTH, ffn_dim=MOST_HIDDEN)
+        _require_range(self, num_heads=MOST_HEADS, num_points=64, num_levels=4)
+        check_fields(self, f"must be 0 to {MOST_LAYERS}", lambda depth: 0 <= depth <= MOST_LAYERS, "num_layers")
         for divisor, why in ((GROUP_NORM_GROUPS, "the groups of its norms"), (self.num_heads, "num_heads")):
             require(
                 self.hidden_dim % divisor == 0,
                 f"PixelDecoderConfig.hidden_dim={self.hidden_dim} is not divisible by {divisor} ({why})",
             )
         check_fields(self, "must be in [0, 1)", lambda rate: 0 <= rate < 1, "dropout")
+        others = [item for item in fields(self) if item.name not in ("kind", *self.arguments())]
+        if odd := [item for item in others if getattr(self, item.name) != item.default]:
+            raise ConfigError(
+                f"PixelDecoderConfig.kind={self.kind!r} has no use for "
+                f"{', '.join(f'{item.name}={shown(getattr(self, item.name))}' for item in odd)}; "
+                f"leave out, or give the default: {', '.join(f'{item.name}={item.default}' for item in odd)}"
+            )
+
+    def arguments(self) -> dict[str, Any]:
+        """The fields that a decoder of this kind is built from."""
+        names = {item.name for item in fields(self)} - {"kind"}
+        if self.kind != "ms_deform_attn":
+            names = {"hidden_dim", "mask_dim"} | ({"num_layers"} if self.kind == "bifpn" else set())
+        return {item.name: getattr(self, item.name) for item in fields(self) if item.name in names}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,17 +180,17 @@ class TransformerDecoderConfig(CheckedConfig):
     """Hidden width of each layer's feed-forward network."""
     dropout: float = 0.0
     """Dropout of attention weights, after each part of a layer and inside the feed-forward network. Acts in training
-    only. Without it is better (arXiv 2112.01527, table 5)."""
+    only. Without it is better (arXiv 2112.01527, table 4b)."""
     cross_attention: Literal["masked", "full", "mask_pooling", "smca"] = "masked"
-    """How queries see pixels (table 4): those that their mask covers, all, the mean of those that it covers, or those
+    """How queries see pixels (table 4c): those that their mask covers, all, the mean of those that it covers, or those
     near a place that they predict."""
     layer_order: Literal["cross_first", "self_first"] = "cross_first"
-    """Which attention a layer begins with (table 5)."""
+    """Which attention a layer begins with (table 4b)."""
     query_features: Literal["learnable_supervised", "learnable", "zero"] = "learnable_supervised"
-    """What queries begin as (table 5): features of their own, which predict masks and are trained to; features of
+    """What queries begin as (table 4b): features of their own, which predict masks and are trained to; features of
     their own; or zeros. Only the first give the first layer masks; with the others it attends everywhere."""
     features: Literal["round_robin", "concatenated", "single"] = "round_robin"
-    """Which of strides 32, 16, 8 a layer attends to (table 4): one after the other, all as one sequence, or `scale`."""
+    """Which of strides 32, 16, 8 a layer attends to (table 4d): one by one in turns, all as one sequence, or `scale`."""
     scale: Literal[8, 16, 32] = 8
     """Stride of the `single` level."""
     temporal_position: Literal["sine_3d", "sine_2d", "none"] = "sine_3d"

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torchvision.ops import DeformConv2d
 
 from m2f_video import benchmark as bench
 from m2f_video.benchmark import Report, Row
 from m2f_video.cli.main import main
+from m2f_video.config import PixelDecoderConfig
 from m2f_video.modeling.video_mask2former import VideoMask2Former
 
 SIZE = (64, 96)
@@ -101,6 +103,8 @@ def test_flops_of_products_convolutions_and_attention():
     assert bench.count_flops(lambda: F.linear(x, weight)) == 2 * 5 * 7 * 3
     kernel, image = torch.randn(4, 2, 3, 3), torch.randn(1, 2, 8, 8)
     assert bench.count_flops(lambda: F.conv2d(image, kernel, padding=1)) == 2 * 4 * 2 * 9 * 64
+    deformable, offsets = DeformConv2d(2, 4, kernel_size=3, padding=1).requires_grad_(False), torch.zeros(1, 18, 8, 8)
+    assert bench.count_flops(lambda: deformable(image, offsets)) == 2 * 4 * 2 * 9 * 64
     query, key = torch.randn(1, 2, 6, 8), torch.randn(1, 2, 9, 8)
     attention = partial(F.scaled_dot_product_attention, query, key, key)
     assert bench.count_flops(attention) == 2 * (2 * 2 * 6 * 9 * 8)
@@ -118,6 +122,14 @@ def test_flops_do_not_depend_on_the_library_that_multiplies(tiny_model):
     stages = flops["backbone"] + flops["pixel decoder"] + flops["transformer decoder"]
     assert flops["whole model"] == pytest.approx(stages, rel=1e-2)
     assert 0 < flops["deformable encoder"] < flops["pixel decoder"]
+
+
+@pytest.mark.parametrize("changes", [{"kind": "fapn"}, {"num_layers": 0}])
+def test_a_model_without_a_deformable_encoder_has_its_other_parts(tiny_config, changes):
+    pixel_decoder = PixelDecoderConfig(hidden_dim=64, mask_dim=64, **changes)
+    model = VideoMask2Former(tiny_config.replace(pixel_decoder=pixel_decoder)).eval().requires_grad_(False)
+    parts = bench.stages(model, torch.randn(2, 3, *SIZE))
+    assert tuple(parts) == tuple(part for part in bench.PARTS[:-1] if part != bench.DEFORMABLE_ENCODER)
 
 
 def test_peak_memory_of_known_tensors():

@@ -90,12 +90,14 @@ CASES: dict[type, dict[str, tuple[Any, Effect]]] = {
     },
     TimmBackboneConfig: {"name": ("resnet18", weight_shapes)},
     PixelDecoderConfig: {
+        "kind": ("fpn", weight_shapes),
         "hidden_dim": (64, weight_shapes),
         "mask_dim": (8, weight_shapes),
         "num_layers": (2, weight_shapes),
         "ffn_dim": (8, weight_shapes),
         "num_heads": (2, weight_shapes),
         "num_points": (1, weight_shapes),
+        "num_levels": (2, weight_shapes),
         "dropout": (0.9, outputs_in_training),
     },
     TransformerDecoderConfig: {
@@ -145,6 +147,8 @@ def test_every_field_has_an_effect(cls: type, name: str) -> None:
         base, part = PARTS[cls]
         if name == "scale":
             base = base.replace(transformer_decoder=dataclasses.replace(base.transformer_decoder, features="single"))
+        if name == "kind":
+            base = base.replace(pixel_decoder=PixelDecoderConfig(hidden_dim=32, mask_dim=16))
         changed = base.replace(**{part: dataclasses.replace(getattr(base, part), **{name: value})})
     assert effect(base) == effect(base)
     assert effect(changed) != effect(base)
@@ -318,9 +322,15 @@ def test_replacing_validates_again() -> None:
         (TimmBackboneConfig, "name", "", "name is empty"),
         *[
             (PixelDecoderConfig, name, bad, f"PixelDecoderConfig.{name} must be positive")
-            for name in ("hidden_dim", "mask_dim", "num_layers", "ffn_dim", "num_heads", "num_points")
+            for name in ("hidden_dim", "mask_dim", "ffn_dim", "num_heads", "num_points", "num_levels")
             for bad in (0, -32)
         ],
+        *[
+            (PixelDecoderConfig, "num_layers", bad, "PixelDecoderConfig.num_layers must be 0 to 128")
+            for bad in (-1, 129)
+        ],
+        (PixelDecoderConfig, "num_levels", 5, "PixelDecoderConfig.num_levels must be at most 4"),
+        (PixelDecoderConfig, "kind", "unet", "PixelDecoderConfig.kind must be .*'ms_deform_attn', 'fpn'.*, got 'unet'"),
         (PixelDecoderConfig, "hidden_dim", 40, "hidden_dim=40 is not divisible by 32"),
         (PixelDecoderConfig, "num_heads", 7, "hidden_dim=256 is not divisible by 7"),
         *[(PixelDecoderConfig, "dropout", bad, "dropout") for bad in (-0.1, 1.0, math.nan)],
@@ -372,7 +382,7 @@ def test_replacing_validates_again() -> None:
             (cls, name, 10**7, f"{name} must be at most")
             for cls, names in {
                 SwinConfig: ("embed_dim", "window_size", "mlp_ratio"),
-                PixelDecoderConfig: ("hidden_dim", "mask_dim", "num_layers", "ffn_dim", "num_heads", "num_points"),
+                PixelDecoderConfig: ("hidden_dim", "mask_dim", "ffn_dim", "num_heads", "num_points"),
                 TransformerDecoderConfig: ("hidden_dim", "num_queries", "num_heads", "ffn_dim"),
                 PreprocessingConfig: ("shortest_edge", "longest_edge", "size_divisor"),
             }.items()

@@ -106,10 +106,10 @@ def _convert(src: Path, dst: Path, to: str, config_file: Path | None, temporal: 
             raise ConversionError(f"SRC carries no config ({src}): give --config FILE or a DST ending in .safetensors")
         found = read_config(path)
         with naming(path):
-            config = to_native_config(*found, temporal)
-            _check_fit(incoming.state_dict, config)
-            if to == "hf":
-                config, preprocessor = hf_config_from_native(config)
+            native = config = to_native_config(*found, temporal)
+            if to == "hf":  # first, as it names what sets a variant apart
+                config, preprocessor = hf_config_from_native(native)
+            _check_fit(incoming.state_dict, native)
     with naming(src):
         outgoing = export_state_dict(incoming.state_dict, to)
     write_checkpoint(dst, outgoing.state_dict, config, preprocessor)
@@ -126,6 +126,8 @@ def _check_fit(native: StateDict, config: dict[str, Any]) -> None:
         )
     try:
         layers = {f"{part}.layers.": config[part]["num_layers"] for part in ("pixel_decoder", "transformer_decoder")}
+        if config["pixel_decoder"].get("kind", "ms_deform_attn") not in ("ms_deform_attn", "bifpn"):
+            del layers["pixel_decoder.layers."]  # of a kind without
         if config["backbone"]["type"] == "swin":
             layers |= {f"backbone.stages.{i}.blocks.": depth for i, depth in enumerate(config["backbone"]["depths"])}
         elif resnet := RESNETS.get(config["backbone"].get("name")):

@@ -54,7 +54,9 @@ _PREPROCESSING: Json = {  # native defaults, for a checkpoint without a preproce
 _NATIVE_FIXED: Json = {
     "model_type": "m2f-video",
     "format_version": 1,
+    "pixel_decoder.kind": "ms_deform_attn",
     "pixel_decoder.num_points": 4,
+    "pixel_decoder.num_levels": 3,
     "transformer_decoder.dropout": 0.0,
     "transformer_decoder.cross_attention": "masked",
     "transformer_decoder.layer_order": "cross_first",

@@ -157,7 +157,10 @@ def _check_whole(native: Mapping[str, torch.Tensor], form: Format) -> None:
             if (match := compile_pattern(rule.native).fullmatch(missing[0]))
         )
         named = "" if foreign == missing[:1] else f" (here {', '.join(foreign)})"
-        raise ConversionError(f"missing {_some(missing)}{named}; the checkpoint is incomplete: fetch or save it again")
+        raise ConversionError(
+            f"missing {_some(missing)}{named}; the checkpoint is incomplete (fetch or save it again), or of a variant "
+            "of the published model (keep it as it is)"
+        )
 
 
 def _checked_format(state_dict: Mapping[str, torch.Tensor], name: str) -> Format:

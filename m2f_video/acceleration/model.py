@@ -9,6 +9,18 @@ from torch import Tensor, nn
 
 from m2f_video.acceleration.swap import Fused, are_values, plain_type
 from m2f_video.acceleration.written_for import Function, functions_of
+from m2f_video.modeling.feature_pyramids import (
+    AlignedFeaturePyramid,
+    BackboneProjections,
+    BidirectionalFeaturePyramid,
+    BidirectionalLayer,
+    DeformableConv,
+    FeatureAlignment,
+    FeaturePyramid,
+    FeatureSelection,
+    SemanticFeaturePyramid,
+    WeightedFusion,
+)
 from m2f_video.modeling.ms_deform_attn import MSDeformAttn
 from m2f_video.modeling.pixel_decoder import DeformableEncoderLayer, GroupNorm, MSDeformAttnPixelDecoder
 from m2f_video.modeling.swin import (
@@ -25,7 +37,10 @@ from m2f_video.modeling.video_mask2former import FrameFeatures, VideoMask2Former
 APART = (
     SwinTransformer, PatchEmbedding, SwinStage, SwinBlock, WindowAttention, Mlp, PatchMerging,
     MSDeformAttnPixelDecoder, DeformableEncoderLayer, MSDeformAttn, GroupNorm,
-    nn.Sequential, nn.ModuleList, nn.Linear, nn.Conv2d, nn.LayerNorm, nn.ReLU, nn.Dropout, DropPath, nn.Identity,
+    BackboneProjections, FeaturePyramid, SemanticFeaturePyramid, AlignedFeaturePyramid, FeatureSelection,
+    FeatureAlignment, DeformableConv, BidirectionalFeaturePyramid, BidirectionalLayer, WeightedFusion,
+    nn.Sequential, nn.ModuleList, nn.Linear, nn.Conv2d, nn.LayerNorm, nn.ReLU, nn.SiLU, nn.Dropout, DropPath,
+    nn.Identity,
 )  # fmt: skip
 """What treats every frame by itself. Of anything else in backbone and pixel decoder nobody knows."""
 

@@ -13,7 +13,6 @@ from m2f_video.acceleration.swap import Fused, are_values
 from m2f_video.acceleration.winograd import pack_weight
 from m2f_video.modeling.ms_deform_attn import MSDeformAttn
 from m2f_video.modeling.pixel_decoder import (
-    NUM_LEVELS,
     DeformableEncoderLayer,
     GroupNorm,
     MSDeformAttnPixelDecoder,
@@ -23,6 +22,8 @@ from m2f_video.ops import BACKEND_VARIABLE, Shapes
 
 BLOCK = 32
 """Channels that the kernel for group norms takes at a time."""
+NUM_LEVELS = 3
+"""Of the encoder of the pixel decoder whose twin is here; of another, the parts have twins."""
 
 
 _LINEARS = dict.fromkeys(("value_proj", "sampling_offsets", "attention_weights", "output_proj"), nn.Linear)
@@ -68,16 +69,22 @@ def _misfit_of_attention(attn: MSDeformAttn) -> str | None:
 
 
 def _takes_samples(
-    dtype: torch.dtype | None, query: Tensor, value: Tensor, reference_points: Tensor, spatial_shapes: Shapes, dim: int
+    attn: MSDeformAttn,
+    dtype: torch.dtype | None,
+    query: Tensor,
+    value: Tensor,
+    reference_points: Tensor,
+    spatial_shapes: Shapes,
 ) -> bool:
     """Whether these are what the kernel samples; anything else goes where errors are raised."""
+    dim = attn.value_proj.in_features
     return (
         query.ndim == value.ndim == 3
         and query.shape[::2] == value.shape[::2]
         and value.shape[2] == dim
         and value.shape[1] == sum(height * width for height, width in spatial_shapes) < 2**30
         and all(isinstance(size, int) and size > 0 for shape in spatial_shapes for size in shape)
-        and len(spatial_shapes) == NUM_LEVELS
+        and len(spatial_shapes) == attn.num_levels
         and reference_points.shape == (query.shape[1], 2)
         and are_values(dtype, query, value)
         and are_values(torch.float32, reference_points)
@@ -102,7 +109,7 @@ class FusedMSDeformAttn(Fused, MSDeformAttn):
 
     def takes(self, dtype: torch.dtype | None, *args: Any, **kwargs: Any) -> bool:
         """As the plain one's."""
-        return not kwargs and len(args) == 4 and _takes_samples(dtype, *args, self.value_proj.in_features)
+        return not kwargs and len(args) == 4 and _takes_samples(self, dtype, *args)
 
     def fused(
         self, packed: _Attention, query: Tensor, value: Tensor, reference_points: Tensor, spatial_shapes: Shapes
@@ -149,7 +156,7 @@ class FusedDeformableEncoderLayer(Fused, DeformableEncoderLayer):
             return False
         x, position, reference_points, spatial_shapes = args
         fits = are_values(dtype, position) and position.shape == x.shape[1:]
-        return fits and _takes_samples(dtype, x, x, reference_points, spatial_shapes, self.linear1.in_features)
+        return fits and _takes_samples(self.self_attn, dtype, x, x, reference_points, spatial_shapes)
 
     def fused(
         self, packed: _EncoderLayer, x: Tensor, position: Tensor, reference_points: Tensor, spatial_shapes: Shapes
@@ -226,7 +233,9 @@ class FusedPixelDecoder(Fused, MSDeformAttnPixelDecoder):
 
     @classmethod
     def misfit(cls, module: MSDeformAttnPixelDecoder) -> str | None:
-        """The kernels' widths."""
+        """The kernels' widths, and one feature-pyramid step."""
+        if module.pyramid != ("",):
+            return f"it has feature-pyramid steps {module.pyramid!r:.60}"
         convs, norms = zip(
             *map(_pair, (*module.input_projections, module.lateral_conv, module.output_conv)), strict=True
         )

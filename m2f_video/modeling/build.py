@@ -19,6 +19,13 @@ from m2f_video.modeling.cross_attention import (
     MaskPooling,
     SpatiallyModulatedCrossAttention,
 )
+from m2f_video.modeling.feature_pyramids import (
+    AlignedFeaturePyramid,
+    BackboneProjections,
+    BidirectionalFeaturePyramid,
+    FeaturePyramid,
+    SemanticFeaturePyramid,
+)
 from m2f_video.modeling.pixel_decoder import MSDeformAttnPixelDecoder
 from m2f_video.modeling.position_encoding import NoPosition, SinePosition2D, SinePosition3D
 from m2f_video.modeling.swin import SwinTransformer
@@ -29,6 +36,14 @@ Parts = Mapping[str, Callable[..., Any]]
 """What makes modules, loss or matcher of your own, by the names of `config.PARTS`; or by that of a module in the model,
 in whose place comes what it makes of the one that is there."""
 
+PIXEL_DECODERS: dict[str, type[nn.Module]] = {
+    "ms_deform_attn": MSDeformAttnPixelDecoder,
+    "fpn": FeaturePyramid,
+    "semantic_fpn": SemanticFeaturePyramid,
+    "bifpn": BidirectionalFeaturePyramid,
+    "fapn": AlignedFeaturePyramid,
+    "none": BackboneProjections,
+}
 CROSS_ATTENTIONS: dict[str, type[nn.Module]] = {
     "masked": CrossAttention,
     "full": FullCrossAttention,
@@ -89,8 +104,8 @@ def build_backbone(config: VideoMask2FormerConfig, parts: Parts) -> Any:
 
 def build_pixel_decoder(config: VideoMask2FormerConfig, parts: Parts, in_channels: tuple[int, ...]) -> Any:
     """Of maps with these channels at strides 4, 8, 16, 32."""
-    make = parts.get("pixel_decoder", MSDeformAttnPixelDecoder)
-    return make(in_channels=in_channels, **asdict(config.pixel_decoder))
+    make = parts.get("pixel_decoder", PIXEL_DECODERS[config.pixel_decoder.kind])
+    return make(in_channels=in_channels, **config.pixel_decoder.arguments())
 
 
 def build_transformer_decoder(config: VideoMask2FormerConfig, parts: Parts) -> MaskedTransformerDecoder:

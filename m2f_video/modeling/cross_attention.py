@@ -1,6 +1,6 @@
 """How queries see the pixels of a clip: masked attention, and what the paper compares it with.
 
-One class for each row of arXiv 2112.01527, table 4 (cross-attention); over time as in arXiv 2112.10764, section 3. All
+One class for each row of arXiv 2112.01527, table 4c; over time as in arXiv 2112.10764, section 3. All
 are called alike, `cross_attn(query, level, mask_logits)`, and one of your own may take their place.
 
 B clips, T frames, Q queries, C channels, M heads, H W height and width of a level, N = H*W pixels of a frame (of all
@@ -67,7 +67,7 @@ class Level:
 
     @classmethod
     def concatenate(cls, levels: Sequence["Level"]) -> "Level":
-        """All of them as one sequence, frame by frame (arXiv 2112.01527, table 4, naive multi-scale)."""
+        """All of them as one sequence, frame by frame (arXiv 2112.01527, table 4d, naive multi-scale)."""
         return cls(
             tuple(size for level in levels for size in level.sizes),
             torch.cat([level.tokens for level in levels], dim=2),

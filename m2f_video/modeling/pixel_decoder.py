@@ -2,6 +2,7 @@
 
 The maps at strides 32, 16 and 8 become one token sequence for a deformable-attention encoder (arXiv 2010.04159); its
 stride-8 output, upsampled and added to the stride-4 map, becomes the mask features. Everything here is per frame.
+`feature_pyramids.py` has what the paper compares it with.
 
 B frames, N tokens of all levels, C channels, H W height and width of a level; levels are ordered coarse to fine.
 """
@@ -18,7 +19,6 @@ from m2f_video.modeling.ms_deform_attn import MSDeformAttn
 from m2f_video.modeling.position_encoding import pixel_centres, position_dtype, sine_2d
 from m2f_video.ops import Shapes
 
-NUM_LEVELS = 3  # strides 32, 16 and 8 pass through the encoder
 Maps = tuple[Tensor, ...]
 
 
@@ -29,7 +29,7 @@ class PixelDecoderOutput:
     Attributes:
         mask_features: (B, mask_dim, H/4, W/4), multiplied with mask embeddings to give mask logits.
         multi_scale: strides 32, 16, 8, each (B, C, H_l, W_l), attended to by the transformer decoder.
-        encoder_layers: tokens (B, N, C) after each encoder layer, when asked for.
+        encoder_layers: tokens (B, N, C) after each encoder layer, when asked for; empty where there is no encoder.
     """
 
     mask_features: Tensor
@@ -56,12 +56,15 @@ class DeformableEncoderLayer(nn.Module):
         ffn_dim: hidden width of the feed-forward network.
         num_heads: attention heads.
         num_points: sampling points per head and level.
+        num_levels: levels.
         dropout: after the attention and after both layers of the feed-forward network, in training.
     """
 
-    def __init__(self, *, dim: int, ffn_dim: int, num_heads: int, num_points: int, dropout: float = 0.0) -> None:
+    def __init__(
+        self, *, dim: int, ffn_dim: int, num_heads: int, num_points: int, num_levels: int = 3, dropout: float = 0.0
+    ) -> None:
         super().__init__()
-        self.self_attn = MSDeformAttn(dim=dim, num_heads=num_heads, num_levels=NUM_LEVELS, num_points=num_points)
+        self.self_attn = MSDeformAttn(dim=dim, num_heads=num_heads, num_levels=num_levels, num_points=num_points)
         self.self_attn_norm = nn.LayerNorm(dim)
         self.linear1 = nn.Linear(dim, ffn_dim)
         self.linear2 = nn.Linear(ffn_dim, dim)
@@ -85,12 +88,16 @@ class MSDeformAttnPixelDecoder(nn.Module):
         in_channels: channels of the backbone's maps at strides 4, 8, 16, 32.
         hidden_dim: width C of tokens and multi-scale features.
         mask_dim: channels of the mask features.
-        num_layers: encoder layers.
+        num_layers: encoder layers; without any, levels are the projected maps.
         ffn_dim: hidden width of each layer's feed-forward network.
         num_heads: attention heads.
         num_points: sampling points per head and level.
+        num_levels: levels that the encoder sees, from stride 32 on. Each finer one comes by a feature-pyramid step.
         dropout: dropout of the encoder, in training.
     """
+
+    lateral_conv: nn.Sequential
+    output_conv: nn.Sequential
 
     def __init__(
         self,
@@ -102,23 +109,29 @@ class MSDeformAttnPixelDecoder(nn.Module):
         ffn_dim: int,
         num_heads: int,
         num_points: int,
+        num_levels: int = 3,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        coarse_to_fine = reversed(in_channels[1:])
-        self.input_projections = nn.ModuleList(_input_projection(channels, hidden_dim) for channels in coarse_to_fine)
-        self.level_embed = nn.Parameter(torch.randn(NUM_LEVELS, hidden_dim))
+        encoded, others = in_channels[::-1][:num_levels], in_channels[::-1][num_levels:]
+        self.input_projections = nn.ModuleList(_input_projection(channels, hidden_dim) for channels in encoded)
+        self.level_embed = nn.Parameter(torch.randn(num_levels, hidden_dim))
         self.layers = nn.ModuleList(
             DeformableEncoderLayer(
-                dim=hidden_dim, ffn_dim=ffn_dim, num_heads=num_heads, num_points=num_points, dropout=dropout
+                dim=hidden_dim,
+                ffn_dim=ffn_dim,
+                num_heads=num_heads,
+                num_points=num_points,
+                num_levels=num_levels,
+                dropout=dropout,
             )
             for _ in range(num_layers)
         )
-        self.lateral_conv = _conv_norm(in_channels[0], hidden_dim, kernel_size=1)
-        self.output_conv = _conv_norm(hidden_dim, hidden_dim, kernel_size=3).append(nn.ReLU(inplace=True))
-        self.mask_projection = nn.Conv2d(hidden_dim, mask_dim, kernel_size=1)
-        nn.init.kaiming_uniform_(self.mask_projection.weight, a=1)
-        nn.init.zeros_(cast("Tensor", self.mask_projection.bias))
+        self.pyramid = ("_16", "_8", "")[num_levels - 1 :]  # names of the steps: the last is what the published one has
+        for name, channels in zip(self.pyramid, others, strict=True):
+            self.add_module(f"lateral_conv{name}", conv_norm(channels, hidden_dim, kernel_size=1))
+            self.add_module(f"output_conv{name}", output_conv(hidden_dim))
+        self.mask_projection = mask_projection(hidden_dim, mask_dim)
 
     def forward(self, maps: Maps, output_hidden: bool = False) -> PixelDecoderOutput:
         """Decode the maps of a batch of frames.
@@ -127,17 +140,17 @@ class MSDeformAttnPixelDecoder(nn.Module):
             maps: (B, C_i, H_i, W_i) at strides 4, 8, 16, 32.
             output_hidden: also keep the tokens after every encoder layer.
         """
-        finest, *others = maps
-        coarse_to_fine = zip(self.input_projections, reversed(others), strict=True)
-        levels = [projection(level) for projection, level in coarse_to_fine]
+        coarse_to_fine = maps[::-1]
+        encoded = zip(self.input_projections, coarse_to_fine, strict=False)  # the others' steps are below
+        levels = tuple(projection(level) for projection, level in encoded)
         shapes = tuple((level.shape[2], level.shape[3]) for level in levels)
         x = torch.cat([level.flatten(2).transpose(1, 2) for level in levels], dim=1)  # (B, N, C)
-        multi_scale, encoder_layers = self.encode(x, shapes, output_hidden)
-
-        # one step of a feature pyramid
-        coarse = F.interpolate(multi_scale[-1], size=finest.shape[-2:], mode="bilinear", align_corners=False)
-        mask_features = self.mask_projection(self.output_conv(self.lateral_conv(finest) + coarse))
-        return PixelDecoderOutput(mask_features, multi_scale, encoder_layers)
+        levels, encoder_layers = self.encode(x, shapes, output_hidden)
+        for name, level in zip(self.pyramid, coarse_to_fine[len(levels) :], strict=True):
+            lateral, output = getattr(self, f"lateral_conv{name}"), getattr(self, f"output_conv{name}")
+            levels = (*levels, output(lateral(level) + resize(levels[-1], level)))
+        *multi_scale, finest = levels
+        return PixelDecoderOutput(self.mask_projection(finest), tuple(multi_scale), encoder_layers)
 
     def encode(self, x: Tensor, shapes: Shapes, output_hidden: bool = False) -> tuple[Maps, Maps | None]:
         """Run the encoder on tokens (B, N, C) of levels of these shapes, (height, width) each.
@@ -172,8 +185,26 @@ def _input_projection(in_channels: int, out_channels: int) -> nn.Sequential:
     return nn.Sequential(convolution, GroupNorm(GROUP_NORM_GROUPS, out_channels))
 
 
-def _conv_norm(in_channels: int, out_channels: int, kernel_size: int) -> nn.Sequential:
+def conv_norm(in_channels: int, out_channels: int, kernel_size: int) -> nn.Sequential:
     """Convolution without bias and group norm."""
     convolution = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
     nn.init.kaiming_uniform_(convolution.weight, a=1)
     return nn.Sequential(convolution, GroupNorm(GROUP_NORM_GROUPS, out_channels))
+
+
+def output_conv(channels: int) -> nn.Sequential:
+    """What smooths a level of a feature pyramid: 3x3 convolution, group norm, ReLU."""
+    return conv_norm(channels, channels, kernel_size=3).append(nn.ReLU(inplace=True))
+
+
+def mask_projection(hidden_dim: int, mask_dim: int) -> nn.Conv2d:
+    """1x1 convolution from the finest level to the mask features."""
+    convolution = nn.Conv2d(hidden_dim, mask_dim, kernel_size=1)
+    nn.init.kaiming_uniform_(convolution.weight, a=1)
+    nn.init.zeros_(cast("Tensor", convolution.bias))
+    return convolution
+
+
+def resize(coarse: Tensor, like: Tensor) -> Tensor:
+    """A level at the size of a finer one."""
+    return F.interpolate(coarse, size=like.shape[-2:], mode="bilinear", align_corners=False)

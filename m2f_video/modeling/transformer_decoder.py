@@ -1,7 +1,7 @@
 """Masked-attention transformer decoder (arXiv 2112.01527, section 3.2.1; over time: arXiv 2112.10764, section 3).
 
 Queries attend to the pixels of a clip that their previous mask covers, level by level. A clip is one sequence of keys:
-frames outermost, then rows, then columns. What the paper compares (tables 4 and 5) are classes beside the published
+frames outermost, then rows, then columns. What the paper compares (table 4) are classes beside the published
 one, or arguments: cross-attention in `cross_attention.py`, the order within a layer, queries and features here.
 
 B clips, T frames, Q queries, C channels, H W height and width of a level, S = T*H*W keys, M heads, K classes.
@@ -133,7 +133,7 @@ class DecoderLayer(nn.Module):
 
 
 class SelfFirstDecoderLayer(DecoderLayer):
-    """Self-attention first, the standard order (arXiv 2112.01527, table 5)."""
+    """Self-attention first, the standard order (arXiv 2112.01527, table 4b)."""
 
     def forward(self, x: Tensor, query_position: Tensor, level: Level, mask_logits: Tensor | None) -> Tensor:
         """As `DecoderLayer`."""

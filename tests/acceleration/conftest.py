@@ -2,6 +2,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -27,15 +28,25 @@ IN_LANES = VideoMask2FormerConfig(  # of widths that the compiled kernels know
 BACKBONES = {"swin": IN_LANES, "timm": IN_LANES.replace(backbone="timm:test_resnet")}
 
 
+def of_kind(kind: Any) -> PixelDecoderConfig:
+    """A pixel decoder of the paper's table, in these widths."""
+    depth = {"num_layers": 2} if kind == "bifpn" else {}
+    return PixelDecoderConfig(kind=kind, hidden_dim=64, mask_dim=64, **depth)
+
+
 @pytest.fixture(scope="session")
 def build() -> Callable[[str], VideoMask2Former]:
-    """Makes a new model, the same each time: of a backbone's name, or of a field of the decoder and its value."""
+    """Makes a new model, the same each time: of a backbone's name, of a field of the decoder and its value, or of the
+    kind of a pixel decoder.
+    """
 
     @cache
     def made(name: str) -> VideoMask2Former:
         if name in BACKBONES:
             return random_model(BACKBONES[name], 0)
         field, value = name.split("/")
+        if field == "kind":
+            return random_model(IN_LANES.replace(pixel_decoder=of_kind(value)), 0)
         decoder = replace(IN_LANES.transformer_decoder, **{field: value})
         return random_model(IN_LANES.replace(transformer_decoder=decoder), 0)
 

@@ -31,7 +31,7 @@ from m2f_video import VideoMask2Former, segment_video
 from m2f_video.acceleration import accelerated, written_for
 from m2f_video.acceleration.swap import Fused
 from m2f_video.acceleration.twins import TWINS
-from m2f_video.modeling import cross_attention, position_encoding, swin, transformer_decoder
+from m2f_video.modeling import cross_attention, feature_pyramids, position_encoding, swin, transformer_decoder
 from m2f_video.modeling.cross_attention import Level
 from m2f_video.modeling.pixel_decoder import MSDeformAttnPixelDecoder
 from m2f_video.modeling.timm_backbone import TimmBackbone
@@ -64,9 +64,21 @@ VARIANTS: dict[type[nn.Module], dict[str, str]] = {
     transformer_decoder.SelfFirstDecoderLayer: {"layer_order": "self_first"},
     position_encoding.SinePosition2D: {"temporal_position": "sine_2d"},
     position_encoding.NoPosition: {"temporal_position": "none"},
+    feature_pyramids.BackboneProjections: {"kind": "none"},
+    feature_pyramids.FeaturePyramid: {"kind": "fpn"},
+    feature_pyramids.SemanticFeaturePyramid: {"kind": "semantic_fpn"},
+    feature_pyramids.AlignedFeaturePyramid: {"kind": "fapn"},
+    feature_pyramids.FeatureSelection: {"kind": "fapn"},
+    feature_pyramids.FeatureAlignment: {"kind": "fapn"},
+    feature_pyramids.DeformableConv: {"kind": "fapn"},
+    feature_pyramids.BidirectionalFeaturePyramid: {"kind": "bifpn"},
+    feature_pyramids.BidirectionalLayer: {"kind": "bifpn"},
+    feature_pyramids.WeightedFusion: {"kind": "bifpn"},
 }
-"""Fields of the transformer decoder that build a module which the published model does not have."""
+"""Fields of the transformer decoder, or the kind of pixel decoder, that build what the published model has not."""
 WITHOUT_BACKWARD = (
+    feature_pyramids.BackboneProjections, feature_pyramids.FeaturePyramid, feature_pyramids.SemanticFeaturePyramid,
+    feature_pyramids.AlignedFeaturePyramid, feature_pyramids.BidirectionalFeaturePyramid,
     MSDeformAttnPixelDecoder, transformer_decoder.MaskedTransformerDecoder, VideoMask2Former,
     position_encoding.SinePosition3D, position_encoding.SinePosition2D, position_encoding.NoPosition,
 )  # fmt: skip

@@ -9,7 +9,7 @@ from tests.tolerances import assert_close
 CHANNELS = (4, 6, 8, 10)
 
 
-def pixel_decoder(*, num_layers: int = 2, dropout: float = 0.0) -> MSDeformAttnPixelDecoder:
+def pixel_decoder(*, num_layers: int = 2, num_levels: int = 3, dropout: float = 0.0) -> MSDeformAttnPixelDecoder:
     torch.manual_seed(0)
     decoder = MSDeformAttnPixelDecoder(
         in_channels=CHANNELS,
@@ -19,6 +19,7 @@ def pixel_decoder(*, num_layers: int = 2, dropout: float = 0.0) -> MSDeformAttnP
         ffn_dim=16,
         num_heads=4,
         num_points=2,
+        num_levels=num_levels,
         dropout=dropout,
     ).double()
     with torch.no_grad():
@@ -35,13 +36,14 @@ def maps(batch: int = 2, height: int = 64, width: int = 96, seed: int = 0) -> tu
     )
 
 
+@pytest.mark.parametrize("num_levels", [1, 2, 3, 4])
 @pytest.mark.parametrize("size", [(64, 96), (70, 90), (1, 1), (33, 200)])
-def test_shapes(size: tuple[int, int]) -> None:
+def test_shapes(size: tuple[int, int], num_levels: int) -> None:
     inputs = maps(2, *size)
-    output = pixel_decoder()(inputs, output_hidden=True)
+    output = pixel_decoder(num_levels=num_levels)(inputs, output_hidden=True)
     assert output.mask_features.shape == (2, 12, *inputs[0].shape[2:])
     assert [level.shape for level in output.multi_scale] == [(2, 64, *level.shape[2:]) for level in inputs[:0:-1]]
-    tokens = sum(level[0, 0].numel() for level in inputs[1:])
+    tokens = sum(level[0, 0].numel() for level in inputs[-num_levels:])
     assert [layer.shape for layer in output.encoder_layers] == [(2, tokens, 64)] * 2
 
 
@@ -92,6 +94,70 @@ def test_every_level_reaches_every_level() -> None:
             assert not any(torch.allclose(ours, expected) for ours, expected in zip(after, before, strict=True))
 
 
+@pytest.mark.parametrize("num_levels", [1, 2, 3, 4])
+def test_which_maps_reach_which_level(num_levels: int) -> None:
+    decoder, inputs = pixel_decoder(num_levels=num_levels), maps()
+    with torch.no_grad():
+        before = decoder(inputs)
+        for at, stride in enumerate((4, 8, 16, 32)):
+            after = decoder(tuple(-m if index == at else m for index, m in enumerate(inputs)))
+            pairs = zip(
+                (*after.multi_scale, after.mask_features), (*before.multi_scale, before.mask_features), strict=True
+            )
+            reached = {of for (ours, others), of in zip(pairs, (32, 16, 8, 4), strict=True) if (ours != others).any()}
+            encoded = {32, 16, 8, 4} if stride in (32, 16, 8, 4)[:num_levels] else set()
+            assert reached == encoded | {of for of in (32, 16, 8, 4) if of <= stride}
+
+
+@pytest.mark.parametrize("num_levels", [1, 2, 3])
+def test_levels_that_the_encoder_does_not_see_come_by_steps_of_a_pyramid(num_levels: int) -> None:
+    decoder, inputs = pixel_decoder(num_levels=num_levels), maps()
+    output = decoder(inputs, output_hidden=True)
+    tokens = sum(level[0, 0].numel() for level in inputs[-num_levels:])
+    assert output.encoder_layers is not None
+    assert output.encoder_layers[-1].shape[1] == tokens
+    levels = list(output.multi_scale[:num_levels])
+    for name, fine in zip(("_16", "_8", "")[num_levels - 1 :], inputs[: 4 - num_levels][::-1], strict=True):
+        coarse = nn.functional.interpolate(levels[-1], fine.shape[2:], mode="bilinear", align_corners=False)
+        lateral = decoder.get_submodule(f"lateral_conv{name}")(fine)
+        levels.append(decoder.get_submodule(f"output_conv{name}")(lateral + coarse))
+    for ours, expected in zip(output.multi_scale, levels[:3], strict=True):
+        assert_close(ours, expected.detach())
+    assert_close(output.mask_features, decoder.mask_projection(levels[3]).detach())
+
+
+def test_an_encoder_of_all_levels_gives_the_mask_features() -> None:
+    decoder, inputs = pixel_decoder(num_levels=4), maps()
+    output = decoder(inputs, output_hidden=True)
+    assert output.encoder_layers is not None
+    finest = output.encoder_layers[-1][:, -inputs[0][0, 0].numel() :].transpose(1, 2).unflatten(2, inputs[0].shape[2:])
+    assert_close(output.mask_features, decoder.mask_projection(finest).detach())
+    assert not any("lateral_conv" in name or "output_conv" in name for name in decoder.state_dict())
+
+
+@pytest.mark.parametrize("num_levels", [1, 3, 4])
+def test_without_layers_levels_are_the_projected_maps(num_levels: int) -> None:
+    decoder, inputs = pixel_decoder(num_layers=0, num_levels=num_levels), maps()
+    output = decoder(inputs, output_hidden=True)
+    assert output.encoder_layers == ()
+    for ours, projection, level in zip(output.multi_scale, decoder.input_projections, inputs[::-1], strict=False):
+        assert_close(ours, projection(level).detach())
+
+
+@pytest.mark.parametrize(("heads", "points"), [(1, 1), (8, 3)])
+def test_heads_and_points(heads: int, points: int) -> None:
+    sizes = {"hidden_dim": 64, "mask_dim": 12, "num_layers": 1, "ffn_dim": 16, "num_levels": 2}
+    decoder = MSDeformAttnPixelDecoder(in_channels=CHANNELS, num_heads=heads, num_points=points, **sizes)
+    assert decoder.layers[0].self_attn.attention_weights.out_features == heads * 2 * points
+    assert decoder(tuple(level.float() for level in maps())).mask_features.shape == (2, 12, 16, 24)
+
+
+def test_the_names_of_the_published_decoder() -> None:
+    names = {name.split(".")[0] for name in pixel_decoder().state_dict()}
+    published = {"input_projections", "level_embed", "layers", "lateral_conv", "output_conv", "mask_projection"}
+    assert names == published
+
+
 def test_positions_and_level_embedding_are_added_to_the_queries_only() -> None:
     decoder, inputs = pixel_decoder(), maps()
     calls = []
@@ -140,8 +206,9 @@ def test_the_ffn_is_post_norm_with_relu() -> None:
     assert_close(layer(x, position, references, shapes), expected.detach())
 
 
-def test_gradcheck() -> None:
-    decoder = pixel_decoder(num_layers=1)
+@pytest.mark.parametrize(("num_layers", "num_levels"), [(1, 3), (0, 3), (1, 1), (1, 4)])
+def test_gradcheck(num_layers: int, num_levels: int) -> None:
+    decoder = pixel_decoder(num_layers=num_layers, num_levels=num_levels)
     inputs = tuple(level.requires_grad_() for level in maps(1, 20, 28))
 
     def decode(*levels: Tensor) -> tuple[Tensor, ...]:

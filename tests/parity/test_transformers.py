@@ -355,6 +355,8 @@ def test_a_reference_of_another_kind_is_refused() -> None:
     ("changes", "message"),
     [
         ({"pixel_decoder": PixelDecoderConfig(hidden_dim=64, num_heads=4, num_points=2)}, "num_points = 2"),
+        ({"pixel_decoder": PixelDecoderConfig(kind="fpn", hidden_dim=64)}, "pixel_decoder.kind = 'fpn'"),
+        ({"pixel_decoder": PixelDecoderConfig(hidden_dim=64, num_heads=4, num_levels=2)}, "num_levels = 2"),
         ({"pixel_decoder": PixelDecoderConfig(hidden_dim=64, num_heads=8)}, "num_heads = 8 and .*num_heads = 4 differ"),
     ],
 )

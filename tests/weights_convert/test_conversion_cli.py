@@ -174,6 +174,16 @@ def test_a_given_config_stands_in_for_a_broken_one(hf_folder, original, tmp_path
     assert_same(load_file(tmp_path / "a.safetensors"), to_native(original))
 
 
+@pytest.mark.parametrize(("field", "value"), [("kind", "fpn"), ("num_levels", 4), ("num_layers", 0)])
+def test_a_variant_is_called_one_before_its_weights_are_looked_at(field, value, original, config, tmp_path, capsys):
+    config["pixel_decoder"][field] = value
+    weights = {key: tensor for key, tensor in to_native(original).items() if "pixel_decoder.layers" not in key}
+    write_checkpoint(tmp_path / "native", weights, config)
+    assert f"pixel_decoder.{field} = {value!r}" in fails(capsys, tmp_path / "native", tmp_path / "a", "--to", "hf")
+    said = fails(capsys, tmp_path / "native", tmp_path / "a.safetensors")
+    assert "or of a variant of the published model" in said
+
+
 def test_native_config_that_hf_cannot_express(hf_folder, original, config, tmp_path, capsys):
     config["pixel_decoder"]["num_points"] = 8
     write_checkpoint(tmp_path / "native", to_native(original), config)
