@@ -240,6 +240,7 @@ def reading(row: Mapping[str, Any], noise: float | None) -> str:
 def write_report(
     folder: Path,
     runs: Sequence[Finished],
+    base: str,
     milliseconds: Mapping[str, float],
     about: Mapping[str, Any],
     *,
@@ -250,13 +251,13 @@ def write_report(
 
     Args:
         folder: of the three.
-        runs: that are done, the base's first.
+        runs: that are done.
+        base: name of the row to compare with.
         milliseconds: of a frame's inference by row, where it was measured.
         about: what all runs have in common, by name.
         draws: of videos and seeds.
         claims: whether the numbers mean anything.
     """
-    base = runs[0].variant.name
     found = compare(runs, base, draws)
     rows = []
     for variant in dict.fromkeys(run.variant for run in runs):
@@ -316,7 +317,7 @@ def markdown(report: Mapping[str, Any]) -> str:
                 (
                     row["name"],
                     number(row["parameters"] / 1e6, ".2f"),
-                    number(row["gflop_per_frame"], ".2f"),
+                    number(row["gflop_per_frame"], ".3g"),
                     number(row["train_peak_mb"], ".0f"),
                     number(row["seconds_per_step"], ".2f"),
                     number(row["ms_per_frame"], ".1f"),
@@ -326,6 +327,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         ),
         "\nWhat a row changes:\n",
         table(("row", "fields"), [(row["name"], changed(row["changes"])) for row in rows if row["changes"]]),
+        f"\nNot done: {', '.join(report['missing'])}." if report["missing"] else "",
         f"\nMachine: {', '.join(f'{name} {value}' for name, value in report['machine'].items())}. "
         f"Command: `{report['command']}`",
     ]
@@ -358,7 +360,7 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure, axis = pyplot.subplots(figsize=(9, 1.5 + 0.28 * len(shown)), layout="constrained")
     for place, row in enumerate(reversed(shown)):
         color = "gray" if row["reading"] not in ("better", "worse") else "tab:blue"
-        axis.hlines(place, *row["interval"], color)
+        axis.plot(row["interval"], [place, place], color=color)
         axis.plot(row["difference"], place, "o", color=color)
         axis.plot(list(row["differences"].values()), [place] * len(row["differences"]), "|", color="black")
     axis.axvline(0, color="black", linewidth=0.5)

@@ -58,8 +58,8 @@ from m2f_video.config import (
     VideoMask2FormerConfig,
 )
 from m2f_video.data.augment import AugmentConfig
-from m2f_video.data.clip import AnnotatedVideo, ClipSampling
-from m2f_video.data.synthetic import SHAPES, STANDARD_SPLITS, SyntheticVideos
+from m2f_video.data.clip import ClipSampling
+from m2f_video.data.synthetic import SHAPES, STANDARD_SPLITS, SyntheticVideo, SyntheticVideos
 from m2f_video.distributed import Worker
 from m2f_video.evaluation import (
     GroundTruth,
@@ -73,6 +73,8 @@ from m2f_video.files import atomic_path, read_json
 from m2f_video.hub import parse_device
 from m2f_video.modeling.video_mask2former import VideoMask2Former
 from m2f_video.training import LossConfig, OptimConfig, TrainConfig, Trainer
+from m2f_video.training.folder import FINAL_FOLDER
+from m2f_video.training.log import STEPS_FILE as LOG_FILE
 
 BASE = TrainConfig(
     model=VideoMask2FormerConfig(
@@ -93,10 +95,12 @@ BASE = TrainConfig(
     steps=1600,
     batch_size=8,
     checkpoint_every=100,
+    keep_checkpoints=1,
     log_every=100,
 )
 """What each row changes; 1.2 million parameters, each stride attended to once."""
 QUICK = {
+    "num_workers": 0,
     "steps": 4,
     "batch_size": 2,
     "checkpoint_every": 2,
@@ -119,6 +123,12 @@ def single(scale: int) -> dict[str, Any]:
     return {FEATURES: "single", SCALE: scale}
 
 
+def pixels(kind: str, **used: int) -> dict[str, Any]:
+    """Changes for another pixel decoder, which must leave fields that it has no use for at their defaults."""
+    defaults = {name: getattr(PixelDecoderConfig(), name) for name in ("num_layers", "ffn_dim", "num_heads")}
+    return {PIXELS: kind} | {f"model.pixel_decoder.{name}": value for name, value in (defaults | used).items()}
+
+
 VARIANTS = (
     Variant("base"),
     Variant("cross-attention full", "M2F 4a, 4c", {CROSS: "full"}, "37.8, -5.9"),
@@ -133,11 +143,11 @@ VARIANTS = (
     Variant("features 1-16", "M2F 4d", single(16), "43.0, -0.7"),
     Variant("features 1-8", "M2F 4d", single(8), "44.0, +0.3"),
     Variant("features concatenated", "M2F 4d", {FEATURES: "concatenated"}, "44.0, +0.3"),
-    Variant("pixel decoder fpn", "M2F 4e", {PIXELS: "fpn"}, "41.5, -2.2"),
-    Variant("pixel decoder semantic_fpn", "M2F 4e", {PIXELS: "semantic_fpn"}, "42.1, -1.6"),
-    Variant("pixel decoder fapn", "M2F 4e", {PIXELS: "fapn"}, "42.4, -1.3"),
-    Variant("pixel decoder bifpn", "M2F 4e", {PIXELS: "bifpn"}, "43.5, -0.2"),
-    Variant("pixel decoder none", "", {PIXELS: "none"}),
+    Variant("pixel decoder fpn", "M2F 4e", pixels("fpn"), "41.5, -2.2"),
+    Variant("pixel decoder semantic_fpn", "M2F 4e", pixels("semantic_fpn"), "42.1, -1.6"),
+    Variant("pixel decoder fapn", "M2F 4e", pixels("fapn"), "42.4, -1.3"),
+    Variant("pixel decoder bifpn", "M2F 4e", pixels("bifpn", num_layers=3), "43.5, -0.2"),
+    Variant("pixel decoder none", "", pixels("none")),
     Variant("matching by masks", "M2F 5", {"loss.matching": "masks"}, "lower"),
     Variant("loss of masks", "M2F 5", {"loss.mask_loss": "masks"}, "about equal, 3 times the memory"),
     Variant("matching and loss of masks", "M2F 5", {"loss.matching": "masks", "loss.mask_loss": "masks"}, "lower"),
@@ -197,6 +207,7 @@ class Study:
         train: videos to learn from.
         test: videos to measure on.
         device: of all.
+        rehearsal: stop each run once, and check what it leaves.
     """
 
     folder: Path
@@ -204,6 +215,7 @@ class Study:
     train: SyntheticVideos
     test: SyntheticVideos
     device: torch.device
+    rehearsal: bool = False
 
     def config(self, run: Run) -> TrainConfig:
         """What a run is trained with."""
@@ -247,18 +259,22 @@ class Study:
 
     def _measure(self, run: Run) -> dict[str, Any]:
         config, folder = self.config(run), self.folder / run.name
-        model = Trainer(config, self.train, folder, worker=Worker(0, 1, self.device), resume=True).train()
+        if self.rehearsal and not folder.exists():
+            with contextlib.suppress(StoppedError):
+                self._train(run, Stopping(self.train, config.batch_size * config.checkpoint_every))
+        model = self._train(run, self.train)
         rows = predict_videos(model, self.test, journal=folder / f"predictions-{len(self.test)}.jsonl")
         pairings = pair_tracks(self.truth, load_results(rows, self.truth))
-        matches = TrackMatches.of(pairings, list(self.truth.sizes), list(self.truth.categories))
-        matches.save(folder)
+        TrackMatches.of(pairings, list(self.truth.sizes), list(self.truth.categories)).save(folder)
+        if self.rehearsal:
+            check_saved(folder, config.steps, model_input(config.model, self.test[0], self.device))
         result = {
             "row": run.variant.name,
             "seed": run.seed,
             "config": config.to_dict(),
             "test": self.test.fingerprint,
             "stats": average_precision(self.truth, pairings).stats,
-            "seconds_per_step": median_step(folder / "log.csv"),
+            "seconds_per_step": median_step(folder / LOG_FILE),
             **costs(config, self.train, self.test[0], self.device),
             "machine": machine(self.device),
         }
@@ -266,57 +282,45 @@ class Study:
             file.write_text(json.dumps(result, indent=2) + "\n")
         return result
 
+    def _train(self, run: Run, videos: SyntheticVideos) -> VideoMask2Former:
+        worker = Worker(0, 1, self.device)
+        return Trainer(self.config(run), videos, self.folder / run.name, worker=worker, resume=True).train()
+
 
 class StoppedError(Exception):
-    """A run was cut off on purpose."""
+    """A run was stopped on purpose."""
 
 
-@dataclass
-class Stopping:
+class Stopping(SyntheticVideos):
     """Videos that end a run when so many were asked for, as a kill would."""
 
-    videos: SyntheticVideos
-    left: int
+    def __init__(self, videos: SyntheticVideos, left: int) -> None:
+        vars(self).update(vars(videos))
+        self._left = left
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.videos, name)
-
-    def __len__(self) -> int:
-        return len(self.videos)
-
-    def __getitem__(self, index: int, /) -> AnnotatedVideo:
-        if not self.left:
+    def __getitem__(self, index: int, /) -> SyntheticVideo:
+        """One of them, while there are some left."""
+        if not self._left:
             raise StoppedError
-        self.left -= 1
-        return self.videos[index]
+        self._left -= 1
+        return super().__getitem__(index)
 
 
-def rehearse(study: Study, run: Run) -> dict[str, Any] | None:
-    """All that a run goes through: it is trained, stopped, resumed, saved, measured, loaded, and prepared.
+def check_saved(folder: Path, steps: int, pixels: torch.Tensor) -> None:
+    """Make sure that a run did each step once, and that what it saved predicts the same prepared as plain.
 
     Raises:
-        RuntimeError: something is not as it should be; the message says what.
+        RuntimeError: it did not, or does not.
     """
-    config, folder = study.config(run), study.folder / run.name
-    if study.result(run) is None:
-        videos = Stopping(study.train, config.batch_size * config.checkpoint_every)
-        with contextlib.suppress(StoppedError):
-            Trainer(config, videos, folder, worker=Worker(0, 1, study.device), resume=True).train()
-            raise RuntimeError(f"{run.name} was not stopped")
-    if (result := study.perform(run)) is None:
-        return None
-    steps = [line.split(",")[0] for line in (folder / "log.csv").read_text().splitlines()[1:]]
-    if steps != [str(step + 1) for step in range(config.steps)]:
-        raise RuntimeError(f"{run.name}: resumed, it did steps {', '.join(steps)}")
-    model = VideoMask2Former.from_pretrained(folder / "final", device=study.device)
-    pixels = model_input(config.model, study.test[0], study.device)
+    done = [line.split(",")[0] for line in (folder / LOG_FILE).read_text().splitlines()[1:]]
+    if done != [str(step + 1) for step in range(steps)]:
+        raise RuntimeError(f"stopped and resumed, it did steps {', '.join(done)} instead of 1 to {steps}")
+    model = VideoMask2Former.from_pretrained(folder / FINAL_FOLDER, device=pixels.device)
     with torch.inference_mode():
-        plain = model(pixels)
-        prepared = model.prepare_for_inference()(pixels)
+        plain, prepared = model(pixels), model.prepare_for_inference()(pixels)
     for name in ("class_queries_logits", "masks_queries_logits"):
         if not torch.allclose(getattr(plain, name), getattr(prepared, name), rtol=1e-2, atol=1e-2):
-            raise RuntimeError(f"{run.name}: prepared, it gives other {name}")
-    return result
+            raise RuntimeError(f"prepared, it gives other {name} than plain")
 
 
 def share_of(shard: str | None) -> tuple[int, int]:
@@ -351,12 +355,12 @@ def device_of(name: str | None) -> torch.device:
     return parse_device(f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" and "LOCAL_RANK" in os.environ else name)
 
 
-def perform_all(study: Study, runs: list[Run], quick: bool) -> Iterator[tuple[Run, str]]:
+def perform_all(study: Study, runs: list[Run]) -> Iterator[tuple[Run, str]]:
     """Do runs one after the other; gives those that failed, and why."""
     for number, run in enumerate(runs):
         print(f"{run.name}: {number + 1} of {len(runs)}", flush=True)
         try:
-            result = (rehearse if quick else Study.perform)(study, run)
+            result = study.perform(run)
         except (ValueError, OSError, RuntimeError) as error:  # the others can be done all the same
             print(f"{run.name} failed: {error}", file=sys.stderr, flush=True)
             yield run, str(error)
@@ -405,9 +409,10 @@ def main(
             raise ValueError(f"--{name} must be positive, got {number}")
     if not seeds or min(seeds) < 0 or min(repeats, workers) < 0 or not 0 <= nice <= 19:
         raise ValueError("--seeds must name some, from 0 on, --repeats and --workers too, and --nice is 0 to 19")
+    first, count = share_of(shard)
     os.nice(max(nice - os.nice(0), 0))
     torch.set_num_threads(threads)
-    base = apply(BASE, {**(QUICK if quick else {}), "num_workers": workers} | ({"steps": steps} if steps else {}))
+    base = apply(BASE, {"num_workers": workers, **(QUICK if quick else {}), **({"steps": steps} if steps else {})})
     size: dict[str, int] = QUICK_SIZE if quick else {}
     study = Study(
         folder=output,
@@ -415,12 +420,12 @@ def main(
         train=SyntheticVideos(**STANDARD_SPLITS["train"], **size),
         test=SyntheticVideos(videos or (2 if quick else 300), STANDARD_SPLITS["test"]["seed"], **size),
         device=device_of(device),
+        rehearsal=quick,
     )
     runs = [Run(variant, seed) for seed in dict.fromkeys(seeds) for variant in choose(rows)]
     for run in runs:
         study.config(run)  # a row that cannot be built is named before the work
-    first, count = share_of(shard)
-    failed = {} if report_only else dict(perform_all(study, runs[first::count], quick))
+    failed = {} if report_only else dict(perform_all(study, runs[first::count]))
     results = {run: result for run in runs if (result := study.result(run)) is not None}
     print(f"{len(results)} of {len(runs)} runs are done", flush=True)
     if report_only and not results:
@@ -431,6 +436,7 @@ def main(
             f"{base.steps} steps of {base.batch_size} clips",
             "videos": len(study.test),
             "base": base.to_dict(),
+            "missing": [run.name for run in runs if run not in results],
             "machine": machine(study.device),
             "command": shlex.join(("python", *sys.argv)),
         }
@@ -438,9 +444,9 @@ def main(
             Finished(variant=run.variant, seed=run.seed, result=result, matches=TrackMatches.load(output / run.name))
             for run, result in results.items()
         ]
-        models = {run.variant.name: output / run.name / "final" for run in results}
+        models = {run.variant.name: output / run.name / FINAL_FOLDER for run in results}
         times = inference_ms(models, study.test[0], study.device, repeats) if repeats else {}
-        print(write_report(report or output, finished, times, about, draws=draws, claims=not quick))
+        print(write_report(report or output, finished, VARIANTS[0].name, times, about, draws=draws, claims=not quick))
     for run, why in failed.items():
         print(f"failed: {run.name}: {why}", file=sys.stderr)
     return int(bool(failed) and "WORLD_SIZE" not in os.environ)  # torchrun would end the others
