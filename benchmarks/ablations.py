@@ -40,6 +40,7 @@ from ablation_report import (
     Finished,
     TrackMatches,
     Variant,
+    check_saved,
     costs,
     inference_ms,
     median_step,
@@ -74,7 +75,7 @@ from m2f_video.hub import parse_device
 from m2f_video.modeling.video_mask2former import VideoMask2Former
 from m2f_video.training import LossConfig, OptimConfig, TrainConfig, Trainer
 from m2f_video.training.folder import FINAL_FOLDER
-from m2f_video.training.log import STEPS_FILE as LOG_FILE
+from m2f_video.training.log import STEPS_FILE
 
 BASE = TrainConfig(
     model=VideoMask2FormerConfig(
@@ -274,7 +275,7 @@ class Study:
             "config": config.to_dict(),
             "test": self.test.fingerprint,
             "stats": average_precision(self.truth, pairings).stats,
-            "seconds_per_step": median_step(folder / LOG_FILE),
+            "seconds_per_step": median_step(folder / STEPS_FILE),
             **costs(config, self.train, self.test[0], self.device),
             "machine": machine(self.device),
         }
@@ -304,23 +305,6 @@ class Stopping(SyntheticVideos):
             raise StoppedError
         self._left -= 1
         return super().__getitem__(index)
-
-
-def check_saved(folder: Path, steps: int, pixels: torch.Tensor) -> None:
-    """Make sure that a run did each step once, and that what it saved predicts the same prepared as plain.
-
-    Raises:
-        RuntimeError: it did not, or does not.
-    """
-    done = [line.split(",")[0] for line in (folder / LOG_FILE).read_text().splitlines()[1:]]
-    if done != [str(step + 1) for step in range(steps)]:
-        raise RuntimeError(f"stopped and resumed, it did steps {', '.join(done)} instead of 1 to {steps}")
-    model = VideoMask2Former.from_pretrained(folder / FINAL_FOLDER, device=pixels.device)
-    with torch.inference_mode():
-        plain, prepared = model(pixels), model.prepare_for_inference()(pixels)
-    for name in ("class_queries_logits", "masks_queries_logits"):
-        if not torch.allclose(getattr(plain, name), getattr(prepared, name), rtol=1e-2, atol=1e-2):
-            raise RuntimeError(f"prepared, it gives other {name} than plain")
 
 
 def share_of(shard: str | None) -> tuple[int, int]:
