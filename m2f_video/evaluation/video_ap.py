@@ -73,7 +73,7 @@ def average_precision(
     for pairing in pairings:
         of_category[pairing.category_id].append(pairing)
     for k, category_id in enumerate(ground_truth.categories):
-        matches = [_match(pairing) for pairing in of_category[category_id]]
+        matches = [match_pairing(pairing) for pairing in of_category[category_id]]
         num_annotations = sum((match.num_annotations for match in matches), np.zeros(A, np.int64))
         measured = [a for a in range(A) if num_annotations[a]]
         for m, limit in enumerate(DETECTION_LIMITS):
@@ -96,8 +96,15 @@ def average_precision(
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Matches:
-    """Matched predictions of one video and category: scores (D,), the flags (A, T, D), num_annotations (A,)."""
+class Matches:
+    """Matched predictions of one video and category, by falling score.
+
+    Attributes:
+        scores: (D,).
+        true_positive: bool (A, T, D), which are right.
+        false_positive: bool (A, T, D), which are wrong; those that are neither do not count.
+        num_annotations: int (A,), how many there are to find.
+    """
 
     scores: np.ndarray
     true_positive: np.ndarray
@@ -105,10 +112,11 @@ class _Matches:
     num_annotations: np.ndarray
 
     def first(self, limit: int, a: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Scores and flags of the first so many, in an area range."""
         return self.scores[:limit], self.true_positive[a, :, :limit], self.false_positive[a, :, :limit]
 
 
-def _match(pairing: Pairing) -> _Matches:
+def match_pairing(pairing: Pairing) -> Matches:
     """Give each prediction, by falling score, the free annotation with the highest IoU that reaches the threshold.
 
     Annotations that are ignored (crowds, and those outside of the area range) are taken only where no other is left.
@@ -135,7 +143,7 @@ def _match(pairing: Pairing) -> _Matches:
         taken |= found[:, :, None] & (best[:, :, None] == np.arange(G))
         matched[:, :, d] = found
         skipped[:, :, d] = np.where(found, np.take_along_axis(ignored, best, axis=1), skipped[:, :, d])
-    return _Matches(
+    return Matches(
         scores=np.array([track.score for track in pairing.detections], float),
         true_positive=matched & ~skipped,
         false_positive=~matched & ~skipped,

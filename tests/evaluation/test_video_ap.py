@@ -17,7 +17,13 @@ from m2f_video.evaluation import (
     load_results,
     pair_tracks,
 )
-from m2f_video.evaluation.video_ap import AREA_RANGES, DETECTION_LIMITS, IOU_THRESHOLDS, RECALL_THRESHOLDS, _match
+from m2f_video.evaluation.video_ap import (
+    AREA_RANGES,
+    DETECTION_LIMITS,
+    IOU_THRESHOLDS,
+    RECALL_THRESHOLDS,
+    match_pairing,
+)
 from tests.evaluation.builders import T, annotation, box, dataset, random_case, result
 from tests.golden_files import GOLDEN
 
@@ -81,7 +87,7 @@ def test_overlaps_and_matches_equal_the_original(case: str) -> None:
     for key, iou in overlaps.items():
         np.testing.assert_allclose(pairs[key].track_iou(), iou, rtol=0, atol=1e-12)
     for video in expected["per_video_all_areas"]:
-        matches = _match(pairs[f"{video['video_id']},{video['category_id']}"])
+        matches = match_pairing(pairs[f"{video['video_id']},{video['category_id']}"])
         assert matches.scores.tolist() == video["dtScores"]
         matched, ignored = (np.array(video[f"dt{what}_iou50"]) != 0 for what in ("Matches", "Ignore"))
         assert matches.true_positive[0, 0].tolist() == (matched & ~ignored).tolist()
