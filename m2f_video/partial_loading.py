@@ -32,9 +32,12 @@ _LEVEL_PROJECTION = re.compile(r"(transformer_decoder\.input_projections\.)(\d+)
 _QUERIES = ("transformer_decoder.query_features.weight", "transformer_decoder.query_positions.weight")
 _CLASS_HEAD = ("transformer_decoder.class_head.weight", "transformer_decoder.class_head.bias")
 _ENCODER_ATTENTION = r"pixel_decoder\.layers\.\d+\.self_attn\."
+_SAMPLING = re.compile(rf"{_ENCODER_ATTENTION}(sampling_offsets|attention_weights)\.")
 _LAID_OUT_BY = {
+    "pixel_decoder.kind": re.compile(r"pixel_decoder\."),
     "pixel_decoder.num_heads": re.compile(_ENCODER_ATTENTION),
-    "pixel_decoder.num_points": re.compile(rf"{_ENCODER_ATTENTION}(sampling_offsets|attention_weights)\."),
+    "pixel_decoder.num_points": _SAMPLING,
+    "pixel_decoder.num_levels": _SAMPLING,
     "transformer_decoder.num_heads": re.compile(r"transformer_decoder\.layers\.\d+\.(cross|self)_attn\."),
 }
 """Fields by which the rows of weights mean something else, whose shapes may be the same, and those weights."""
@@ -53,10 +56,10 @@ def load_partially(
     - Rows of the classifier go by the name of the class, whatever its case and underscores, and the last is "no
       object"; a name that is there twice is left out.
 
-    Not loaded, though names and shapes may be the same: attention of another number of heads, sampling offsets and
-    weights of another number of points, and cross-attention where one of the two is mask pooling. Everything else of
-    the same name and shape is loaded, and the report names the fields of the config that differ. A file without a
-    config beside it is taken to be of the model's own.
+    Not loaded, though names and shapes may be the same: a pixel decoder of another kind, attention of another number of
+    heads, sampling offsets and weights of other numbers of points or levels, and cross-attention where one of the two
+    is mask pooling. Everything else of the same name and shape is loaded, and the report names the fields of the config
+    that differ. A file without a config beside it is taken to be of the model's own.
 
     Args:
         model: changed in place, or not at all where an error is raised.
@@ -245,6 +248,9 @@ class _Place:
         if name in _QUERIES:
             kept = min(len(tensor), len(given))
             return {row: row for row in range(kept)}, f"the first {kept} of {len(given)} queries, here {len(tensor)}"
+        if name == "pixel_decoder.level_embed":
+            kept = min(len(tensor), len(given))  # coarse to fine, from stride 32 on
+            return {row: row for row in range(kept)}, f"the first {kept} of {len(given)} levels, here {len(tensor)}"
         if name == _LEVEL_EMBED:
             return self.levels, "levels by their strides"
         if name in _CLASS_HEAD:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from m2f_video import VideoMask2Former, VideoMask2FormerConfig, load_backbone, load_partially
-from m2f_video.config import ConfigError, SwinConfig
+from m2f_video.config import ConfigError, PixelDecoderConfig, SwinConfig
 from m2f_video.loading_report import LoadingReport, State
 from m2f_video.modeling.cross_attention import CrossAttention, Level
 from m2f_video.parity import random_model
@@ -225,6 +225,36 @@ def test_what_has_another_layout_is_new(
     assert set(loaded.report.names("new")) == {name for name in loaded.after if rule.match(name)}
     assert all(note in of(loaded.report, name) for name in loaded.report.names("new"))
     assert note in str(loaded.report)
+
+
+def test_other_levels_of_the_encoder(saved: Path, trained: VideoMask2Former) -> None:
+    report = load(encoder(num_levels=2, num_points=3), saved / "model", trained).report  # as many samples as 3 of 2
+    assert report.names("resized") == ["pixel_decoder.level_embed"]
+    assert of(report, "pixel_decoder.level_embed") == "resized: the first 2 of 3 levels, here 2"
+    assert {name.split(".")[-2] for name in report.names("new") if ".layers." in name} == {
+        "sampling_offsets",
+        "attention_weights",
+    }
+    assert {name.split(".")[1] for name in report.names("new") if ".layers." not in name} == {
+        "lateral_conv_8",
+        "output_conv_8",
+    }
+    loaded = load(encoder(num_levels=4), saved / "model", trained)
+    embedding = "pixel_decoder.level_embed"
+    assert torch.equal(loaded.after[embedding][:3], trained.state_dict()[embedding])
+    assert torch.equal(loaded.after[embedding][3], loaded.before[embedding][3])
+
+
+@pytest.mark.parametrize(("there", "here"), [("ms_deform_attn", "fpn"), ("fpn", "fapn"), ("fapn", "fpn")])
+def test_another_kind_of_pixel_decoder_is_new(there: Any, here: Any, tmp_path: Path) -> None:
+    source, used = (
+        TINY.replace(pixel_decoder=PixelDecoderConfig(hidden_dim=32, mask_dim=32, kind=kind)) for kind in (there, here)
+    )
+    random_model(source, 1).save_pretrained(tmp_path)
+    report = Loaded(used, tmp_path).report
+    assert {name.split(".")[0] for name in report.names("new")} == {"pixel_decoder"}
+    assert not any(name.startswith("pixel_decoder.") for name in report.names("loaded"))
+    assert f"of another layout: pixel_decoder.kind {there} -> {here}" in str(report)
 
 
 def test_bare_files_tell_the_heads_of_swin(saved: Path, trained: VideoMask2Former) -> None:
