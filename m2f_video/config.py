@@ -190,7 +190,7 @@ class TransformerDecoderConfig(CheckedConfig):
     """What queries begin as (table 4b): features of their own, which predict masks and are trained to; features of
     their own; or zeros. Only the first give the first layer masks; with the others it attends everywhere."""
     features: Literal["round_robin", "concatenated", "single"] = "round_robin"
-    """Which of strides 32, 16, 8 a layer attends to (table 4d): one by one in turns, all as one sequence, or `scale`."""
+    """Which of strides 32, 16, 8 a layer attends to (table 4d): by turns, all as one sequence, or `scale` alone."""
     scale: Literal[8, 16, 32] = 8
     """Stride of the `single` level."""
     temporal_position: Literal["sine_3d", "sine_2d", "none"] = "sine_3d"
