@@ -134,13 +134,16 @@ WAYS = {"subclass": subclass, "instance": patch_instance, "hook": hook, "pre-hoo
 
 @contextmanager
 def class_patched(kind: type[nn.Module], way: str) -> Iterator[None]:
-    forward = kind.forward
+    forward, is_own = kind.forward, "forward" in vars(kind)
     if way == "class":
         kind.forward = lambda self, *args, **kwargs: changed(forward(self, *args, **kwargs))
     try:
         yield
     finally:
-        kind.forward = forward
+        if is_own:
+            kind.forward = forward
+        elif way == "class":
+            del kind.forward  # which is inherited
 
 
 def predict(model: VideoMask2Former) -> Tensor:

@@ -321,6 +321,16 @@ def test_bfloat16(kind: str) -> None:
     assert relative_error(fast.float(), expected.float()) < 0.05
 
 
+@pytest.mark.parametrize("name", ["semantic_fpn", "fapn", "bifpn", "num_levels 2", "num_levels 4", "no layers"])
+def test_one_graph(name: str) -> None:
+    decoder = random_model(IN_LANES.replace(pixel_decoder=FIELDS[name]), 0).pixel_decoder
+    inputs = tuple(torch.randn(1, 32 * 2**i, 32 // 2**i, 24 // 2**i) for i in range(4))
+    torch._dynamo.reset()
+    with torch.no_grad():
+        ours = torch.compile(decoder, fullgraph=True, backend="eager")(inputs)
+        assert relative_error(ours.mask_features, decoder(inputs).mask_features) < 1e-6
+
+
 def test_a_part_of_ones_own_is_called_as_what_it_replaces() -> None:
     class Mine(PIXEL_DECODERS["none"]):
         def __init__(self, **sizes: Any) -> None:
