@@ -124,8 +124,8 @@ class PixelDecoderConfig(CheckedConfig):
     mask_dim: int = 256
     """Channels of the mask features, and of the mask embeddings multiplied with them."""
     num_layers: int = 6
-    """Deformable encoder layers, or layers of a BiFPN; 0 leaves the projected maps as they are. This field and those
-    below must keep their defaults where a kind has no use for them."""
+    """Deformable encoder layers, or layers of a BiFPN; 0 leaves the projected maps as they are. This field is of no
+    other kind, and those below are of `ms_deform_attn` alone."""
     ffn_dim: int = 1024
     """Hidden width of each encoder layer's feed-forward network."""
     num_heads: int = 8
@@ -148,16 +148,9 @@ class PixelDecoderConfig(CheckedConfig):
                 f"PixelDecoderConfig.hidden_dim={self.hidden_dim} is not divisible by {divisor} ({why})",
             )
         check_fields(self, "must be in [0, 1)", lambda rate: 0 <= rate < 1, "dropout")
-        others = [item for item in fields(self) if item.name not in ("kind", *self.arguments())]
-        if odd := [item for item in others if getattr(self, item.name) != item.default]:
-            raise ConfigError(
-                f"PixelDecoderConfig.kind={self.kind!r} has no use for "
-                f"{', '.join(f'{item.name}={shown(getattr(self, item.name))}' for item in odd)}; "
-                f"leave out, or give the default: {', '.join(f'{item.name}={item.default}' for item in odd)}"
-            )
 
     def arguments(self) -> dict[str, Any]:
-        """The fields that a decoder of this kind is built from."""
+        """The fields that a decoder of this kind is built from; it has no use for the others."""
         names = {item.name for item in fields(self)} - {"kind"}
         if self.kind != "ms_deform_attn":
             names = {"hidden_dim", "mask_dim"} | ({"num_layers"} if self.kind == "bifpn" else set())

@@ -265,8 +265,8 @@ def check_fit(expected: Mapping[str, Tensor], state_dict: Mapping[str, Tensor], 
                 "--init-backbone, or load them into a built model with m2f_video.load_backbone(model, source)"
             )
         raise ConversionError(
-            f"the weights of {source:.80} do not fit its config: {misfit}. Give the config they were trained "
-            "with, or load what fits: partial=True, train --init-partial."
+            f"the weights of {source:.80} do not fit its config: {misfit}. Give the config they were trained with, or "
+            "partial=True (--init-partial)"
         )
 
 
@@ -285,7 +285,7 @@ def first_misfit(expected: Mapping[str, Tensor], state_dict: Mapping[str, Tensor
         elif own.is_floating_point() and not given.is_floating_point():
             problems.append(f"{key} is {given.dtype}, not floating point")
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    return f"{problems[0]:.130}{more}" if problems else None
+    return f"{problems[0]:.110}{more}" if problems else None
 
 
 def resolve_config(config: ConfigSource) -> VideoMask2FormerConfig:
