@@ -121,11 +121,11 @@ class TransferLinker:
         miss_penalty: for each window that the track was missed.
     """
 
-    threshold: float = 0.5
-    memory: int = 3
+    threshold: float = 0.4
+    memory: int = 20
     every_query: bool = False
     frames: int = 4
-    miss_penalty: float = 0.1
+    miss_penalty: float = 0.02
 
     def similarity(self, tracks: Sequence[TrackState], window: Window, missed: Tensor) -> Tensor:
         """See `Linker`."""

@@ -41,7 +41,8 @@ def segment_whole(
     if duplicate_iou < 1:
         among = likely_queries(class_logits, top_k)
         product = partial(video.mask_product, output.mask_embeddings[:, among])
-        among = among[without_duplicates((product(part[None])[0] > 0 for part in parts), duplicate_iou)]
+        everywhere = torch.cat([product(part[None])[0] > 0 for part in parts], dim=1)
+        among = among[without_duplicates(everywhere, duplicate_iou)]
     most = len(among) * (class_logits.shape[1] - 1)
     scores, labels, chosen = select_top_k(class_logits[among], min(top_k, most), score_threshold)
     queries, mask_of_pair = among[chosen].unique(return_inverse=True)

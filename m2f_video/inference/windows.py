@@ -5,7 +5,7 @@ h w size of the mask logits.
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 
@@ -128,7 +128,7 @@ def objects_of(
         queries = likely_queries(class_logits, windowing.top_k if duplicate_iou >= 1 else None)
     embeddings = output.mask_embeddings[:, queries]
     logits = mask_product(embeddings, window.features.mask_features[None])[0]
-    kept = without_duplicates([logits > 0], duplicate_iou) if duplicate_iou < 1 else slice(None)
+    kept = without_duplicates(logits > 0, duplicate_iou) if duplicate_iou < 1 else slice(None)
     return Window(
         window.start,
         queries[kept],
@@ -153,20 +153,22 @@ def likely_queries(class_logits: Tensor, top_k: int | None) -> Tensor:
     return queries[probabilities[queries, -1].argsort(stable=True)]
 
 
-def without_duplicates(masks: Iterable[Tensor], duplicate_iou: float) -> Tensor:
-    """Which masks overlap no better one, that is kept, by more than an IoU: their indices, rising.
+def without_duplicates(masks: Tensor, max_overlap: float) -> Tensor:
+    """Which masks are of things of their own: better ones that are kept do not cover more than a share of them.
+
+    A query that shows one object again goes, and one that shows two at once, each of which has its own.
 
     Args:
-        masks: bool (N, frames, h, w), the best first, in parts that follow each other in time.
-        duplicate_iou: in [0, 1].
+        masks: bool (N, ...), the best first.
+        max_overlap: largest share of a mask, in [0, 1].
+
+    Returns:
+        Their indices, rising.
     """
-    inter = area = torch.zeros(())
-    for part in masks:
-        pixels = part.flatten(1).float()
-        inter, area = inter + (pixels @ pixels.T).double().cpu(), area + pixels.sum(1).double().cpu()
-    iou = inter / (area[:, None] + area - inter).clamp(min=1)
-    kept = list[int]()
-    for index, row in enumerate(iou):
-        if not (row[kept] > duplicate_iou).any():
+    pixels, kept = masks.flatten(1), list[int]()
+    taken = pixels.new_zeros(pixels.shape[1])
+    for index, mask in enumerate(pixels):
+        if (mask & taken).sum() <= max_overlap * mask.sum():
             kept.append(index)
-    return torch.tensor(kept, dtype=torch.int64)
+            taken |= mask
+    return torch.tensor(kept, dtype=torch.int64, device=masks.device)

@@ -196,17 +196,16 @@ def test_every_linker_runs(tiny_model, long_video, linker):
 # -- duplicates and candidates
 
 
-def test_of_duplicates_the_first_is_kept():
-    masks = torch.zeros(4, 2, 4, 4, dtype=torch.bool)
+def test_what_better_masks_cover_is_a_duplicate():
+    masks = torch.zeros(5, 2, 4, 4, dtype=torch.bool)
     masks[0, :, :2] = True
-    masks[1, :, :3] = True  # 2/3 of the first's
+    masks[1, :, :3] = True  # two thirds of it are the first's
     masks[2, :, 3] = True
-    masks[3, :, 1:] = True  # 0.25 of the first, a third of the third
-    for parts in ([masks], [masks[:, :1], masks[:, 1:]]):
-        assert without_duplicates(parts, 0.5).tolist() == [0, 2, 3]
-        assert without_duplicates(parts, 0.7).tolist() == [0, 1, 2, 3]
-        assert without_duplicates(parts, 0.3).tolist() == [0, 2]
-    assert without_duplicates([masks[:0]], 0.5).tolist() == []
+    masks[3, :, 1:] = True  # a third is the first's, a third the third's
+    assert without_duplicates(masks, 0.5).tolist() == [0, 2, 4]  # the last has no pixel
+    assert without_duplicates(masks, 0.7).tolist() == [0, 1, 2, 4]
+    assert without_duplicates(masks[[0, 3]], 0.5).tolist() == [0, 1]
+    assert without_duplicates(masks[:0], 0.5).tolist() == []
 
 
 def test_likely_queries_are_objects_the_most_certain_first():
