@@ -131,10 +131,15 @@ def holding(model: nn.Module, weights: Mapping[str, Tensor] | None) -> Iterator[
 
 
 @contextmanager
-def recomputing(model: nn.Module, wanted: bool) -> Iterator[None]:
+def recompute_activations(model: nn.Module, wanted: bool = True) -> Iterator[None]:
     """Let each Swin block, encoder layer and decoder layer compute its activations again in the backward pass.
 
-    Backbones of timm, and layers of one's own that are none of these, keep theirs.
+    Put the forward pass alone into the `with` block. Backbones of timm, and layers of one's own that are none of these,
+    keep theirs.
+
+    Args:
+        model: whose layers are called; a wrapper of it, as by `DistributedDataParallel`, does as well.
+        wanted: False changes nothing.
     """
     kinds = (SwinBlock, DeformableEncoderLayer, DecoderLayer)
     layers = [module for module in model.modules() if wanted and isinstance(module, kinds)]

@@ -41,7 +41,7 @@ from m2f_video.training.folder import (
     held_folder,
     state_to_resume,
 )
-from m2f_video.training.given_model import check_unchanged, config_of, copied, holding, recomputing
+from m2f_video.training.given_model import check_unchanged, config_of, copied, holding, recompute_activations
 from m2f_video.training.initial_weights import InitialWeights
 from m2f_video.training.log import LOGGED_PARTS, TrainingLog
 from m2f_video.training.losses import LossOutput, NonFinitePredictionError, build_loss, loss_norms
@@ -297,7 +297,7 @@ class Trainer:
             low = config.precision != "float32"
             with (
                 torch.autocast(device.type, getattr(torch, config.precision), enabled=low),
-                recomputing(self.model, config.activation_checkpointing),
+                recompute_activations(self.model, config.activation_checkpointing),
             ):
                 output = model(frames.to(device, non_blocking=True), config.loss.deep_supervision)
             try:

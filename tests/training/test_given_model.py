@@ -17,7 +17,7 @@ from m2f_video.modeling.as_built import changes
 from m2f_video.modeling.cross_attention import CrossAttention, Level
 from m2f_video.training import OptimConfig, Trainer
 from m2f_video.training.checkpoint import load_latest_checkpoint
-from m2f_video.training.given_model import holding, recomputing
+from m2f_video.training.given_model import holding, recompute_activations
 from tests.tolerances import differences
 from tests.training.tiny_run import (
     CONFIG,
@@ -202,7 +202,7 @@ def test_recomputing_leaves_patches_as_they_were(tmp_path: Path) -> None:
     model = plain()
     layer = model.transformer_decoder.layers[0]
     own = layer.forward = lambda *inputs: type(layer).forward(layer, *inputs)
-    with recomputing(model, True):
+    with recompute_activations(model, True):
         assert layer.forward is not own
     assert layer.forward is own
     assert str(changes(model)) == "transformer_decoder.layers.0 has a patched forward"
