@@ -9,14 +9,15 @@ import sys
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from m2f_video.config import PixelDecoderConfig, TransformerDecoderConfig
 from m2f_video.modeling import build
-from m2f_video.training import TrainConfig
+from m2f_video.training import LossConfig, TrainConfig
 from m2f_video.training.config import CHANGEABLE
 
 GUIDE = Path(build.__file__).with_name("README.md")
@@ -38,35 +39,40 @@ PREAMBLE, *BLOCKS = blocks()
 
 def run(heading: str, code: str) -> None:
     linecache.cache[heading] = len(code), None, code.splitlines(keepends=True), heading  # for tracebacks
-    exec(compile(code, heading, "exec"), {"__name__": "guide"})
+    exec(compile(code, heading, "exec"), {"__name__": "guide"})  # noqa: S102
 
 
-def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A group of one worker, as `torchrun` would announce it."""
+@pytest.fixture
+def group_of_one(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """One worker, announced as `torchrun` does it."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         port = server.getsockname()[1]
     group = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     for name, value in group.items():
         monkeypatch.setenv(name, str(value))
+    yield
+    if dist.is_initialized():  # which a loop that failed has left
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(("heading", "code"), BLOCKS, ids=[heading for heading, _ in BLOCKS])
-def test_code_of_the_guide_runs(heading: str, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_of_the_guide_runs(
+    heading: str, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
     if heading == PARITY:
         pytest.importorskip("transformers")
     if heading == LOOP and dist.is_available():
-        alone(monkeypatch)
+        request.getfixturevalue("group_of_one")
     monkeypatch.chdir(tmp_path)
     run(heading, PREAMBLE[1] + code)
     assert any(isinstance(node, ast.Assert) for node in ast.walk(ast.parse(code))), "it cannot fail"
 
 
-def test_there_are_ten_recipes_that_a_reader_has_time_for() -> None:
+def test_there_are_ten_recipes() -> None:
     assert PREAMBLE[0] == "Recipes"
     recipes = TEXT.partition("## Recipes")[2].partition("## Hooks and taps")[0]
     assert recipes.count("\n### ") >= 10
-    assert max(len(line) for _, code in blocks() for line in code.splitlines()) <= 120
 
 
 @pytest.mark.slow
@@ -76,7 +82,7 @@ def test_two_workers_share_the_loop(tmp_path: Path) -> None:
         f"{PREAMBLE[1]}\n{code}    torch.save(model.state_dict(), f'{{worker.rank}}.pt')\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "loop.py"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)  # noqa: S603
     assert done.returncode == 0, done.stderr
     assert all(f"worker {rank} step 3" in done.stdout for rank in range(2))
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
@@ -108,6 +114,13 @@ def test_what_a_row_names_is_where_it_says(row: list[str]) -> None:
 def test_every_value_is_in_a_row_with_its_class(table: dict[str, type]) -> None:
     (row,) = [row for row in rows() if set(table) <= set(quoted(row[1]))]
     assert {kind.__name__ for kind in table.values()} <= set(quoted(row[2]))
+
+
+@pytest.mark.parametrize("config", [TransformerDecoderConfig, PixelDecoderConfig, LossConfig])
+def test_values_are_in_the_row_of_their_field(config: type) -> None:
+    for name, hint in get_type_hints(config).items():
+        row = next(row for row in rows() if name in re.split(r"\W", row[1]))
+        assert {value for value in get_args(hint) if isinstance(value, str)} <= set(quoted(row[1])), name
 
 
 def fields_of(made: Any, prefix: str = "") -> Iterator[str]:
