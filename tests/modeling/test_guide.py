@@ -2,6 +2,7 @@
 
 import ast
 import linecache
+import os
 import re
 import socket
 import subprocess
@@ -82,7 +83,8 @@ def test_two_workers_share_the_loop(tmp_path: Path) -> None:
         f"{PREAMBLE[1]}\n{code}    torch.save(model.state_dict(), f'{{worker.rank}}.pt')\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "loop.py"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)  # noqa: S603
+    here = os.environ | {"PYTHONPATH": str(GUIDE.parents[2])}
+    done = subprocess.run(command, cwd=tmp_path, env=here, capture_output=True, text=True, check=False)  # noqa: S603
     assert done.returncode == 0, done.stderr
     assert all(f"worker {rank} step 3" in done.stdout for rank in range(2))
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
