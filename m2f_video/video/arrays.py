@@ -25,7 +25,10 @@ class ArrayVideo:
         if isinstance(video, torch.Tensor):
             video = video.detach().cpu().numpy()
         if not isinstance(video, np.ndarray | Sequence) or isinstance(video, str | bytes | bytearray):
-            raise VideoError(f"a video is a path, an array or a list of frames, got {type(video).__name__}")
+            raise VideoError(
+                "a video is a path, an array or a list of frames, an iterator of them or an open binary file, got "
+                f"{type(video).__name__}"
+            )
         if isinstance(video, np.ndarray) and video.ndim != 4:
             raise VideoError(
                 f"a video array must be (T, H, W, 3), got shape {video.shape}; one frame needs a time axis, frame[None]"
@@ -37,7 +40,7 @@ class ArrayVideo:
         return len(self._video)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        return _as_image(self._video[index], f"frame {index}")
+        return as_image(self._video[index], f"frame {index}")
 
     def __iter__(self) -> Iterator[np.ndarray]:
         return map(self.__getitem__, range(len(self)))
@@ -61,8 +64,12 @@ def one_size(sizes: Iterator[tuple[str, tuple[int, ...]]]) -> tuple[int, int]:
     return height, width
 
 
-def _as_image(frame: Any, name: str) -> np.ndarray:
-    """A frame as uint8 (H, W, 3), or an error that names the remedy."""
+def as_image(frame: Any, name: str) -> np.ndarray:
+    """A frame, array, tensor or PIL image, as uint8 (H, W, 3).
+
+    Raises:
+        VideoError: it is no such frame; the message names the remedy.
+    """
     mode = getattr(frame, "mode", None)  # of a PIL image
     if isinstance(mode, str) and mode != "RGB":
         raise VideoError(f"{name} is a PIL image of mode {mode!r}, frames are RGB: call .convert('RGB') on it")

@@ -4,13 +4,17 @@
 """
 
 import contextlib
+from collections import deque
 from collections.abc import Iterator
 from fractions import Fraction
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from m2f_video.files import check_regular
+
+if TYPE_CHECKING:
+    from m2f_video.video.pipes import OpenFile
 
 MAX_PIXELS = 2**27
 """Of one frame: 16384 x 8192, four times an 8K frame and 384 MiB in RGB. Larger ones are refused, stated or real."""
@@ -54,90 +58,153 @@ def check_pixels(name: str, height: int, width: int, most: int = MAX_PIXELS) -> 
 
 
 @contextlib.contextmanager
-def open_decoder(path: str) -> Iterator["Decoder"]:
-    """Open a video file, whatever its name looks like to FFmpeg; closed when the block ends.
+def open_decoder(source: "str | OpenFile") -> Iterator["Decoder"]:
+    """Open a video file, whatever its name looks like to FFmpeg, or one that is open; closed when the block ends.
 
     Raises:
-        VideoError: FFmpeg does not recognise the file; it is a text, a playlist, a pipe or a device; it has no video
-            stream (a cover picture is none) or none that can be decoded; or its frames are too large.
+        VideoError: FFmpeg does not recognise the file; it is a text, a playlist, a pipe or a device that is not open
+            yet; it has no video stream (a cover picture is none) or none that can be decoded; or its frames are too
+            large.
     """
     import av
 
-    check_file(path)
+    if isinstance(source, str):
+        check_file(source)
+    name, pipe = (source, None) if isinstance(source, str) else (source.name, source)
     with contextlib.ExitStack() as stack:
         try:
             # FFmpeg would take a name with a colon for an address, and one with a percent sign for a pattern.
-            file = stack.enter_context(open(path, "rb"))
+            file: Any = stack.enter_context(open(source, "rb")) if isinstance(source, str) else source
             container = av.open(file, options=_OPTIONS, metadata_errors="replace")
         except PermissionError as error:
-            raise VideoError(f"{path}: no permission to read the file") from error
+            raise VideoError(f"{name}: no permission to read the file") from error
         except (av.error.FFmpegError, OSError) as error:
+            if pipe is not None:
+                pipe.check()
             raise VideoError(
-                f"{path}: not a video FFmpeg can read, or its beginning or index is missing: {error.strerror}"
+                f"{name}: not a video FFmpeg can read, or its beginning or index is missing: {error.strerror}"
+                f"{pipe.remedy() if pipe is not None else ''}"
             ) from error
         stack.enter_context(container)
         if container.format.name in _REFUSED_FORMATS:
-            raise VideoError(f"{path}: not a video file, but {container.format.long_name} ({container.format.name})")
-        yield Decoder(container, path)
+            raise VideoError(f"{name}: not a video file, but {container.format.long_name} ({container.format.name})")
+        yield Decoder(container, name, pipe)
+
+
+class LostFrames:
+    """Counts the frames that a decoder was given and did not show.
+
+    A packet that it took and never showed is a frame that is lost, where there is a hole in time too: in some formats
+    there are packets that show nothing, or half a frame. An AVI states times that are wrong where frames are reordered:
+    there every packet that fails is a frame.
+
+    Args:
+        stream: PyAV's, of the packets.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self._sent = deque[Fraction](maxlen=1000)  # times of packets after the last frame
+        self._is_reordered = False
+        self._last: Fraction | None = None
+        self._failed = 0
+
+    def sent(self, packet: Any) -> None:
+        """A packet goes to the decoder."""
+        if packet.pts is None or packet.is_discard:
+            return
+        time = packet.pts * packet.time_base
+        self._is_reordered |= bool(self._sent) and time < self._sent[-1]
+        self._sent.append(time)
+
+    def failed(self) -> None:
+        """The packet sent last did not decode."""
+        self._failed += 1
+
+    def before(self, time: Fraction | None) -> int:
+        """How many frames are lost between the last frame and the next, of this time."""
+        failed, self._failed = self._failed, 0
+        if time is None or (self._stream.codec_context.has_b_frames and not self._is_reordered):
+            return failed
+        last, self._last = self._last, time
+        lost, rate = 0, self._stream.average_rate
+        if last is not None and rate:
+            hole = round((time - last) * rate) - 1
+            lost = max(0, min(hole, sum(last < sent < time for sent in self._sent)))
+        self._sent = deque((sent for sent in self._sent if sent > time), maxlen=self._sent.maxlen)
+        return lost
 
 
 class Decoder:
     """Decodes the video of a file to its end, once and past errors, and judges by what the file states what is missing.
 
-    Iterating yields PyAV frames, each with its display matrix (3, 3). That of the first holds for those that have none:
-    an animated PNG states it once.
+    Iterating yields PyAV frames, each with its number, which counts those that did not decode too, and its display
+    matrix (3, 3). That of the first holds for those that have none: an animated PNG states it once.
 
     Attributes:
+        name: of the file, to be told.
+        remedy: what to do where there is nothing to decode, to be put after what is wrong.
         stream: the main video stream, PyAV's.
         num_frames: frames decoded so far.
+        at_end: whether all has been decoded.
     """
 
-    def __init__(self, container: Any, path: str) -> None:
+    def __init__(self, container: Any, name: str, pipe: "OpenFile | None" = None) -> None:
         import av
 
         stream = container.streams.best("video")
         if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
-            raise VideoError(f"{path}: the file has no video stream (it reads as {container.format.long_name})")
+            raise VideoError(f"{name}: the file has no video stream (it reads as {container.format.long_name})")
         if stream.codec_context is None:
-            raise VideoError(f"{path}: there is no decoder for its video stream; re-encode it, for example to h264")
-        check_pixels(f"{path}: its picture", stream.codec_context.height, stream.codec_context.width)
+            raise VideoError(f"{name}: there is no decoder for its video stream; re-encode it, for example to h264")
+        check_pixels(f"{name}: its picture", stream.codec_context.height, stream.codec_context.width)
         stream.codec_context.options = _DECODER_OPTIONS
         stream.thread_type = "SLICE"  # frame threads are faster, but hide errors and drop frames beside them
-        self.stream = stream
+        self.name, self.stream = name, stream
+        self.remedy = pipe.remedy() if pipe is not None else ""
         self.num_frames = 0
-        self._container = container
+        self.at_end = False
+        self._container, self._pipe = container, pipe
+        self._num_lost = 0
         self._num_broken = 0  # packets that did not decode and frames that decoded with errors
         self._demux_error: str | None = None
         self._end = _start(container)
         self._last_time: Fraction | None = None
         self._longest_frame = Fraction(0)
 
-    def __iter__(self) -> Iterator[tuple[Any, np.ndarray | None]]:
+    def __iter__(self) -> Iterator[tuple[int, Any, np.ndarray | None]]:
         import av
 
         seen_keyframe, first_matrix = False, None
+        lost = LostFrames(self.stream)
         for packet in self._packets():
             if packet.stream.index != self.stream.index:
                 continue
+            # A recording that starts between keyframes is sound: what precedes the first one cannot be decoded.
             seen_keyframe |= packet.is_keyframe
+            if seen_keyframe:
+                lost.sent(packet)
             try:
                 frames = packet.decode()
             except av.error.FFmpegError:
-                # A recording that starts between keyframes is sound: what precedes the first one cannot be decoded.
-                self._num_broken += seen_keyframe
+                if seen_keyframe:
+                    self._num_broken += 1
+                    lost.failed()
                 continue
             for frame in frames:
                 matrix = _display_matrix(frame)
                 if self.num_frames == 0:
                     first_matrix = matrix
+                time = None if frame.pts is None or frame.time_base is None else frame.pts * frame.time_base
+                self._num_lost += lost.before(time)
                 self.num_frames += 1
                 self._num_broken += frame.is_corrupt
-                if frame.pts is not None and frame.time_base is not None:
-                    time = frame.pts * frame.time_base
+                if time is not None:
                     if self._last_time is not None:
                         self._longest_frame = max(self._longest_frame, time - self._last_time)
                     self._last_time = time
-                yield frame, first_matrix if matrix is None else matrix
+                yield self.num_frames + self._num_lost - 1, frame, first_matrix if matrix is None else matrix
+        self.at_end = True
 
     def _packets(self) -> Iterator[Any]:
         """Packets of all streams, since the file ends where the last of them ends."""
@@ -151,6 +218,8 @@ class Decoder:
                 yield packet
         except (av.error.FFmpegError, OSError) as error:
             self._demux_error = error.strerror
+        if self._pipe is not None:
+            self._pipe.check()
 
     def stated_num_frames(self) -> int | None:
         """Number of frames by what the file states, None where it states nothing; a hint only."""
@@ -168,9 +237,11 @@ class Decoder:
             reasons.append(f"reading stopped at an error ({self._demux_error})")
         if self._num_broken:
             reasons.append(f"{self._num_broken} of its packets or frames are broken")
+        if self._num_lost:
+            reasons.append(f"{self._num_lost} frames in the middle did not decode and are left out")
         if (missing := self._missing_seconds()) is not None:
             reasons.append(f"the last {float(missing):.2f} s of the length it states are missing")
-        if _gif_without_end(self._container):
+        if self._pipe is None and _gif_without_end(self._container):
             reasons.append("the end of the GIF is missing")
         if not reasons:
             return None

@@ -5,6 +5,7 @@
 
 import contextlib
 import os
+import re
 import struct
 import zlib
 from collections.abc import Iterable, Iterator
@@ -178,3 +179,37 @@ def _orientation(image: Any) -> int:
     with contextlib.suppress(*_DAMAGED):
         return int(image.getexif().get(0x0112, 1))
     return 1
+
+
+def frame_files(folder: Path) -> list[Path]:
+    """The frames in a folder, in natural order.
+
+    Raises:
+        VideoError: there are none, or which pictures are frames cannot be told.
+    """
+    files: list[Path] = []
+    other: list[Path] = []
+    stems: dict[str, Path] = {}
+    for path in sorted(folder.iterdir(), key=lambda path: (_natural_order(path.name), path.name)):
+        suffix = path.suffix.lower()
+        if path.name[0] == "." or suffix not in (*PICTURE_SUFFIXES, *OTHER_SUFFIXES):
+            continue
+        (files if suffix in PICTURE_SUFFIXES else other).append(path)
+        if (twin := stems.setdefault(path.stem, path)) is not path:
+            raise VideoError(
+                f"{folder}: {twin.name} and {path.name} cannot be told to be one frame (a mask beside its image?) or "
+                "two; leave one picture a frame in the folder"
+            )
+    if other:
+        raise VideoError(
+            f"{folder}: {other[0].name} is a picture of a kind that is not read ({len(other)} such files); convert "
+            "it to png or jpg, or take it out of the folder"
+        )
+    if not files:
+        raise VideoError(f"{folder}: the folder holds no frames ({', '.join(sorted(PICTURE_SUFFIXES))})")
+    return files
+
+
+def _natural_order(name: str) -> list[str | int]:
+    """Sort key that puts frame 9 before frame 10."""
+    return [int(part) if odd % 2 else part for odd, part in enumerate(re.split(r"([0-9]+)", name))]

@@ -1,4 +1,4 @@
-"""Reading videos: files, folders of frames and arrays, one frame in memory at a time.
+"""Reading videos: files, folders of frames, arrays and what comes as it is made, one frame in memory at a time.
 
 Shape letters: T frames, H height, W width. Frames are RGB, uint8, (H, W, 3).
 """
@@ -7,37 +7,43 @@ import os
 import re
 import warnings
 from abc import ABC, abstractmethod
-from collections import deque
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from fractions import Fraction
-from itertools import islice
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from m2f_video.video.arrays import ArrayVideo, one_size
-from m2f_video.video.decode import MAX_PIXELS, VideoError, open_decoder, upright_rgb
+from m2f_video.video.arrays import ArrayVideo, as_image, one_size
+from m2f_video.video.decode import MAX_PIXELS, Decoder, VideoError, open_decoder, upright_rgb
 from m2f_video.video.pictures import (
-    OTHER_SUFFIXES,
-    PICTURE_SUFFIXES,
+    frame_files,
     image_size,
     is_sequence,
     read_image,
     read_sequence,
     sequence_shape,
 )
+from m2f_video.video.pipes import BinaryFile, OpenFile
+from m2f_video.video.slices import check_from_the_start, check_slice, nothing_selected, selection, within
 from m2f_video.video.writer import as_frame_rate
 
-VideoSource = str | os.PathLike[str] | np.ndarray | torch.Tensor | Sequence[Any]
-"""A video file, a folder of frames, a uint8 array (T, H, W, 3), or a sequence of uint8 frames (H, W, 3)."""
+VideoSource = str | os.PathLike[str] | np.ndarray | torch.Tensor | Sequence[Any] | Iterator[Any] | BinaryFile
+"""A video file, a folder of frames, a uint8 array (T, H, W, 3), a sequence or iterator of uint8 frames (H, W, 3), or an
+open binary file."""
 
 DEFAULT_FPS = Fraction(25)
-"""Frame rate of a source that states none: a folder of frames, an array."""
+"""Frame rate of a source that states none: a folder of frames, an array, an iterator."""
 
 ARRAY_SOURCE = "<array>"
 """`VideoReader.source` of a video that came as an array."""
+
+ITERATOR_SOURCE = "<frames>"
+"""`VideoReader.source` of a video whose frames came one by one."""
 
 
 class VideoNotFoundError(VideoError, FileNotFoundError):
@@ -49,19 +55,23 @@ class TruncatedVideoWarning(UserWarning):
 
 
 class VideoReader(ABC):
-    """A video that can be iterated any number of times, each time from its start; made by `open_video`.
+    """A video that can be iterated any number of times, each time from its start, or once; made by `open_video`.
 
     Iterating decodes lazily and yields the selected frames, uint8 RGB (H, W, 3). Frames of an array are views of
     it: do not write into them.
 
     Attributes:
-        source: path as it was given, `"<array>"` for arrays and sequences of frames.
+        source: path as it was given, `"<array>"` for arrays and sequences of frames, `"<frames>"` for iterators; of an
+            open file its name, such as `"<stdin>"`.
         width: of the upright frames, pixels.
         height: of the upright frames, pixels.
         fps: average frame rate of the source, before a step skips frames.
         num_frames_hint: how many frames iterating should yield, None where a video file does not say; what a file
             says may be off by a few, and by more when it is cut off.
+        read_once: whether it can be iterated once only: an open file, a pipe, an iterator.
     """
+
+    read_once = False
 
     def __init__(
         self,
@@ -77,13 +87,18 @@ class VideoReader(ABC):
         self.fps = fps
         self.num_frames_hint = None if count is None else len(range(*frames.indices(count)))
         self._frames, self._strict = frames, strict
+        self._left_out: list[int] = []  # of each selected frame that did not decode, the position of the next
 
     @abstractmethod
     def __iter__(self) -> Iterator[np.ndarray]: ...
 
     def frame_index(self, position: int) -> int:
-        """Source index of the frame yielded at this position, both counted from 0."""
-        return (self._frames.start or 0) + position * (self._frames.step or 1)
+        """Source index of the frame yielded at this position, both counted from 0.
+
+        Of a damaged file it is known once the frame has been yielded: frames that do not decode are counted.
+        """
+        ordinal = position + bisect_right(self._left_out, position)
+        return (self._frames.start or 0) + ordinal * (self._frames.step or 1)
 
     def frame_indices(self, count: int) -> tuple[int, ...]:
         """Source indices (0 is the first frame of the source) of the first `count` frames yielded."""
@@ -93,7 +108,7 @@ class VideoReader(ABC):
 class _ArrayReader(VideoReader):
     def __init__(self, video: ArrayVideo, fps: Fraction, frames: slice) -> None:
         self._video = video
-        super().__init__(ARRAY_SOURCE, video.size, fps, len(video), _within(frames, len(video), "the video"))
+        super().__init__(ARRAY_SOURCE, video.size, fps, len(video), within(frames, len(video), "the video"))
 
     def __iter__(self) -> Iterator[np.ndarray]:
         for index in self.frame_indices(self.num_frames_hint or 0):
@@ -102,8 +117,8 @@ class _ArrayReader(VideoReader):
 
 class _FolderReader(VideoReader):
     def __init__(self, folder: str, fps: Fraction, frames: slice) -> None:
-        files = _frame_files(Path(folder))
-        frames = _within(frames, len(files), folder)
+        files = frame_files(Path(folder))
+        frames = within(frames, len(files), folder)
         self._files = files[frames]
         size = one_size((str(file), image_size(file)) for file in self._files)
         super().__init__(folder, size, fps, len(files), frames)
@@ -116,9 +131,10 @@ class _PartialReader(VideoReader):
     """A file: what is wrong with it is found on the way, when its first frames may have been worked on for long."""
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        for position, image in enumerate(self._images()):
+        for position, (index, image) in enumerate(self._images()):
+            while self.frame_index(position) < index:
+                self._left_out.append(position)
             if image.shape[:2] != (self.height, self.width):
-                index = self.frame_index(position)
                 self._report(
                     f"frame {index} is {image.shape[1]}x{image.shape[0]} but those before it are "
                     f"{self.width}x{self.height}; the video ends there, what follows is a video of its own: "
@@ -129,8 +145,8 @@ class _PartialReader(VideoReader):
             yield image
 
     @abstractmethod
-    def _images(self) -> Iterator[np.ndarray]:
-        """The selected frames, of any size."""
+    def _images(self) -> Iterator[tuple[int, np.ndarray]]:
+        """The selected frames, of any size, each with its source index."""
 
     def _report(self, reason: str, stacklevel: int = 4) -> None:
         if self._strict:
@@ -141,13 +157,13 @@ class _PartialReader(VideoReader):
 class _SequenceReader(_PartialReader):
     def __init__(self, path: str, fps: Fraction | None, frames: slice, strict: bool) -> None:
         count, size, rate = sequence_shape(path, frames)
-        super().__init__(path, size, fps or rate or DEFAULT_FPS, count, _within(frames, count, path), strict)
+        super().__init__(path, size, fps or rate or DEFAULT_FPS, count, within(frames, count, path), strict)
 
-    def _images(self) -> Iterator[np.ndarray]:
-        count = 0
+    def _images(self) -> Iterator[tuple[int, np.ndarray]]:
+        count, indices = 0, self.frame_indices(self.num_frames_hint or 0)
         try:
-            for image in read_sequence(self.source, self.frame_indices(self.num_frames_hint or 0)):
-                yield image
+            for image in read_sequence(self.source, indices):
+                yield indices[count], image
                 count += 1
         except VideoError as error:
             if not count:
@@ -156,46 +172,102 @@ class _SequenceReader(_PartialReader):
             self._report(f"the file is cut off or damaged, {count} frames were decoded: {reason}")
 
 
-class _FileReader(_PartialReader):
-    def __init__(self, path: str, fps: Fraction | None, frames: slice, strict: bool) -> None:
-        if min(frames.start or 0, frames.stop or 0) < 0:
-            raise VideoError(
-                f"{path}: negative frame numbers need a length that is known before decoding, which a video file "
-                "does not have; give frame numbers counted from the start"
-            )
-        with open_decoder(path) as decoder:
-            stream = decoder.stream
-            # The size may change before the first frame selected.
-            first = deque(islice(decoder, (frames.start or 0) + 1), maxlen=1)
-            if not first:
-                raise VideoError(
-                    f"{path}: no frame could be decoded ({stream.codec_context.name}): the file is empty, cut off "
-                    f"or damaged, or its frames have more than {MAX_PIXELS:,} pixels"
-                )
-            try:
-                size = upright_rgb(*first[0]).shape[:2]
-            except VideoError as error:
-                raise VideoError(f"{path}: {error}") from error
-            rate = fps or _sound_rate(stream.average_rate, stream.guessed_rate)
-            super().__init__(path, size, rate, decoder.stated_num_frames(), frames, strict)
+class _DecodingReader(_PartialReader):
+    """What FFmpeg decodes; opened for the size, which may change before the first frame selected."""
 
-    def _images(self) -> Iterator[np.ndarray]:
-        start, stop, step = self._frames.start or 0, self._frames.stop, self._frames.step or 1
+    def __init__(self, decoder: Decoder, first: Any, fps: Fraction | None, frames: slice, strict: bool) -> None:
+        name, stream = decoder.name, decoder.stream
+        if not decoder.num_frames:
+            raise VideoError(
+                f"{name}: no frame could be decoded ({stream.codec_context.name}): the file is empty, cut off or "
+                f"damaged, or its frames have more than {MAX_PIXELS:,} pixels{decoder.remedy}"
+            )
+        if first is None:
+            raise nothing_selected(name, frames, decoder.num_frames)
+        try:
+            size = upright_rgb(*first[1:]).shape[:2]
+        except VideoError as error:
+            raise VideoError(f"{name}: {error}") from error
+        rate = fps or _sound_rate(stream.average_rate, stream.guessed_rate)
+        super().__init__(name, size, rate, decoder.stated_num_frames(), frames, strict)
+
+    def _decoded(self, decoder: Decoder, selected: Iterator[Any]) -> Iterator[tuple[int, np.ndarray]]:
+        for index, frame, matrix in selected:
+            try:
+                image = upright_rgb(frame, matrix)
+            except VideoError as error:
+                self._report(f"the video ends before frame {index}, whose {error}", stacklevel=5)
+                return
+            yield index, image
+        if decoder.at_end and (damage := decoder.damage()):
+            self._report(damage, stacklevel=5)
+
+
+class _FileReader(_DecodingReader):
+    def __init__(self, path: str, fps: Fraction | None, frames: slice, strict: bool) -> None:
+        check_from_the_start(frames, path, "a video file")
+        with open_decoder(path) as decoder:
+            super().__init__(decoder, next(selection(decoder, frames), None), fps, frames, strict)
+
+    def _images(self) -> Iterator[tuple[int, np.ndarray]]:
         with open_decoder(self.source) as decoder:
-            for index, (frame, matrix) in enumerate(decoder):
-                if index >= start and (index - start) % step == 0:
-                    try:
-                        image = upright_rgb(frame, matrix)
-                    except VideoError as error:
-                        self._report(f"the video ends before frame {index}, whose {error}")
-                        return
-                    yield image
-                if index + 1 == stop:
-                    return
-            if damage := decoder.damage():
-                self._report(damage)
-            if decoder.num_frames <= start:
-                raise _nothing_selected(self.source, self._frames, decoder.num_frames)
+            yield from self._decoded(decoder, selection(decoder, self._frames))
+
+
+class _OnceReader(_PartialReader):
+    """What is gone when it has been read; its length is not known."""
+
+    read_once = True
+    _begun = False
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        if self._begun:
+            raise VideoError(
+                f"{self.source}: it is read once, as it comes, and has been; give a file, or keep its frames in a list"
+            )
+        self._begun = True
+        return super().__iter__()
+
+
+class _PipeReader(_OnceReader, _DecodingReader):
+    """An open file, decoded as it comes."""
+
+    def __init__(self, file: BinaryFile, fps: Fraction | None, frames: slice, strict: bool) -> None:
+        source = OpenFile(file)
+        check_from_the_start(frames, source.name, "an open file")
+        with ExitStack() as stack:
+            self._decoder = stack.enter_context(open_decoder(source))
+            selected = selection(self._decoder, frames)
+            first = next(selected, None)
+            super().__init__(self._decoder, first, fps, frames, strict)
+            self.num_frames_hint = None
+            self._selected, self._closing = chain([first], selected), stack.pop_all()
+
+    def _images(self) -> Iterator[tuple[int, np.ndarray]]:
+        with self._closing:
+            yield from self._decoded(self._decoder, self._selected)
+
+
+class _IteratorReader(_OnceReader):
+    """Frames that something gives one by one."""
+
+    def __init__(self, video: Iterator[Any], fps: Fraction, frames: slice, strict: bool) -> None:
+        check_from_the_start(frames, ITERATOR_SOURCE, "an iterator")
+        selected = selection(enumerate(video), frames)
+        if (first := next(selected, None)) is None:
+            raise VideoError(f"{ITERATOR_SOURCE}: the video holds no frames, or ends before the first that is selected")
+        index, image = first[0], as_image(first[1], f"frame {first[0]}").copy()
+        super().__init__(ITERATOR_SOURCE, image.shape[:2], fps, None, frames, strict)
+        self._selected = chain([(index, image)], selected)
+
+    def _images(self) -> Iterator[tuple[int, np.ndarray]]:
+        for index, frame in self._selected:
+            try:
+                image = as_image(frame, f"frame {index}")
+            except VideoError as error:
+                self._report(f"{error}; the video ends there")
+                return
+            yield index, image.copy()  # a camera may write the next frame into the same memory
 
 
 def open_video(
@@ -212,25 +284,35 @@ def open_video(
     - an animated WebP or a TIFF of several pages;
     - a folder of frames (jpg, png, webp, bmp, tif, ppm, gif, avif, jp2, ...), one picture to a file, in natural order
       of their names; alpha is dropped;
-    - a uint8 array or tensor (T, H, W, 3), or a sequence of uint8 frames (H, W, 3).
+    - a uint8 array or tensor (T, H, W, 3), or a sequence of uint8 frames (H, W, 3);
+    - an iterator of such frames, or an open binary file, such as the end of a pipe: `sys.stdin.buffer`. Both are read
+      once, as they come, and their length is not known. Where the file cannot seek, its format must be readable from
+      front to back: mkv, webm, mpegts, fragmented mp4 and mp4 with its index in front are. A camera is an iterator::
 
-    A file that turns out cut off or damaged yields all frames that decode, then a `TruncatedVideoWarning`; so does one
-    whose frames change their size, which ends there.
+        camera = av.open("/dev/video0", format="v4l2")
+        open_video((frame.to_ndarray(format="rgb24") for frame in camera.decode(video=0)), fps=30)
+
+    A file that turns out cut off or damaged yields all frames that decode, then a `TruncatedVideoWarning`; those that
+    do not are left out, and counted in the numbers of the others where the file tells their times. One whose frames
+    change their size, or an iterator whose next frame is none, ends there, with the same warning.
 
     Args:
         source: the video.
         frames: which frames, counted from 0. A stop past the end means the end. Negative numbers count from the
-            end and are possible for all but video files. The step must be positive.
+            end and are possible where the length is known: of folders and arrays. The step must be positive.
         fps: frames per second, instead of what the source states; 25 where it states none.
         strict: raise a `VideoError` instead of the warning.
 
     Raises:
-        VideoError: what is given is no video, holds no frames, or the slice selects none of them. That the slice
-            starts past the end of a video file is found only when iterating.
+        VideoError: what is given is no video, holds no frames, or the slice selects none of them.
         FileNotFoundError: there is no such path (it is a `VideoError` too).
     """
-    selected = _check_slice(frames if frames is not None else slice(None))
+    selected = check_slice(frames if frames is not None else slice(None))
     rate = None if fps is None else as_frame_rate(fps)
+    if isinstance(source, BinaryFile):
+        return _PipeReader(source, rate, selected, strict)
+    if isinstance(source, Iterator):
+        return _IteratorReader(source, rate or DEFAULT_FPS, selected, strict)
     if not isinstance(source, str | os.PathLike):
         return _ArrayReader(ArrayVideo(source), rate or DEFAULT_FPS, selected)
     path = os.fspath(source)
@@ -267,70 +349,9 @@ def parse_frames(text: str) -> slice:
             f"frames {text!r:.60}: expected START:STOP or START:STOP:STEP in frame numbers counted from 0, such as "
             "10:50:2, 100: or ::5"
         )
-    return _check_slice(slice(*(int(part) if part.strip() else None for part in text.split(":"))))
+    return check_slice(slice(*(int(part) if part.strip() else None for part in text.split(":"))))
 
 
 def _sound_rate(*stated: Fraction | None) -> Fraction:
     """The first of the rates a file states that a video file can have."""
     return next((rate for rate in stated if rate and Fraction(1, 10**6) <= rate < 2**30), DEFAULT_FPS)
-
-
-def _frame_files(folder: Path) -> list[Path]:
-    """The frames in a folder, in natural order."""
-    files: list[Path] = []
-    other: list[Path] = []
-    stems: dict[str, Path] = {}
-    for path in sorted(folder.iterdir(), key=lambda path: (_natural_order(path.name), path.name)):
-        suffix = path.suffix.lower()
-        if path.name[0] == "." or suffix not in (*PICTURE_SUFFIXES, *OTHER_SUFFIXES):
-            continue
-        (files if suffix in PICTURE_SUFFIXES else other).append(path)
-        if (twin := stems.setdefault(path.stem, path)) is not path:
-            raise VideoError(
-                f"{folder}: {twin.name} and {path.name} cannot be told to be one frame (a mask beside its image?) or "
-                "two; leave one picture a frame in the folder"
-            )
-    if other:
-        raise VideoError(
-            f"{folder}: {other[0].name} is a picture of a kind that is not read ({len(other)} such files); convert "
-            "it to png or jpg, or take it out of the folder"
-        )
-    if not files:
-        raise VideoError(f"{folder}: the folder holds no frames ({', '.join(sorted(PICTURE_SUFFIXES))})")
-    return files
-
-
-def _natural_order(name: str) -> list[str | int]:
-    """Sort key that puts frame 9 before frame 10."""
-    return [int(part) if odd % 2 else part for odd, part in enumerate(re.split(r"([0-9]+)", name))]
-
-
-def _check_slice(frames: slice) -> slice:
-    if not isinstance(frames, slice):
-        raise VideoError(f"frames must be a slice, such as slice(0, 100, 2), got {frames!r}")
-    parts = (frames.start, frames.stop, frames.step)
-    if any(part is not None and (isinstance(part, bool) or not isinstance(part, int | np.integer)) for part in parts):
-        raise VideoError(f"frames {_show(frames)}: frame numbers must be whole numbers")
-    start, stop, step = parts
-    if step is not None and step < 1:
-        raise VideoError(f"frames {_show(frames)}: the step must be at least 1")
-    if stop is not None and (stop < 0) == ((start or 0) < 0) and stop <= (start or 0):
-        raise VideoError(f"frames {_show(frames)} select nothing: the stop must be larger than the start")
-    return frames
-
-
-def _within(frames: slice, count: int, source: str) -> slice:
-    """The slice with every part stated and inside a video of known length."""
-    start, stop, step = frames.indices(count)
-    if not len(range(start, stop, step)):
-        raise _nothing_selected(source, frames, count)
-    return slice(start, stop, step)
-
-
-def _nothing_selected(source: str, frames: slice, count: int) -> VideoError:
-    return VideoError(f"{source}: frames {_show(frames)} select nothing, the video has only {count} frames")
-
-
-def _show(frames: slice) -> str:
-    parts = [frames.start, frames.stop] + ([frames.step] if frames.step is not None else [])
-    return ":".join("" if part is None else str(part) for part in parts)
