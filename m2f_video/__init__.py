@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from m2f_video.backbone_weights import load_backbone
     from m2f_video.config import VideoMask2FormerConfig
-    from m2f_video.inference import VideoProcessor, segment_video
+    from m2f_video.inference import VideoProcessor, segment_video, stream_video
     from m2f_video.modeling.video_mask2former import VideoMask2Former
     from m2f_video.partial_loading import load_partially
     from m2f_video.results import Track, VideoSegmentation
@@ -24,6 +24,7 @@ __all__ = [
     "open_video",
     "read_video",
     "segment_video",
+    "stream_video",
 ]
 
 _MODULES = {
@@ -38,6 +39,7 @@ _MODULES = {
     "open_video": "video",
     "read_video": "video",
     "segment_video": "inference",
+    "stream_video": "inference",
 }
 
 

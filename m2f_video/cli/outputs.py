@@ -1,8 +1,9 @@
-"""What commands that segment share: types of their options, checks of their output folder, the table of tracks."""
+"""What commands that segment share: types of their options, checks of input and output, the table of tracks."""
 
 import os
+import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, BinaryIO, Literal
 
 import tyro
 from rich.table import Table
@@ -13,6 +14,19 @@ from m2f_video.results.tracks import VideoSegmentation
 
 Source = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
 DtypeName = Literal["float32", "float64", "bfloat16", "float16"]
+
+
+def standard_input() -> BinaryIO:
+    """What is piped in.
+
+    Raises:
+        ValueError: it is closed, or somebody's keyboard.
+    """
+    if sys.stdin is None or sys.stdin.closed:
+        raise ValueError("standard input is closed; pipe a video in, as in: cat clip.mkv | m2f-video segment - ...")
+    if sys.stdin.isatty():
+        raise ValueError("standard input is a terminal; pipe a video in, as in: cat clip.mkv | m2f-video segment - ...")
+    return sys.stdin.buffer
 
 
 def check_output(folder: Path, *files: str) -> None:

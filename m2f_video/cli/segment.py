@@ -2,17 +2,19 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from m2f_video.cli.console import one_line, progress_bars
-from m2f_video.cli.outputs import DtypeName, Source, check_output, print_tracks
+from m2f_video.cli.outputs import DtypeName, Source, check_output, print_tracks, standard_input
+from m2f_video.files import made_directory
 from m2f_video.hub import load_config
 from m2f_video.inference.linking import LinkerName
 from m2f_video.inference.segment import WINDOW, Mode
+from m2f_video.inference.stream import VideoStream
 from m2f_video.modeling.video_mask2former import VideoMask2Former
-from m2f_video.results.tracks import OVERLAY_FILE, TRACKS_FILE
+from m2f_video.results.tracks import OVERLAY_FILE, TRACKS_FILE, VideoSegmentation
 
 
 def segment(
@@ -45,7 +47,9 @@ def segment(
     --output out --score-threshold 0.3
 
     Args:
-        source: video file, or a folder of frames (jpg, png, tif, ...), one picture each.
+        source: video file, or a folder of frames (jpg, png, tif, ...), one picture each; - takes a video that is piped
+            in, of a format that is read from front to back (mkv, webm, mpegts, fragmented mp4), and draws the overlay
+            as frames come, by the scores of that moment.
         checkpoint: hub name, folder (config.json and weights; this project's or transformers' format) or weight file.
         output: folder to write to; made where missing.
         config: for a weight file without a config.json beside it: a preset such as swin_tiny_youtubevis_2019, or a
@@ -75,18 +79,22 @@ def segment(
         overlay: write overlay.mp4.
     """
     from m2f_video.inference.processor import VideoProcessor
-    from m2f_video.inference.segment import choose_mode, segment_video
+    from m2f_video.inference.segment import choose_mode, segment_video, stream_video
     from m2f_video.video.reader import open_video, parse_frames
     from m2f_video.video.writer import MAX_SIDE
 
-    reader = open_video(source, None if frames is None else parse_frames(frames), strict=strict)
     check_output(output, TRACKS_FILE, *([OVERLAY_FILE] if overlay else []))
+    selected = None if frames is None else parse_frames(frames)
+    reader = open_video(standard_input() if source == "-" else source, selected, strict=strict)
+    chosen, why = choose_mode(mode, reader.num_frames_hint)
+    if overlay and reader.read_once and chosen != "window":
+        raise ValueError("a video that is piped in can be drawn on only in --mode window; give --no-overlay")
     if overlay and max(reader.width, reader.height) > MAX_SIDE:
         raise ValueError(
             f"{source} is {reader.width}x{reader.height}, and an overlay has at most {MAX_SIDE} pixels on a side; give "
             "--no-overlay"
         )
-    if Path(source).resolve() == (output / OVERLAY_FILE).resolve():
+    if source != "-" and Path(source).resolve() == (output / OVERLAY_FILE).resolve():
         raise ValueError(f"{source} is what --output would overwrite; give --output another folder")
     if load_config(checkpoint, config=config, temporal=temporal, revision=revision).temporal != "joint":
         raise ValueError(f"{checkpoint} is an image model; --temporal joint reads it as a video model")
@@ -103,26 +111,43 @@ def segment(
         longest_edge = max(preprocessing.longest_edge, shortest_edge)
         preprocessing = replace(preprocessing, shortest_edge=shortest_edge, longest_edge=longest_edge, fixed_size=None)
     processor = VideoProcessor(preprocessing, model.config.labels)
-    chosen, why = choose_mode(mode, reader.num_frames_hint)
     if mode == "auto":
         print(f"mode {chosen}: {why}")
+    options: dict[str, Any] = {
+        "processor": processor,
+        "window": window,
+        "stride": stride,
+        "linker": linker,
+        "duplicate_iou": duplicate_iou,
+        "top_k": top_k,
+        "frames_per_chunk": frames_per_chunk,
+        "plain": plain,
+    }
     with progress_bars(unit="frame") as update:
-        segmentation = segment_video(
-            model,
-            reader,
-            processor=processor,
-            mode=chosen,
-            window=window,
-            stride=stride,
-            linker=linker,
-            duplicate_iou=duplicate_iou,
-            top_k=top_k,
-            score_threshold=score_threshold,
-            frames_per_chunk=frames_per_chunk,
-            plain=plain,
-            progress=update,
-        )
-        segmentation.save(output, overlay, progress=lambda done, total: update("overlay", done, total))
+        options["progress"] = update
+        if overlay and reader.read_once:
+            segmentation = _drawn_as_it_comes(stream_video(model, reader, **options), output, score_threshold)
+        else:
+            segmentation = segment_video(model, reader, mode=chosen, score_threshold=score_threshold, **options)
+            segmentation.save(output, overlay, progress=lambda done, total: update("overlay", done, total))
     print_tracks(segmentation)
     print(one_line(f"written to {output}: {TRACKS_FILE}{f', {OVERLAY_FILE}' if overlay else ''}"))
     return 0
+
+
+def _drawn_as_it_comes(stream: VideoStream, output: Path, score_threshold: float) -> VideoSegmentation:
+    """Segment a video that is read once, and write its tracks and, meanwhile, its overlay."""
+    from m2f_video.inference.segment import collect
+    from m2f_video.video.writer import VideoWriter
+
+    reader = stream.video.reader
+    rate = reader.fps / (reader.frame_index(1) - reader.frame_index(0))
+    with (
+        made_directory(output) as folder,
+        VideoWriter(folder / OVERLAY_FILE, rate, stream.width, stream.height) as writer,
+    ):
+        segmentation = collect(
+            stream, score_threshold, lambda result: writer.write(stream.draw(result, score_threshold))
+        )
+        segmentation.save(folder, overlay=False)
+    return segmentation

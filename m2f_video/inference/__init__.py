@@ -2,6 +2,15 @@
 
 from m2f_video.inference.on_video import Progress
 from m2f_video.inference.processor import VideoProcessor
-from m2f_video.inference.segment import segment_video
+from m2f_video.inference.segment import segment_video, stream_video
+from m2f_video.inference.stream import FrameResult, TrackScore, VideoStream
 
-__all__ = ["Progress", "VideoProcessor", "segment_video"]
+__all__ = [
+    "FrameResult",
+    "Progress",
+    "TrackScore",
+    "VideoProcessor",
+    "VideoStream",
+    "segment_video",
+    "stream_video",
+]

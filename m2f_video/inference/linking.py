@@ -55,7 +55,7 @@ class TrackState:
         last: number of the last of them, among all windows.
         start: first frame of that window.
         mask_embedding: (C,) there.
-        mask_logits: (W, h, w) there.
+        mask_logits: (W, h, w) there; none of a track that is given up.
     """
 
     id: int
@@ -217,7 +217,12 @@ class Tracker:
     def link(self, window: Window) -> list[int]:
         """The track of each object of the next window; where none is alike enough, a new one."""
         number, self.windows = self.windows, self.windows + 1
-        alive = [track for track in self.tracks.values() if number - track.last <= self.linker.memory + 1]
+        alive = list[TrackState]()
+        for track in self.tracks.values():
+            if number - track.last <= self.linker.memory + 1:
+                alive.append(track)
+            elif len(track.mask_logits):  # given up: what is kept of it is as large as a window
+                track.mask_logits = track.mask_logits.new_empty(0, *track.mask_logits.shape[1:])
         track_of = dict[int, TrackState]()
         if alive and len(window.queries):
             missed = window.probabilities.new_tensor([number - track.last - 1 for track in alive])
@@ -226,9 +231,9 @@ class Tracker:
         return [self._seen(window, row, number, track_of.get(row)) for row in range(len(window.queries))]
 
     def _seen(self, window: Window, row: int, number: int, track: TrackState | None) -> int:
-        probabilities, embedding, logits = (
-            values[row] for values in (window.probabilities, window.mask_embeddings, window.mask_logits)
-        )
+        # Copies, since a view would keep what there is of the whole window for as long as the track.
+        probabilities, embedding = window.probabilities[row].clone(), window.mask_embeddings[row].clone()
+        logits = window.mask_logits[row]
         if track is None:
             id_ = len(self.tracks) + 1
             self.tracks[id_] = TrackState(id_, probabilities, 1, number, window.start, embedding, logits)

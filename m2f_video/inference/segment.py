@@ -3,6 +3,7 @@
 T frames, Q queries, K classes, W frames of a window, S its stride.
 """
 
+from collections.abc import Callable
 from typing import Literal, TypedDict, get_args
 
 import torch
@@ -12,10 +13,10 @@ from m2f_video.inference.linking import Linker, LinkerName, named_linker
 from m2f_video.inference.on_video import ModelOnVideo, Progress
 from m2f_video.inference.postprocess import select_top_k
 from m2f_video.inference.processor import VideoProcessor
-from m2f_video.inference.stream import VideoStream, segment_windows
+from m2f_video.inference.stream import FrameResult, VideoStream, segment_windows
 from m2f_video.inference.whole import segment_whole
 from m2f_video.inference.windows import DUPLICATE_IOU, Windowing
-from m2f_video.results.tracks import VideoSegmentation
+from m2f_video.results.tracks import Track, VideoSegmentation
 from m2f_video.video.reader import VideoReader, VideoSource, open_video
 
 Mode = Literal["auto", "whole", "window"]
@@ -85,7 +86,8 @@ def segment_video(
     Args:
         model: with `temporal="joint"`, on any device, in any dtype. It runs in evaluation mode and accelerated, see
             `m2f_video.acceleration.accelerated`, and is as it was afterwards; several threads may share it.
-        source: what `open_video` takes (file, folder of frames, array), or an open reader.
+        source: what `open_video` takes (file, folder of frames, array, iterator of frames, open file), or an open
+            reader. The result of what is read once has no `video` to draw on.
         processor: other preprocessing than the model's own.
         frames: which frames of the source, counted from 0; None takes all. Not for an open reader.
         mode: `whole`, as published; `window`; or `auto`, which takes `whole` for up to `MOST_WHOLE` frames, and
@@ -120,11 +122,78 @@ def segment_video(
     chosen, _ = choose_mode(mode, video.reader.num_frames_hint)
     windowing = _windowing(window, stride, linker, duplicate_iou, top_k)  # a bad option is one in any mode
     if chosen == "window":
-        tracks, count = segment_windows(VideoStream(video, windowing, plain), score_threshold)
-    else:
-        duplicates = 1.0 if duplicate_iou is None else duplicate_iou
-        with video.accelerated(plain) as fast:
-            tracks, count = segment_whole(fast, top_k=top_k, score_threshold=score_threshold, duplicate_iou=duplicates)
+        return collect(VideoStream(video, windowing, plain), score_threshold)
+    duplicates = 1.0 if duplicate_iou is None else duplicate_iou
+    with video.accelerated(plain) as fast:
+        tracks, count = segment_whole(fast, top_k=top_k, score_threshold=score_threshold, duplicate_iou=duplicates)
+    return _segmentation(video, tracks, count)
+
+
+def stream_video(
+    model: ClipModel,
+    source: VideoSource | VideoReader,
+    *,
+    processor: VideoProcessor | None = None,
+    frames: slice | None = None,
+    window: int = WINDOW,
+    stride: int | None = None,
+    linker: LinkerName | Linker = "transfer",
+    duplicate_iou: float | None = None,
+    top_k: int = 10,
+    frames_per_chunk: int | None = None,
+    strict: bool = False,
+    plain: bool = False,
+    progress: Progress | None = None,
+) -> VideoStream:
+    """Segment and track the objects of a video frame by frame, as it comes: a file, a pipe, a camera.
+
+    Iterating gives a `FrameResult` for every frame: its masks by the ids of their tracks, and its pixels. Both are
+    final, and come when the first window that the frame is in has been read and decoded: of a window of W frames with
+    a stride of S, the last S (of the first window all) come together. So a frame waits for at most W - 1 others, at
+    30 frames a second and W = 8 for 0.23 s, and then for the model. `window=1` waits for none. What tracks are, and how
+    sure the model is, grows with the video: `stream.scores()` at any time, final after the last frame; `stream.draw`
+    draws by it. Memory grows with the number of tracks alone: a few kB each.
+
+    An error of the source, such as one that a generator raises, comes out of the iteration; frames before its window
+    have been given. The model stays accelerated while the iteration is open; closing it early puts it back::
+
+        with contextlib.closing(iter(stream)) as results:
+            ...
+
+    Args:
+        model: see `segment_video`, as for all below that are not described here.
+        source: what `open_video` takes, or an open reader; see there for a camera.
+        processor: other preprocessing than the model's own.
+        frames: which frames of the source.
+        window: frames W of a window.
+        stride: frames S from the beginning of one window to that of the next.
+        linker: how objects of a window are linked to tracks.
+        duplicate_iou: of duplicates in a window; None is 0.5.
+        top_k: how many (track, class) pairs `scores` gives.
+        frames_per_chunk: frames encoded at a time.
+        strict: raise an error for a video that is damaged.
+        plain: run the model as it is written.
+        progress: see `Progress`; the stage is "frames".
+
+    Returns:
+        What to iterate, once.
+
+    Raises:
+        VideoError, FileNotFoundError, TypeError, ValueError: as `segment_video`.
+    """
+    video = _on_video(model, source, processor, frames, frames_per_chunk, strict, progress)
+    _check_selection(model, top_k, 0.0)
+    return VideoStream(video, _windowing(window, stride, linker, duplicate_iou, top_k), plain)
+
+
+def collect(
+    stream: VideoStream, score_threshold: float = 0.0, each: Callable[[FrameResult], None] | None = None
+) -> VideoSegmentation:
+    """Run a stream to its end; `each` is called with every frame as it comes."""
+    return _segmentation(stream.video, *segment_windows(stream, score_threshold, each))
+
+
+def _segmentation(video: ModelOnVideo, tracks: list[Track], count: int) -> VideoSegmentation:
     reader = video.reader
     return VideoSegmentation(
         source=reader.source,
@@ -132,9 +201,9 @@ def segment_video(
         height=reader.height,
         fps=float(reader.fps),
         frames=reader.frame_indices(count),
-        labels=model.config.labels,
+        labels=video.model.config.labels,
         tracks=tuple(tracks),
-        video=reader,
+        video=None if reader.read_once else reader,
     )
 
 

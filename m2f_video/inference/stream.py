@@ -1,18 +1,20 @@
 """A video of any length, in windows: masks and tracks of its frames as they become final.
 
-W frames of a window, S frames from one window's beginning to the next, R tracks, K classes.
+W frames of a window, S frames from one window's beginning to the next, R tracks, K classes, H W size of the video.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from m2f_video.inference.linking import Tracker
 from m2f_video.inference.on_video import ModelOnVideo
 from m2f_video.inference.segments import check_thresholds
 from m2f_video.inference.windows import Windowing, objects_of, window_features
-from m2f_video.results.masks import Rle
+from m2f_video.results.drawing import draw_tracks, track_colors
+from m2f_video.results.masks import Rle, decode_mask
 from m2f_video.results.tracks import Track
 
 
@@ -23,10 +25,12 @@ class FrameResult:
     Attributes:
         frame: its number in the source, from 0.
         masks: of the tracks that are seen in it, by id.
+        image: the frame itself, uint8 RGB (H, W, 3); of an array a view of it. Results that are kept keep their frames.
     """
 
     frame: int
     masks: dict[int, Rle]
+    image: np.ndarray = field(repr=False, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,14 +58,24 @@ class VideoStream:
         video: the model and its video.
         windowing: how it is cut, and objects are linked.
         plain: run the model as it is written, without accelerated twins.
+
+    Attributes:
+        source: see `VideoReader`; so are the next three.
+        width: pixels.
+        height: pixels.
+        fps: frames per second.
+        labels: names of all classes of the model, in the order of its class numbers.
+        num_frames: that were given so far.
     """
 
     def __init__(self, video: ModelOnVideo, windowing: Windowing, plain: bool = False) -> None:
         self.video, self.windowing = video, windowing
         self._plain, self._begun = plain, False
         self._tracker = Tracker(windowing.linker)
+        reader = video.reader
+        self.source, self.width, self.height, self.fps = reader.source, reader.width, reader.height, float(reader.fps)
+        self.labels = video.model.config.labels
         self.num_frames = 0
-        """That were given so far."""
 
     @torch.inference_mode()
     def __iter__(self) -> Iterator[FrameResult]:
@@ -74,10 +88,10 @@ class VideoStream:
                 objects = objects_of(output, window, video.mask_product, self.windowing)
                 ids = self._tracker.link(objects)
                 masks = video.encode_masks(objects.mask_logits[:, -window.num_new :])
-                for frame in range(window.num_new):
-                    seen = {id_: rle for id_, of_track in zip(ids, masks, strict=True) if (rle := of_track[frame])}
+                for position, image in enumerate(window.images):
+                    seen = {id_: rle for id_, of_track in zip(ids, masks, strict=True) if (rle := of_track[position])}
                     self.num_frames += 1
-                    yield FrameResult(frame=video.reader.frame_index(self.num_frames - 1), masks=seen)
+                    yield FrameResult(frame=video.reader.frame_index(self.num_frames - 1), masks=seen, image=image)
                 video.report("frames", self.num_frames, video.reader.num_frames_hint)
 
     def scores(self, score_threshold: float = 0.0) -> list[TrackScore]:
@@ -87,9 +101,9 @@ class VideoStream:
             ValueError: a threshold out of its range.
         """
         check_thresholds(score_threshold=score_threshold)
-        scores = self._tracker.scores()  # (R, K)
-        if not scores.numel():
+        if not self._tracker.tracks:
             return []
+        scores = self._tracker.scores()  # (R, K)
         best, pairs = scores.flatten().topk(min(self.windowing.top_k, scores.numel()))
         return [
             TrackScore(id=pair // scores.shape[1] + 1, label_id=pair % scores.shape[1], score=score)
@@ -97,14 +111,38 @@ class VideoStream:
             if score >= score_threshold
         ]
 
+    def draw(self, result: FrameResult, score_threshold: float = 0.0) -> np.ndarray:
+        """A frame with what was seen in it of the tracks that are best so far, each as its best class.
 
-def segment_windows(stream: VideoStream, score_threshold: float) -> tuple[list[Track], int]:
-    """All of a stream: the tracks by falling score, and the number of frames."""
+        Returns:
+            uint8 RGB (H, W, 3).
+
+        Raises:
+            ValueError: a threshold out of its range.
+        """
+        best = dict[int, TrackScore]()
+        for score in self.scores(score_threshold):
+            if score.id in result.masks:
+                best.setdefault(score.id, score)
+        return draw_tracks(
+            result.image,
+            (decode_mask(result.masks[id_]) for id_ in best),
+            track_colors(best),
+            [f"{self.labels[score.label_id]} {score.score:.2f}" for score in best.values()],
+        )
+
+
+def segment_windows(
+    stream: VideoStream, score_threshold: float, each: Callable[[FrameResult], None] | None = None
+) -> tuple[list[Track], int]:
+    """All of a stream: the tracks by falling score, and the number of frames; `each` is called with every frame."""
     masks = dict[int, dict[int, Rle]]()  # by track and frame
     for position, result in enumerate(stream):
+        if each is not None:
+            each(result)
         for id_, rle in result.masks.items():
             masks.setdefault(id_, {})[position] = rle
-    count, names = stream.num_frames, stream.video.model.config.labels
+    count, names = stream.num_frames, stream.labels
     return [
         Track(
             id=index + 1,

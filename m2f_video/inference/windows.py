@@ -35,11 +35,13 @@ class WindowFeatures:
         start: number of its first frame.
         num_new: how many of its last frames were in no window before.
         features: of all its frames.
+        images: its new frames, uint8 (H, W, 3).
     """
 
     start: int
     num_new: int
     features: FrameFeatures
+    images: list[np.ndarray]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +95,7 @@ def window_features(video: ModelOnVideo, windowing: Windowing) -> Iterator[Windo
             buffer.append(video.encode(np.stack(pixels[start : start + video.frames_per_chunk])))
         features = buffer.features()
         count += len(new)
-        yield WindowFeatures(count - len(features.mask_features), len(new), features)
+        yield WindowFeatures(count - len(features.mask_features), len(new), features, new)
         recent.extend(new)
         overlap = last_frames(features, size - stride) if stride < size else None
 

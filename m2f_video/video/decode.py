@@ -25,6 +25,9 @@ _REFUSED_FORMATS = {"tty", "bin", "xbin", "adf", "idf", "concat", "hls", "dash",
 _OPTIONS = {"protocol_whitelist": "none", "max_pixels": str(MAX_PIXELS)}
 # The container's options do not reach the decoder, whose frames can be larger than the container says.
 _DECODER_OPTIONS = {"max_pixels": str(MAX_PIXELS)}
+_LONGEST_LOSS = 10
+"""Seconds; over a larger hole the clock of the recording has changed."""
+
 # FFmpeg's converter ends the process when it is given one of these.
 _CRASHING_FORMATS = {"yaf32le", "yaf32be"}
 
@@ -95,8 +98,9 @@ class LostFrames:
     """Counts the frames that a decoder was given and did not show.
 
     A packet that it took and never showed is a frame that is lost, where there is a hole in time too: in some formats
-    there are packets that show nothing, or half a frame. An AVI states times that are wrong where frames are reordered:
-    there every packet that fails is a frame.
+    there are packets that show nothing, or half a frame. So is what is missing beside a packet that the file's own
+    counters say is broken (MPEG-TS). An AVI states times that are wrong where frames are reordered: there every packet
+    that fails is a frame.
 
     Args:
         stream: PyAV's, of the packets.
@@ -107,6 +111,7 @@ class LostFrames:
         self._sent = deque[Fraction](maxlen=1000)  # times of packets after the last frame
         self._is_reordered = False
         self._last: Fraction | None = None
+        self._broken: Fraction | None = None  # time of the last packet that says so
         self._failed = 0
 
     def sent(self, packet: Any) -> None:
@@ -116,6 +121,8 @@ class LostFrames:
         time = packet.pts * packet.time_base
         self._is_reordered |= bool(self._sent) and time < self._sent[-1]
         self._sent.append(time)
+        if packet.is_corrupt:
+            self._broken = time
 
     def failed(self) -> None:
         """The packet sent last did not decode."""
@@ -128,9 +135,10 @@ class LostFrames:
             return failed
         last, self._last = self._last, time
         lost, rate = 0, self._stream.average_rate
-        if last is not None and rate:
-            hole = round((time - last) * rate) - 1
-            lost = max(0, min(hole, sum(last < sent < time for sent in self._sent)))
+        if last is not None and rate and time > last:
+            lost = round((time - last) * rate) - 1
+            if self._broken is None or not last - 1 < self._broken < time or time - last > _LONGEST_LOSS:
+                lost = max(0, min(lost, sum(last < sent < time for sent in self._sent)))
         self._sent = deque((sent for sent in self._sent if sent > time), maxlen=self._sent.maxlen)
         return lost
 
@@ -238,7 +246,7 @@ class Decoder:
         if self._num_broken:
             reasons.append(f"{self._num_broken} of its packets or frames are broken")
         if self._num_lost:
-            reasons.append(f"{self._num_lost} frames in the middle did not decode and are left out")
+            reasons.append(f"frames in the middle that did not decode and are left out: {self._num_lost}")
         if (missing := self._missing_seconds()) is not None:
             reasons.append(f"the last {float(missing):.2f} s of the length it states are missing")
         if self._pipe is None and _gif_without_end(self._container):

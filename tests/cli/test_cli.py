@@ -1,6 +1,7 @@
 """The command line, end to end: what it writes, and one clear line with exit code 2 for bad input."""
 
 import errno
+import io
 import json
 import os
 import pickle
@@ -10,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -20,7 +22,7 @@ from m2f_video import VideoMask2Former, VideoSegmentation, read_video
 from m2f_video.acceleration import context, cpu_kernels
 from m2f_video.cli.data import DATA_COMMANDS
 from m2f_video.cli.main import COMMANDS, main
-from m2f_video.video import VideoWriter
+from m2f_video.video import VideoWriter, open_video
 from tests.conftest import synthetic_frames
 from weights_convert import from_native, hf_config_from_native, write_checkpoint
 
@@ -142,6 +144,98 @@ def test_names_that_look_like_addresses_and_patterns_are_names(folder, tmp_path,
     written = sorted(path.name for path in (tmp_path / "run:1 %03d").iterdir())
     assert written == ["overlay.mp4", "tracks.json"]
     assert len(read_video(place / "run:1 %03d" / "overlay.mp4")) == FRAMES
+
+
+# -- what is piped in
+
+
+class Piped:
+    """Standard input that comes through a pipe."""
+
+    def __init__(self, path: Path | bytes) -> None:
+        data = path if isinstance(path, bytes) else path.read_bytes()
+        self.closed, self.buffer = False, io.BufferedReader(Unseekable(data))
+
+    def isatty(self) -> bool:
+        return False
+
+
+class Unseekable(io.RawIOBase):
+    name = "<stdin>"
+
+    def __init__(self, data: bytes) -> None:
+        self.data = io.BytesIO(data)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        return self.data.readinto(buffer)
+
+
+def piped(folder: Path, output: Path, *options: object) -> int:
+    return run("segment", "-", "--checkpoint", folder / "native", "--output", output, *options)
+
+
+def as_format(folder: Path, target: Path) -> Path:
+    with VideoWriter(target, 12, 90, 60) as writer:
+        for frame in read_video(folder / "video.mp4"):
+            writer.write(frame)
+    return target
+
+
+def test_a_video_is_piped_in(folder, tmp_path, monkeypatch, capsys):
+    source = as_format(folder, tmp_path / "video.mkv")
+    assert segment(folder, tmp_path / "file", "--mode", "window", "--window", 3, source=source) == 0
+    monkeypatch.setattr(sys, "stdin", Piped(source))
+    assert piped(folder, tmp_path / "out", "--window", 3) == 0
+    assert "mode window: the source does not say how long it is" in capsys.readouterr().out
+    result, file = (VideoSegmentation.load(tmp_path / name) for name in ("out", "file"))
+    assert result.source == "<stdin>"
+    assert (result.tracks, result.frames, result.fps) == (file.tracks, file.frames, file.fps)
+    overlay, plain = read_video(tmp_path / "out" / "overlay.mp4"), read_video(source)
+    assert overlay.shape == plain.shape
+    assert (np.abs(overlay.astype(int) - plain).max((1, 2, 3)) > 60).all()  # drawn on in every frame
+
+    monkeypatch.setattr(sys, "stdin", Piped(source))
+    assert piped(folder, tmp_path / "part", "--frames", "1:5:2", "--mode", "whole", "--no-overlay") == 0
+    assert VideoSegmentation.load(tmp_path / "part").frames == (1, 3)
+    assert [path.name for path in (tmp_path / "part").iterdir()] == ["tracks.json"]
+
+
+def test_a_step_through_a_pipe_keeps_the_time(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", Piped(as_format(folder, tmp_path / "video.ts")))
+    assert piped(folder, tmp_path / "out", "--frames", "::3") == 0
+    assert open_video(tmp_path / "out" / "overlay.mp4").fps == 4
+
+
+def test_bad_input_that_is_piped_in(folder, tmp_path, monkeypatch, capsys):
+    cut = as_format(folder, tmp_path / "video.mkv").read_bytes()
+    terminal = Piped(b"")
+    terminal.isatty = lambda: True
+    for stdin, options, named in [
+        (Piped(b""), (), "nothing came through it"),
+        (Piped(b"hello\n" * 100), (), "<stdin>: not a video"),
+        (Piped(cut), ("--mode", "whole"), "--no-overlay"),
+        (Piped(cut), ("--frames", "50:60"), "only 6 frames"),
+        (Piped(cut[:-600]), ("--strict",), "cut off or damaged"),
+        (terminal, (), "is a terminal"),
+        (None, (), "standard input is closed"),
+    ]:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert_refused(capsys, piped(folder, tmp_path / "out", *options), tmp_path / "out", named)
+
+
+def test_a_pipe_that_closes_early_keeps_what_came(folder, tmp_path, monkeypatch, capsys):
+    source = as_format(folder, tmp_path / "video.mkv")
+    with av.open(str(source)) as container:
+        ends = [packet.pos + packet.size for packet in container.demux(video=0) if packet.size]
+    monkeypatch.setattr(sys, "stdin", Piped(source.read_bytes()[: ends[3] + 20]))  # within a frame
+    assert piped(folder, tmp_path / "out") == 0
+    assert "<stdin>: the file is cut off or damaged" in capsys.readouterr().err
+    count = len(VideoSegmentation.load(tmp_path / "out").frames)
+    assert 1 <= count < FRAMES
+    assert len(read_video(tmp_path / "out" / "overlay.mp4")) == count
 
 
 def broken(folder: Path, target: Path, change) -> Path:
