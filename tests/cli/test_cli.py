@@ -184,6 +184,13 @@ def as_format(folder: Path, target: Path) -> Path:
     return target
 
 
+def within_a_frame(video: Path) -> bytes:
+    """What there is of a video that ends within its second frame."""
+    with av.open(str(video)) as container:
+        first = next(packet for packet in container.demux(video=0) if packet.size)
+    return video.read_bytes()[: first.pos + first.size + 20]
+
+
 def test_a_video_is_piped_in(folder, tmp_path, monkeypatch, capsys):
     source = as_format(folder, tmp_path / "video.mkv")
     assert segment(folder, tmp_path / "file", "--mode", "window", "--window", 3, source=source) == 0
@@ -210,15 +217,15 @@ def test_a_step_through_a_pipe_keeps_the_time(folder, tmp_path, monkeypatch):
 
 
 def test_bad_input_that_is_piped_in(folder, tmp_path, monkeypatch, capsys):
-    cut = as_format(folder, tmp_path / "video.mkv").read_bytes()
+    source = as_format(folder, tmp_path / "video.mkv")
     terminal = Piped(b"")
     terminal.isatty = lambda: True
     for stdin, options, named in [
         (Piped(b""), (), "nothing came through it"),
         (Piped(b"hello\n" * 100), (), "<stdin>: not a video"),
-        (Piped(cut), ("--mode", "whole"), "--no-overlay"),
-        (Piped(cut), ("--frames", "50:60"), "only 6 frames"),
-        (Piped(cut[:-600]), ("--strict",), "cut off or damaged"),
+        (Piped(source), ("--mode", "whole"), "--no-overlay"),
+        (Piped(source), ("--frames", "50:60"), "only 6 frames"),
+        (Piped(within_a_frame(source)), ("--strict",), "cut off or damaged"),
         (terminal, (), "is a terminal"),
         (None, (), "standard input is closed"),
     ]:
@@ -227,10 +234,7 @@ def test_bad_input_that_is_piped_in(folder, tmp_path, monkeypatch, capsys):
 
 
 def test_a_pipe_that_closes_early_keeps_what_came(folder, tmp_path, monkeypatch, capsys):
-    source = as_format(folder, tmp_path / "video.mkv")
-    with av.open(str(source)) as container:
-        ends = [packet.pos + packet.size for packet in container.demux(video=0) if packet.size]
-    monkeypatch.setattr(sys, "stdin", Piped(source.read_bytes()[: ends[3] + 20]))  # within a frame
+    monkeypatch.setattr(sys, "stdin", Piped(within_a_frame(as_format(folder, tmp_path / "video.mkv"))))
     assert piped(folder, tmp_path / "out") == 0
     assert "<stdin>: the file is cut off or damaged" in capsys.readouterr().err
     count = len(VideoSegmentation.load(tmp_path / "out").frames)
