@@ -12,7 +12,7 @@ from m2f_video.files import made_directory
 from m2f_video.hub import load_config
 from m2f_video.inference.linking import LinkerName
 from m2f_video.inference.segment import WINDOW, Mode
-from m2f_video.inference.stream import VideoStream
+from m2f_video.inference.stream import FrameResult, VideoStream
 from m2f_video.modeling.video_mask2former import VideoMask2Former
 from m2f_video.results.tracks import OVERLAY_FILE, TRACKS_FILE, VideoSegmentation
 
@@ -141,13 +141,17 @@ def _drawn_as_it_comes(stream: VideoStream, output: Path, score_threshold: float
     from m2f_video.video.writer import VideoWriter
 
     reader = stream.video.reader
-    rate = reader.fps / (reader.frame_index(1) - reader.frame_index(0))
+    start, step = reader.frame_index(0), reader.frame_index(1) - reader.frame_index(0)
+
+    def write(result: FrameResult) -> None:
+        image = stream.draw(result, score_threshold)
+        while start + writer.num_frames * step <= result.frame:  # in the place of frames that did not decode too
+            writer.write(image)
+
     with (
         made_directory(output) as folder,
-        VideoWriter(folder / OVERLAY_FILE, rate, stream.width, stream.height) as writer,
+        VideoWriter(folder / OVERLAY_FILE, reader.fps / step, stream.width, stream.height) as writer,
     ):
-        segmentation = collect(
-            stream, score_threshold, lambda result: writer.write(stream.draw(result, score_threshold))
-        )
+        segmentation = collect(stream, score_threshold, write)
         segmentation.save(folder, overlay=False)
     return segmentation

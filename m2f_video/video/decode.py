@@ -223,6 +223,8 @@ class Decoder:
                 # A time code track (data) claims the full length in one packet.
                 if packet.pts is not None and packet.stream.type != "data":
                     self._end = max(self._end, (packet.pts + (packet.duration or 0)) * packet.time_base)
+                if self._pipe is not None:
+                    self._pipe.check(at_end=False)
                 yield packet
         except (av.error.FFmpegError, OSError) as error:
             self._demux_error = error.strerror

@@ -57,9 +57,9 @@ class OpenFile:
         self._num_read += len(data)
         return data
 
-    def check(self) -> None:
-        """Raise what reading has raised."""
-        if self._error is not None:
+    def check(self, at_end: bool = True) -> None:
+        """Raise what reading has raised; before all has been used that came until then, interrupts only."""
+        if self._error is not None and (at_end or not isinstance(self._error, Exception)):
             raise self._error
 
     def remedy(self) -> str:

@@ -24,6 +24,8 @@ from m2f_video.cli.data import DATA_COMMANDS
 from m2f_video.cli.main import COMMANDS, main
 from m2f_video.video import VideoWriter, open_video
 from tests.conftest import synthetic_frames
+from tests.video.test_read_once import damage_packet
+from tests.video.test_video_io import make_video
 from weights_convert import from_native, hf_config_from_native, write_checkpoint
 
 FRAMES = 6
@@ -214,6 +216,15 @@ def test_a_step_through_a_pipe_keeps_the_time(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stdin", Piped(as_format(folder, tmp_path / "video.ts")))
     assert piped(folder, tmp_path / "out", "--frames", "::3") == 0
     assert open_video(tmp_path / "out" / "overlay.mp4").fps == 4
+
+
+def test_a_corrupt_frame_in_a_pipe_keeps_the_time(folder, tmp_path, monkeypatch, capsys):
+    source = make_video(tmp_path / "video.avi", "mjpeg", "yuvj420p")
+    damage_packet(source, 4)
+    monkeypatch.setattr(sys, "stdin", Piped(source))
+    assert piped(folder, tmp_path / "out", "--frames", ":9") == 0
+    assert VideoSegmentation.load(tmp_path / "out").frames == (0, 1, 2, 3, 5, 6, 7, 8)
+    assert len(read_video(tmp_path / "out" / "overlay.mp4")) == 9
 
 
 def test_bad_input_that_is_piped_in(folder, tmp_path, monkeypatch, capsys):

@@ -17,6 +17,8 @@ from m2f_video.video.decode import VideoError
 from m2f_video.video.reader import TruncatedVideoWarning
 from tests.conftest import synthetic_frames
 from tests.inference.test_windows import a_window
+from tests.video.test_read_once import damage_packet
+from tests.video.test_video_io import make_video
 
 
 @pytest.fixture(scope="module")
@@ -158,3 +160,17 @@ def test_closing_an_iteration_puts_the_model_back(tiny_model, video):
     with contextlib.closing(iter(stream_video(tiny_model, iter(video), window=4))) as results:
         next(results)
     assert [type(module) for module in tiny_model.modules()] == before
+
+
+def test_a_corrupt_frame_leaves_the_timing_as_it_is(tiny_model, tmp_path):
+    path = make_video(tmp_path / "a.mp4", "mjpeg", "yuvj420p")
+    damage_packet(path, 4)
+    with pytest.warns(TruncatedVideoWarning, match="left out: 1"):
+        result = segment_video(tiny_model, path, mode="window", window=4)
+    assert result.frames == (0, 1, 2, 3, *range(5, 12))
+    result.save(tmp_path / "out")
+    overlay = open_video(tmp_path / "out" / "overlay.mp4")
+    assert len(list(overlay)) == 11
+    assert float(11 / overlay.fps) == pytest.approx(12 / 25, rel=0.01)
+    with path.open("rb") as file, pytest.warns(TruncatedVideoWarning):
+        assert tuple(frame.frame for frame in stream_video(tiny_model, file)) == result.frames

@@ -276,6 +276,17 @@ class Failing(io.RawIOBase):
         return data if self.error is not None else data + bytes(size + 1)
 
 
+def test_an_interrupt_comes_before_what_is_left_to_decode(tmp_path: Path) -> None:
+    data = make_video(tmp_path / "a.ts", num_frames=200, size=(96, 128), options={"g": "5"}).read_bytes()
+    counts = []
+    for error in (KeyboardInterrupt(), ConnectionError()):
+        seen: list[np.ndarray] = []
+        with contextlib.suppress(KeyboardInterrupt, ConnectionError):
+            seen.extend(open_video(Failing(data[: len(data) // 2], error)))
+        counts.append(len(seen))
+    assert 50 < counts[0] < counts[1]
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), ConnectionError("reset"), RuntimeError("odd")])
 def test_an_error_while_reading_reaches_the_caller(tmp_path: Path, error: BaseException) -> None:
     data = make_video(tmp_path / "a.ts", num_frames=200, size=(96, 128), options={"g": "5"}).read_bytes()
