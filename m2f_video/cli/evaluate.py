@@ -73,9 +73,9 @@ class ModelOptions:
     """with --data: frames from one window to the next; by default as many as a window has."""
     linker: LinkerName = "transfer"
     """with --data: how objects of a window are linked to tracks."""
-    duplicate_iou: float | None = None
-    """with --data: of two objects whose masks overlap by more, leave out the less certain one; by default 1 (none) for
-    whole videos, 0.5 in windows."""
+    max_overlap: float | None = None
+    """with --data: leave out an object of whose mask more certain ones cover a larger share; by default 1, which keeps
+    all, for whole videos, and 0.5 in windows."""
 
 
 def eval_results(
@@ -181,7 +181,7 @@ def _evaluate_checkpoint(
             window=options.window,
             stride=options.stride,
             linker=options.linker,
-            duplicate_iou=options.duplicate_iou,
+            max_overlap=options.max_overlap,
         )
         if not worker.is_main:
             predict()

@@ -32,7 +32,7 @@ def segment(
     window: int = WINDOW,
     stride: int | None = None,
     linker: LinkerName = "transfer",
-    duplicate_iou: float | None = None,
+    max_overlap: float | None = None,
     top_k: int = 10,
     score_threshold: float = 0.0,
     shortest_edge: int | None = None,
@@ -67,8 +67,8 @@ def segment(
         linker: how objects of a window are linked to tracks: by their masks and classes (transfer), by embeddings as
             MinVIS does (embedding), by masks in shared frames as IFC does (mask_iou, with --stride below --window), or
             by the last two (both).
-        duplicate_iou: of two objects whose masks overlap by more than this IoU leave out the less certain one; by
-            default 1 (none) for whole videos, as published, and 0.5 in windows.
+        max_overlap: leave out an object of whose mask more certain ones cover a larger share; by default 1, which keeps
+            all, for whole videos, as published, and 0.5 in windows.
         top_k: how many (object, class) pairs become tracks; the published evaluation takes 10.
         score_threshold: leave out tracks that score less. 0 keeps all top-k, as the published evaluation does; 0.3
             suits most videos.
@@ -118,7 +118,7 @@ def segment(
         "window": window,
         "stride": stride,
         "linker": linker,
-        "duplicate_iou": duplicate_iou,
+        "max_overlap": max_overlap,
         "top_k": top_k,
         "frames_per_chunk": frames_per_chunk,
         "plain": plain,

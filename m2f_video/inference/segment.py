@@ -15,7 +15,7 @@ from m2f_video.inference.postprocess import select_top_k
 from m2f_video.inference.processor import VideoProcessor
 from m2f_video.inference.stream import FrameResult, VideoStream, segment_windows
 from m2f_video.inference.whole import segment_whole
-from m2f_video.inference.windows import DUPLICATE_IOU, Windowing
+from m2f_video.inference.windows import MAX_OVERLAP, Windowing
 from m2f_video.results.tracks import Track, VideoSegmentation
 from m2f_video.video.reader import VideoReader, VideoSource, open_video
 
@@ -33,7 +33,7 @@ class Segmentation(TypedDict, total=False):
     window: int
     stride: int | None
     linker: LinkerName | Linker
-    duplicate_iou: float | None
+    max_overlap: float | None
 
 
 def choose_mode(mode: Mode, num_frames: int | None) -> tuple[Literal["whole", "window"], str]:
@@ -68,7 +68,7 @@ def segment_video(
     window: int = WINDOW,
     stride: int | None = None,
     linker: LinkerName | Linker = "transfer",
-    duplicate_iou: float | None = None,
+    max_overlap: float | None = None,
     top_k: int = 10,
     score_threshold: float = 0.0,
     frames_per_chunk: int | None = None,
@@ -97,9 +97,9 @@ def segment_video(
             windows share keep the masks of the first.
         linker: how objects of a window are linked to tracks: a name, see `m2f_video.inference.linking.LINKERS`, or a
             `Linker` of your own.
-        duplicate_iou: of two objects whose masks overlap by more than this IoU, in the whole video or a window, the
-            less certain one is left out; 1 keeps all, as the published evaluation does. None is 1 for `whole` and 0.5
-            for `window`.
+        max_overlap: an object of whose mask, in the whole video or a window, more certain ones cover a larger share is
+            a duplicate and left out; 1 keeps all, as the published evaluation does. None is 1 for `whole` and 0.5 for
+            `window`.
         top_k: how many (object, class) pairs become tracks, as the published evaluation takes 10.
         score_threshold: pairs that score less are left out.
         frames_per_chunk: frames encoded at a time; None is 1 on a CPU and 8 elsewhere.
@@ -120,12 +120,12 @@ def segment_video(
     video = _on_video(model, source, processor, frames, frames_per_chunk, strict, progress)
     _check_selection(model, top_k, score_threshold)
     chosen, _ = choose_mode(mode, video.reader.num_frames_hint)
-    windowing = _windowing(window, stride, linker, duplicate_iou, top_k)  # a bad option is one in any mode
+    windowing = _windowing(window, stride, linker, max_overlap, top_k)  # a bad option is one in any mode
     if chosen == "window":
         return collect(VideoStream(video, windowing, plain), score_threshold)
-    duplicates = 1.0 if duplicate_iou is None else duplicate_iou
+    duplicates = 1.0 if max_overlap is None else max_overlap
     with video.accelerated(plain) as fast:
-        tracks, count = segment_whole(fast, top_k=top_k, score_threshold=score_threshold, duplicate_iou=duplicates)
+        tracks, count = segment_whole(fast, top_k=top_k, score_threshold=score_threshold, max_overlap=duplicates)
     return _segmentation(video, tracks, count)
 
 
@@ -138,7 +138,7 @@ def stream_video(
     window: int = WINDOW,
     stride: int | None = None,
     linker: LinkerName | Linker = "transfer",
-    duplicate_iou: float | None = None,
+    max_overlap: float | None = None,
     top_k: int = 10,
     frames_per_chunk: int | None = None,
     strict: bool = False,
@@ -168,7 +168,7 @@ def stream_video(
         window: frames W of a window.
         stride: frames S from the beginning of one window to that of the next.
         linker: how objects of a window are linked to tracks.
-        duplicate_iou: of duplicates in a window; None is 0.5.
+        max_overlap: of duplicates in a window; None is 0.5.
         top_k: how many (track, class) pairs `scores` gives.
         frames_per_chunk: frames encoded at a time.
         strict: raise an error for a video that is damaged.
@@ -183,7 +183,7 @@ def stream_video(
     """
     video = _on_video(model, source, processor, frames, frames_per_chunk, strict, progress)
     _check_selection(model, top_k, 0.0)
-    return VideoStream(video, _windowing(window, stride, linker, duplicate_iou, top_k), plain)
+    return VideoStream(video, _windowing(window, stride, linker, max_overlap, top_k), plain)
 
 
 def collect(
@@ -236,13 +236,13 @@ def _on_video(
 
 
 def _windowing(
-    window: int, stride: int | None, linker: LinkerName | Linker, duplicate_iou: float | None, top_k: int
+    window: int, stride: int | None, linker: LinkerName | Linker, max_overlap: float | None, top_k: int
 ) -> Windowing:
     return Windowing(
         window=window,
         stride=window if stride is None else stride,
         linker=named_linker(linker),
-        duplicate_iou=DUPLICATE_IOU if duplicate_iou is None else duplicate_iou,
+        max_overlap=MAX_OVERLAP if max_overlap is None else max_overlap,
         top_k=top_k,
     )
 

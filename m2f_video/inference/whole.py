@@ -21,7 +21,7 @@ MOST_ROOM = 256  # frames to make room for at once: what a file says of its leng
 
 
 def segment_whole(
-    video: ModelOnVideo, *, top_k: int, score_threshold: float, duplicate_iou: float
+    video: ModelOnVideo, *, top_k: int, score_threshold: float, max_overlap: float
 ) -> tuple[list[Track], int]:
     """Decode a video at once; until then each frame's features stay in memory.
 
@@ -29,7 +29,7 @@ def segment_whole(
         video: the model and its video.
         top_k: see `segment_video`.
         score_threshold: see `segment_video`.
-        duplicate_iou: see `segment_video`.
+        max_overlap: see `segment_video`.
 
     Returns:
         The tracks by falling score, and the number of frames.
@@ -38,11 +38,11 @@ def segment_whole(
     output = video.model.decode_clip(features, output_masks=False)
     class_logits, parts = output.class_queries_logits[0], features.mask_features.split(video.frames_per_chunk)
     among = torch.arange(len(class_logits), device=class_logits.device)
-    if duplicate_iou < 1:
+    if max_overlap < 1:
         among = likely_queries(class_logits, top_k)
         product = partial(video.mask_product, output.mask_embeddings[:, among])
         everywhere = torch.cat([product(part[None])[0] > 0 for part in parts], dim=1)
-        among = among[without_duplicates(everywhere, duplicate_iou)]
+        among = among[without_duplicates(everywhere, max_overlap)]
     most = len(among) * (class_logits.shape[1] - 1)
     scores, labels, chosen = select_top_k(class_logits[among], min(top_k, most), score_threshold)
     queries, mask_of_pair = among[chosen].unique(return_inverse=True)

@@ -21,8 +21,8 @@ from m2f_video.inference.postprocess import select_top_k
 from m2f_video.inference.segments import check_thresholds, class_probabilities
 from m2f_video.modeling.video_mask2former import FrameFeatures
 
-DUPLICATE_IOU = 0.5
-"""Two objects of which the masks overlap by more are one."""
+MAX_OVERLAP = 0.5
+"""An object of whose mask more certain ones cover a larger share is a duplicate."""
 MOST_WINDOW = 4096
 """Frames; a window's features are in memory together."""
 
@@ -52,8 +52,7 @@ class Windowing:
         window: frames W of a window.
         stride: frames S from the beginning of one window to that of the next, at most W.
         linker: of objects to tracks.
-        duplicate_iou: of two objects whose masks overlap by more than this IoU the less certain one is left out; 1
-            keeps all.
+        max_overlap: an object of whose mask more certain ones cover a larger share is left out; 1 keeps all.
         top_k: how many (object, class) pairs of a video are wanted.
 
     Raises:
@@ -63,7 +62,7 @@ class Windowing:
     window: int
     stride: int
     linker: Linker
-    duplicate_iou: float
+    max_overlap: float
     top_k: int
 
     def __post_init__(self) -> None:
@@ -71,7 +70,7 @@ class Windowing:
             raise ValueError(f"window must be 1 to {MOST_WINDOW} frames, got {self.window!s:.30}")
         if not 1 <= self.stride <= self.window:
             raise ValueError(f"stride must be 1 to window={self.window} frames, got {self.stride!s:.30}")
-        check_thresholds(duplicate_iou=self.duplicate_iou)
+        check_thresholds(max_overlap=self.max_overlap)
 
 
 def window_features(video: ModelOnVideo, windowing: Windowing) -> Iterator[WindowFeatures]:
@@ -123,14 +122,14 @@ def objects_of(
     Raises:
         ValueError: NaN in the class logits.
     """
-    class_logits, duplicate_iou = output.class_queries_logits[0], windowing.duplicate_iou
+    class_logits, max_overlap = output.class_queries_logits[0], windowing.max_overlap
     if windowing.linker.every_query:
-        queries, duplicate_iou = torch.arange(len(class_logits), device=class_logits.device), 1.0
+        queries, max_overlap = torch.arange(len(class_logits), device=class_logits.device), 1.0
     else:
-        queries = likely_queries(class_logits, windowing.top_k if duplicate_iou >= 1 else None)
+        queries = likely_queries(class_logits, windowing.top_k if max_overlap >= 1 else None)
     embeddings = output.mask_embeddings[:, queries]
     logits = mask_product(embeddings, window.features.mask_features[None])[0]
-    kept = without_duplicates(logits > 0, duplicate_iou) if duplicate_iou < 1 else slice(None)
+    kept = without_duplicates(logits > 0, max_overlap) if max_overlap < 1 else slice(None)
     return Window(
         window.start,
         queries[kept],

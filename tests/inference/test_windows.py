@@ -30,7 +30,7 @@ from tests.inference.test_inference import decoded_masks
 
 
 def windowing(window: int = 4, stride: int | None = None, **changes) -> Windowing:
-    options = {"linker": TransferLinker(), "duplicate_iou": 0.5, "top_k": 10} | changes
+    options = {"linker": TransferLinker(), "max_overlap": 0.5, "top_k": 10} | changes
     return Windowing(window=window, stride=window if stride is None else stride, **options)
 
 
@@ -75,7 +75,7 @@ def test_windows_cover_the_video(tiny_model, long_video, count, window, stride, 
 
 def test_a_window_that_covers_the_video_is_the_whole(tiny_model, long_video):
     whole = segment_video(tiny_model, long_video, mode="whole")
-    window = segment_video(tiny_model, long_video, mode="window", window=16, duplicate_iou=1.0)
+    window = segment_video(tiny_model, long_video, mode="window", window=16, max_overlap=1.0)
     assert [(t.label, t.score) for t in window.tracks] == [(t.label, t.score) for t in whole.tracks]
     assert [t.segmentations for t in window.tracks] == [t.segmentations for t in whole.tracks]
     assert window.frames == whole.frames
@@ -92,9 +92,9 @@ def test_the_size_of_chunks_changes_nothing(tiny_model, long_video, mode):
 
 
 def test_duplicates_can_be_left_out_of_a_whole_video(tiny_model, long_video):
-    kept = segment_video(tiny_model, long_video, mode="whole", duplicate_iou=1.0)
+    kept = segment_video(tiny_model, long_video, mode="whole", max_overlap=1.0)
     assert kept.tracks == segment_video(tiny_model, long_video, mode="whole").tracks
-    fewer = segment_video(tiny_model, long_video, mode="whole", duplicate_iou=0.0)  # none may overlap at all
+    fewer = segment_video(tiny_model, long_video, mode="whole", max_overlap=0.0)  # none may overlap at all
     masks = {
         track.query_id: [fewer.masks(frame)[index] for frame in range(11)] for index, track in enumerate(fewer.tracks)
     }
@@ -268,8 +268,8 @@ def test_auto_is_whole_for_short_videos():
         ({"window": 4, "stride": 5}, "stride"),
         ({"stride": 0}, "stride"),
         ({"linker": "magic"}, "linker"),
-        ({"duplicate_iou": 1.5}, "duplicate_iou"),
-        ({"duplicate_iou": math.nan}, "duplicate_iou"),
+        ({"max_overlap": 1.5}, "max_overlap"),
+        ({"max_overlap": math.nan}, "max_overlap"),
     ],
 )
 def test_bad_options_are_named_before_the_work(tiny_model, long_video, options, named):
