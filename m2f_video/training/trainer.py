@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from m2f_video.config import TRAINING_PARTS
+from m2f_video.config import TRAINING_PARTS, VideoMask2FormerConfig
 from m2f_video.data.augment import Augmentation
 from m2f_video.data.clip import AnnotatedVideos, ClipDataset
 from m2f_video.distributed import Worker, mean_over_workers, share_buffers, share_weights
@@ -29,6 +29,7 @@ from m2f_video.files import atomic_path, remove_leftovers
 from m2f_video.hub import first_misfit
 from m2f_video.modeling.as_built import changes, tensors_of
 from m2f_video.modeling.build import Parts, require_parts, with_parts
+from m2f_video.modeling.transformer_decoder import SCALES
 from m2f_video.modeling.video_mask2former import VideoMask2Former
 from m2f_video.training.batches import Batch, ClipBatches, ClipOrder, Collate, load_batches, lost_process
 from m2f_video.training.checkpoint import checkpoint_file, save_checkpoint
@@ -273,9 +274,7 @@ class Trainer:
         if self.worker.world_size == 1:
             return self.model
         devices = [self.worker.device] if self.worker.device.type == "cuda" else None
-        decoder = self.model.transformer_decoder
-        idle_levels = len(decoder.layers) < max(len(decoder.input_projections), 1)  # that no layer attends to
-        unused = idle_levels or self._is_given or bool(self.parts)  # of which nobody knows
+        unused = _may_idle(self.config.model) or self._is_given or bool(self.parts)  # of which nobody knows
         return DistributedDataParallel(self.model, device_ids=devices, find_unused_parameters=unused)
 
     def _gradients(self, model: Callable[..., Any], step: int, parts: list[Batch]) -> Tensor:
@@ -422,6 +421,14 @@ class Trainer:
         collate = Collate(config.model.preprocessing, config.model.num_labels, config.label_source)
         on_gpu = self.worker.device.type == "cuda"
         return load_batches(ClipBatches(clips, collate), order, config.num_workers, pin_memory=on_gpu)
+
+
+def _may_idle(config: VideoMask2FormerConfig) -> bool:
+    """Whether weights may have no part in any prediction: of levels that no layer attends to, or without any layer."""
+    decoder, encoder = config.transformer_decoder, config.pixel_decoder
+    layers_to_see_all = {"round_robin": len(SCALES), "concatenated": 1}.get(decoder.features)
+    without_layer = encoder.kind == "ms_deform_attn" and encoder.num_layers == 0  # which has an embedding of levels
+    return layers_to_see_all is None or decoder.num_layers < layers_to_see_all or without_layer
 
 
 def _form(part: object) -> object:

@@ -16,6 +16,7 @@ from torch import nn
 
 from m2f_video import VideoMask2Former
 from m2f_video.distributed import mean_over_workers, share_buffers
+from m2f_video.modeling.build import PIXEL_DECODERS
 from m2f_video.training import OptimConfig, Trainer, Worker, join_workers, trainer
 from tests.training.tiny_run import EXACT, HARD, KeptVideos, column, largest_difference, plain_descent, rows
 
@@ -30,6 +31,14 @@ CONFIGS = {
         model=CONFIG.model.replace(
             backbone="timm:test_resnet",  # batch norms gather statistics of a worker's own clips
             transformer_decoder=replace(CONFIG.model.transformer_decoder, hidden_dim=64),  # one projection is unused
+        ),
+        batch_size=2,
+        steps=2,
+    ),
+    "idle": CONFIG.replace(  # levels that no layer attends to, and what makes them
+        model=CONFIG.model.replace(
+            pixel_decoder=replace(CONFIG.model.pixel_decoder, kind="bifpn"),
+            transformer_decoder=replace(CONFIG.model.transformer_decoder, features="single"),
         ),
         batch_size=2,
         steps=2,
@@ -77,6 +86,20 @@ def run_worker(rank: int, folder: Path, port: int) -> None:
         assert mean_over_workers(torch.tensor([rank, 4.0])).tolist() == [0.5, 4.0]
         train_all(folder, worker)
     assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize("layers", [0, 1])
+@pytest.mark.parametrize("kind", PIXEL_DECODERS)
+def test_weights_that_no_prediction_depends_on_are_expected(kind: Any, layers: int) -> None:
+    """Workers would wait for the gradients of others."""
+    small = replace(CONFIG.model.pixel_decoder, kind=kind, num_layers=layers)
+    for depth, features in ((3, "round_robin"), (1, "round_robin"), (3, "single")):
+        decoder = replace(CONFIG.model.transformer_decoder, num_layers=depth, features=features)
+        model = VideoMask2Former(CONFIG.model.replace(pixel_decoder=small, transformer_decoder=decoder))
+        for prediction in model(torch.rand(1, 1, 3, 32, 64), output_auxiliary=True).auxiliary:
+            (prediction.class_queries_logits.sum() + prediction.masks_queries_logits.sum()).backward(retain_graph=True)
+        idle = [name for name, weight in model.named_parameters() if weight.grad is None]
+        assert trainer._may_idle(model.config) or not idle
 
 
 @pytest.fixture(scope="module")
