@@ -1,7 +1,8 @@
 """What was done to a model's modules since it was built, and what of that a checkpoint can tell.
 
 A checkpoint is tensors by name and a config. Which module computes with them is what the config builds: of a module put
-in place of one later the config can record the name, of a hook or a patched method it cannot.
+in place of one later the config can record the name, of a hook, a patched method or a setting it
+cannot.
 """
 
 from collections import Counter
@@ -28,8 +29,12 @@ _HOOKS = {
     "_load_state_dict_post_hooks": "load-state-dict post-hook",
 }
 
-Build = Mapping[str, tuple[type, Counter[str]]]
-"""Of each module by name: its class, and what hooks and patches it has how many of."""
+_TAPS = "m2f_video.modeling.taps"  # whose hooks change nothing
+_OURS = ("m2f_video.", "torch.nn.")  # whose modules never set themselves otherwise
+
+Settings = Mapping[str, Any]
+Build = Mapping[str, tuple[type, Counter[str], Settings]]
+"""Of each module by name: its class, what hooks and patches it has how many of, and its numbers, texts and switches."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,8 @@ class Changes:
 
     Attributes:
         exchanged: modules of another class, or new, by name, the outermost alone: the qualified name of the class.
-        touched: hooks and methods of a module's own, which no checkpoint can hold, and modules that are gone, in words.
+        touched: hooks, methods and settings of a module's own, which no checkpoint can hold, and modules that are gone,
+            in words.
     """
 
     exchanged: Mapping[str, str]
@@ -52,7 +58,10 @@ class Changes:
 
 def build_of(model: nn.Module, class_of: Callable[[nn.Module], type] = type) -> Build:
     """How a model is built now; `class_of` tells the class of a module."""
-    return {name: (class_of(module), _touches(module)) for name, module in model.named_modules()}
+    return {
+        name: (kind := class_of(module), _touches(module), _settings(module, kind))
+        for name, module in model.named_modules()
+    }
 
 
 def changes(model: "VideoMask2Former") -> Changes:
@@ -69,14 +78,17 @@ def changes(model: "VideoMask2Former") -> Changes:
     of_subclass = plain_type(model) is not VideoMask2Former
     if of_subclass:
         touched.append(f"the model is a {qualified_name(type(model))}, whose own from_pretrained loads it")
-    for name, (kind, touches) in now.items():
+    for name, (kind, touches, settings) in now.items():
         if name.startswith(tuple(f"{outer}." for outer in exchanged)):
             continue
-        known, old = before.get(name, (None, Counter[str]()))
+        known, old, were = before.get(name, (None, Counter[str](), {}))
         if known is not kind and not of_subclass:
             exchanged[name] = qualified_name(kind)
         for what, number in (touches - old).items():
             touched.append(f"{name or 'the model'} has {f'{number} {what}s' if number > 1 else f'a {what}'}")
+        if known is kind and not of_subclass:
+            pairs = {what: (settings[what], was) for what, was in were.items() if settings.get(what, was) != was}
+            touched += [f"{name}.{what} is {new!r:.40}, and was {was!r:.40}" for what, (new, was) in pairs.items()]
     gone = [name for name in before if name not in now and name.rpartition(".")[0] in now and not of_subclass]
     touched += [f"{name} is gone" for name in gone if name.rpartition(".")[0] not in exchanged]
     return Changes(exchanged, tuple(touched))
@@ -108,11 +120,23 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
 
 def _touches(module: nn.Module) -> Counter[str]:
     """Hooks of a module, and methods that it has beside those of its class."""
-    found = Counter({words: len(getattr(module, name, ())) for name, words in _HOOKS.items()})
+    found = Counter({words: _number_of(getattr(module, name, {})) for name, words in _HOOKS.items()})
     for name, value in vars(module).items():
         if callable(value) and callable(_of_class(module, name)):
             found[f"patched {name}"] += 1
     return +found
+
+
+def _number_of(hooks: Mapping[int, object]) -> int:
+    return sum(getattr(hook, "__module__", None) != _TAPS for hook in hooks.values())
+
+
+def _settings(module: nn.Module, kind: type) -> Settings:
+    """What a module of this package or of PyTorch computes by, beside its tensors, such as its number of heads."""
+    if not kind.__module__.startswith(_OURS):
+        return {}
+    kept = {name: value for name, value in vars(module).items() if isinstance(value, bool | int | float | str | tuple)}
+    return {name: value for name, value in kept.items() if name != "training" and not name.startswith("_")}
 
 
 def _of_class(module: nn.Module, name: str) -> Any:

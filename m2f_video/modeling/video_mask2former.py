@@ -407,9 +407,10 @@ class VideoMask2Former(
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> str | None:
         """Write `config.json`, `model.safetensors` and, where there is none, a model card `README.md`.
 
-        Every file is written beside its place and then renamed, so that a failure leaves what was there before. Hooks
-        and patched methods cannot be saved, which a warning says. Of modules that were put into the model since it was
-        built `config.json` records the names, as of `parts`: it loads with these given alone.
+        Every file is written beside its place and then renamed, so that a failure leaves what was there before. Hooks,
+        patched methods and settings such as `num_heads` of a layer cannot be saved, which a warning says. Of modules
+        that were put into the model since it was built `config.json` records the names, as of `parts`: it loads with
+        these given alone.
 
         Args:
             save_directory: folder, made where missing.
@@ -420,8 +421,9 @@ class VideoMask2Former(
         """
         if said := str(changes(self)):
             warnings.warn(
-                f"the model is not what its config builds: {said}. Weights are saved; hooks and patches cannot be, and "
-                "are to be set again; modules of its own are to be given as parts={name: ...} when it is loaded",
+                f"the model is not what its config builds: {said}. Weights are saved; hooks, patches and settings "
+                "cannot be, and are to be set again; modules of its own are to be given as parts={name: ...} when it "
+                "is loaded",
                 stacklevel=2,
             )
         with staged_folder(Path(save_directory), keep=["README.md"]) as staging:

@@ -53,10 +53,41 @@ TOUCHES: dict[str, Callable[[nn.Module], Any]] = {
 def test_what_cannot_be_saved_is_said(what: str, tmp_path: Path) -> None:
     model = random_model(IN_LANES, 0)
     TOUCHES[what](model.get_submodule(LAYER))
-    expected = f"{LAYER} has a {what}. Weights are saved; hooks and patches cannot be"
+    expected = f"{LAYER} has a {what}. Weights are saved; hooks, patches and settings cannot be"
     with pytest.warns(UserWarning, match=expected.replace(".", r"\.")):
         model.save_pretrained(tmp_path)
     saved(VideoMask2Former.from_pretrained(tmp_path), tmp_path)  # that has none
+
+
+def other_heads(model: VideoMask2Former) -> None:
+    attention = model.get_submodule(LAYER).cross_attn
+    model.get_submodule(LAYER).cross_attn = other = CrossAttention(dim=attention.out_proj.in_features, num_heads=2)
+    other.load_state_dict(attention.state_dict())
+
+
+SETTINGS: dict[str, Callable[[VideoMask2Former], Any]] = {
+    r"\.cross_attn\.num_heads is 2, and was 4": other_heads,
+    r"\.dropout\.p is 0\.5, and was 0\.0": lambda model: setattr(model.get_submodule(LAYER).dropout, "p", 0.5),
+    r"\.ffn_norm\.eps is 0\.5, and was 1e-05": lambda model: setattr(model.get_submodule(LAYER).ffn_norm, "eps", 0.5),
+}
+
+
+@pytest.mark.parametrize("said", SETTINGS)
+def test_settings_of_the_same_weights_are_said(said: str, tmp_path: Path) -> None:
+    model = random_model(IN_LANES, 0)
+    SETTINGS[said](model)
+    with pytest.warns(UserWarning, match=LAYER.replace(".", r"\.") + said):
+        model.save_pretrained(tmp_path)
+
+
+def test_taps_are_no_hooks_that_a_checkpoint_lacks(tmp_path: Path) -> None:
+    model = random_model(IN_LANES, 0)
+    with model.capture("backbone", "*.cross_attn.attention_weights", "*.sampling_locations", "*.mask_logits"):
+        saved(model, tmp_path)
+        copied = copy.deepcopy(model)
+        model.backbone.register_forward_hook(hook)
+        assert str(changes(model)) == "backbone has a forward hook"
+    saved(copied, tmp_path)
 
 
 def test_removed_hooks_are_none(tmp_path: Path) -> None:

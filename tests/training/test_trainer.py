@@ -135,7 +135,7 @@ def test_lower_precision_is_that_of_the_products_alone(precision: str, tmp_path:
     losses: list[torch.dtype] = []
     loss = made.loss
     made.loss = lambda *arguments: losses.append((result := loss(*arguments)).total.dtype) or result
-    with pytest.warns(UserWarning, match="hooks and patches cannot be"):
+    with pytest.warns(UserWarning, match="hooks, patches and settings cannot be"):
         made.train()
     low = getattr(torch, precision)
     assert seen == {name: torch.float32 if name.startswith("pixel_decoder.") else low for name in seen}
