@@ -29,6 +29,8 @@ __all__ = [
 MODULE_PARTS = ("backbone", "pixel_decoder", "decoder_layer", "cross_attention", "position_encoding")
 TRAINING_PARTS = ("loss", "matcher")
 """No modules of the network: a trained model does without them."""
+WHOLE_MODEL = "model"
+"""In the record of parts: a subclass of `VideoMask2Former`, which alone builds such a model."""
 PARTS = MODULE_PARTS + TRAINING_PARTS
 """What something of your own can take the place of; any one module can too, by its name in the model."""
 MODEL_TYPE = "m2f-video"
@@ -283,7 +285,8 @@ class VideoMask2FormerConfig(FileConfig):
                 len(label) <= MOST_LABEL_LENGTH and _is_text(label),
                 f"labels[{index}] must be text of at most {MOST_LABEL_LENGTH} characters, got {shown(label)}",
             )
-        if unknown := sorted(name for name in self.parts if name not in PARTS and not _MODULE_NAME.fullmatch(name)):
+        known = (*PARTS, WHOLE_MODEL)
+        if unknown := sorted(name for name in self.parts if name not in known and not _MODULE_NAME.fullmatch(name)):
             raise ConfigError(
                 f"parts has {shown(unknown[0])}; a part of your own can be {', '.join(PARTS)}, or a module by its name "
                 "in the model"

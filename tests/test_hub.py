@@ -205,8 +205,34 @@ def test_a_subclass_with_weights_of_its_own_comes_back(tiny_config: VideoMask2Fo
     with pytest.warns(UserWarning, match="WithAdapter, whose own from_pretrained loads it"):
         model.save_pretrained(tmp_path / "own")
     assert identical(WithAdapter.from_pretrained(tmp_path / "own"), model)
-    with pytest.raises(ConversionError, match=r"do not fit its config: unexpected adapter\.bias \(3,\) \(and 3 more\)"):
+    with pytest.raises(ConfigError, match=r"the model is a .*WithAdapter; load it by from_pretrained of that class"):
         VideoMask2Former.from_pretrained(tmp_path / "own")
+    config = model.config
+    with pytest.raises(ConversionError, match=r"do not fit its config: unexpected adapter\.bias \(3,\) \(and 3 more\)"):
+        VideoMask2Former.from_pretrained(tmp_path / "own", config=config)
+
+
+class Louder(VideoMask2Former):
+    """A researcher's own model, which has the weights of the plain one."""
+
+    def forward(self, *arguments: Any, **options: Any) -> Any:
+        output = super().forward(*arguments, **options)
+        return replace(output, class_queries_logits=2 * output.class_queries_logits)
+
+
+def test_a_subclass_never_loads_as_the_plain_model(tiny_config: VideoMask2FormerConfig, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="Louder, whose own from_pretrained loads it"):
+        Louder(tiny_config).save_pretrained(tmp_path / "own")
+    again = Louder.from_pretrained(tmp_path / "own")
+    assert again.config.parts == {"model": f"{__name__}.Louder"}
+    with pytest.warns(UserWarning, match="Louder, whose own from_pretrained loads it"):
+        again.save_pretrained(tmp_path / "again")
+    for folder in (tmp_path / "own", tmp_path / "again"):
+        for partial in (False, True):
+            with pytest.raises(ConfigError, match=r"the model is a .*Louder; load it by from_pretrained of that class"):
+                VideoMask2Former.from_pretrained(folder, partial=partial)
+    with pytest.raises(ConfigError, match="parts has 'model', and the model no module of that name"):
+        Louder(tiny_config, parts={"model": Louder})
 
 
 def test_what_acts_in_training_alone_is_no_other_function(tiny_model: VideoMask2Former, folder: Path) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from m2f_video.config import VideoMask2FormerConfig
+from m2f_video.config import WHOLE_MODEL, VideoMask2FormerConfig
 from m2f_video.modeling.build import qualified_name
 
 if TYPE_CHECKING:
@@ -95,9 +95,14 @@ def changes(model: "VideoMask2Former") -> Changes:
 
 
 def recorded_config(model: "VideoMask2Former") -> VideoMask2FormerConfig:
-    """A model's config with the names of modules that were put into it since it was built."""
+    """A model's config with the names of modules that were put into it since it was built, or that of a subclass."""
+    from m2f_video.acceleration.swap import plain_type
+    from m2f_video.modeling.video_mask2former import VideoMask2Former
+
     stages = ("backbone", "pixel_decoder", "transformer_decoder")
     exchanged = {name: kind for name, kind in changes(model).exchanged.items() if name.startswith(stages)}
+    if plain_type(model) is not VideoMask2Former:
+        exchanged[WHOLE_MODEL] = qualified_name(plain_type(model))
     return model.config.replace(parts={**model.config.parts, **exchanged}) if exchanged else model.config
 
 

@@ -4,15 +4,16 @@ Modules of your own (`parts`) are called with the keyword arguments of the class
 name of a single module, with that module.
 """
 
+import inspect
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 from torch import nn
 
-from m2f_video.config import PARTS, TRAINING_PARTS, ConfigError, SwinConfig, VideoMask2FormerConfig
+from m2f_video.config import PARTS, TRAINING_PARTS, WHOLE_MODEL, ConfigError, SwinConfig, VideoMask2FormerConfig
 from m2f_video.modeling.cross_attention import (
     CrossAttention,
     FullCrossAttention,
@@ -54,19 +55,29 @@ LAYER_ORDERS: dict[str, type[nn.Module]] = {"cross_first": DecoderLayer, "self_f
 POSITIONS: dict[str, type[nn.Module]] = {"sine_3d": SinePosition3D, "sine_2d": SinePosition2D, "none": NoPosition}
 
 
-def with_parts(config: VideoMask2FormerConfig, parts: Parts) -> VideoMask2FormerConfig:
+def with_parts(config: VideoMask2FormerConfig, parts: Parts, is_subclass: bool = False) -> VideoMask2FormerConfig:
     """A config that records these parts; the record of a loss or matcher stays where they are not given.
+
+    Args:
+        config: of the model.
+        parts: that it is built with.
+        is_subclass: it is of a class of your own.
 
     Raises:
         ConfigError: one that is no name of a part, or no callable; or the config is of a model with others, which are
-            not given.
+            not given, or of a subclass.
     """
     if not isinstance(parts, Mapping):
         raise ConfigError(f"parts must be a dict of modules of your own by name, got {parts!r:.60}")
     for name, make in parts.items():
         if not callable(make) or isinstance(make, nn.Module):
             raise ConfigError(f"parts[{name!r:.40}] must be a class or function that makes a module, got {make!r:.60}")
-    require_parts(config, parts, [name for name in config.parts if name not in TRAINING_PARTS])
+    if WHOLE_MODEL in config.parts and not is_subclass:
+        raise ConfigError(
+            f"the model is a {config.parts[WHOLE_MODEL]:.100}; load it by from_pretrained of that class, and train it "
+            "by Trainer(..., model=model)"
+        )
+    require_parts(config, parts, [name for name in config.parts if name not in (*TRAINING_PARTS, WHOLE_MODEL)])
     given = {name: qualified_name(make) for name, make in parts.items()}
     for name, what in config.parts.items():
         if given.get(name, what) != what:
@@ -99,12 +110,16 @@ def qualified_name(make: Callable[..., Any]) -> str:
 def build_backbone(config: VideoMask2FormerConfig, parts: Parts) -> Any:
     """The frame encoder."""
     kind = SwinTransformer if isinstance(config.backbone, SwinConfig) else TimmBackbone
-    return parts.get("backbone", kind)(**asdict(config.backbone))
+    backbone = _maker("backbone", kind, parts)(**asdict(config.backbone))
+    channels = getattr(backbone, "channels", None)
+    if not isinstance(channels, Sequence) or len(channels) != 4:
+        raise ConfigError(f"a backbone has channels, of its maps at strides 4, 8, 16, 32; yours has {channels!r:.60}")
+    return backbone
 
 
 def build_pixel_decoder(config: VideoMask2FormerConfig, parts: Parts, in_channels: tuple[int, ...]) -> Any:
     """Of maps with these channels at strides 4, 8, 16, 32."""
-    make = parts.get("pixel_decoder", PIXEL_DECODERS[config.pixel_decoder.kind])
+    make = _maker("pixel_decoder", PIXEL_DECODERS[config.pixel_decoder.kind], parts)
     return make(in_channels=in_channels, **config.pixel_decoder.arguments())
 
 
@@ -121,8 +136,27 @@ def build_transformer_decoder(config: VideoMask2FormerConfig, parts: Parts) -> M
         mask_dim=config.pixel_decoder.mask_dim,
         num_labels=config.num_labels,
         **fields,
-        **{name: parts.get(name, kind) for name, kind in chosen.items()},
+        **{name: _maker(name, kind, parts) for name, kind in chosen.items()},
     )
+
+
+def _maker(name: str, ours: type[nn.Module], parts: Parts) -> Any:
+    """What makes a module: our class, or a part of your own, of which it is seen that it does."""
+    if name not in parts:
+        return ours
+
+    def make(**arguments: Any) -> nn.Module:
+        try:
+            inspect.signature(parts[name]).bind(**arguments)
+        except TypeError as error:
+            taken = ", ".join(arguments)
+            raise ConfigError(f"parts[{name!r}] must make a {name} from {taken}: {error}") from error
+        made = parts[name](**arguments)
+        if not isinstance(made, nn.Module):
+            raise ConfigError(f"parts[{name!r}] must make a torch.nn.Module, got {made!r:.60}")
+        return made
+
+    return make
 
 
 def exchange_modules(model: nn.Module, parts: Parts) -> None:
@@ -131,7 +165,7 @@ def exchange_modules(model: nn.Module, parts: Parts) -> None:
     Raises:
         ConfigError: there is no such module, or what is made is none.
     """
-    for name in [name for name in parts if name not in PARTS]:
+    for name in sorted(set(parts) - set(PARTS)):  # a module before those in it, which it may exchange
         try:
             plain = model.get_submodule(name)
         except AttributeError as error:

@@ -134,7 +134,7 @@ class VideoMask2Former(
             raise TypeError(f"config must be a VideoMask2FormerConfig, got {type(config).__name__}")
         super().__init__()
         parts = parts or {}
-        self.config = config = with_parts(config, parts)
+        self.config = config = with_parts(config, parts, is_subclass=type(self) is not VideoMask2Former)
         self.backbone = build_backbone(config, parts)
         self.pixel_decoder = build_pixel_decoder(config, parts, self.backbone.channels)
         self.transformer_decoder = build_transformer_decoder(config, parts)
@@ -145,12 +145,12 @@ class VideoMask2Former(
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.transformer_decoder.query_positions.weight.device
+        return next(self.transformer_decoder.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
         """Floating-point type of the weights."""
-        return self.transformer_decoder.query_positions.weight.dtype
+        return next(self.transformer_decoder.parameters()).dtype
 
     @property
     def mask_product(self) -> MaskProduct:
@@ -409,8 +409,8 @@ class VideoMask2Former(
 
         Every file is written beside its place and then renamed, so that a failure leaves what was there before. Hooks,
         patched methods and settings such as `num_heads` of a layer cannot be saved, which a warning says. Of modules
-        that were put into the model since it was built `config.json` records the names, as of `parts`: it loads with
-        these given alone.
+        that were put into the model since it was built, and of a subclass, `config.json` records the names, as of
+        `parts`: it loads with these given alone, or by the subclass.
 
         Args:
             save_directory: folder, made where missing.

@@ -18,7 +18,7 @@ from m2f_video.modeling.cross_attention import CrossAttention, Level
 from m2f_video.modeling.pixel_decoder import MSDeformAttnPixelDecoder, PixelDecoderOutput
 from m2f_video.modeling.position_encoding import SinePosition3D
 from m2f_video.modeling.swin import SwinTransformer
-from m2f_video.modeling.transformer_decoder import DecoderLayer
+from m2f_video.modeling.transformer_decoder import DecoderLayer, TransformerDecoderOutput
 from m2f_video.parity import random_model
 from tests.acceleration.conftest import IN_LANES, clip
 from tests.tolerances import relative_error
@@ -141,6 +141,10 @@ def test_a_model_without_parts_says_nothing_of_them() -> None:
         ),
         ([MyAttention], "parts must be a dict of modules of your own by name"),
         ({"cross_attention": MyAttention(dim=4, num_heads=1)}, "must be a class or function that makes a module"),
+        ({"cross_attention": lambda **_: None}, r"parts\['cross_attention'\] must make a torch\.nn\.Module, got None"),
+        ({"pixel_decoder": lambda **_: print}, r"parts\['pixel_decoder'\] must make a torch\.nn\.Module, got <built"),
+        ({"decoder_layer": lambda dim: dim}, r"must make a decoder_layer from dim, .*: got an unexpected keyword"),
+        ({"backbone": lambda **_: nn.Identity()}, "a backbone has channels, .*; yours has None"),
     ],
 )
 def test_bad_parts_are_named(parts: Any, message: str) -> None:
@@ -165,6 +169,42 @@ def test_parts_that_keep_tensors_are_loaded(tmp_path: Path) -> None:
     Cached.tables.clear()  # as in a new process
     again = VideoMask2Former.from_pretrained(tmp_path, parts={"cross_attention": Cached})
     assert torch.equal(predict(again), predict(model))
+
+
+def test_a_module_is_exchanged_before_those_in_it() -> None:
+    layer = "transformer_decoder.layers.1"
+
+    def attention(plain: nn.Module) -> nn.Module:
+        return MyAttention(dim=IN_LANES.transformer_decoder.hidden_dim, num_heads=plain.num_heads)
+
+    parts = {f"{layer}.cross_attn": attention, layer: lambda plain: MyLayer(dim=64, num_heads=2, ffn_dim=64)}
+    made = VideoMask2Former(IN_LANES, parts=parts).get_submodule(layer)
+    assert type(made) is MyLayer
+    assert type(made.cross_attn) is MyAttention
+    assert made.cross_attn.num_heads == 2
+
+
+class MyDecoder(nn.Module):
+    """That has nothing of ours but the class of what it gives."""
+
+    def __init__(self, plain: nn.Module) -> None:
+        super().__init__()
+        self.mask_product = plain.mask_product
+        self.queries = nn.Parameter(torch.rand(3, plain.mask_head[2].out_features))
+        self.classes = nn.Linear(self.queries.shape[1], IN_LANES.num_labels + 1)
+
+    def forward(self, mask_features: Tensor, *_: object) -> TransformerDecoderOutput:
+        x = self.queries.expand(len(mask_features), -1, -1) * mask_features.mean((1, 3, 4))[:, None]
+        return TransformerDecoderOutput(self.classes(x), x)
+
+
+def test_the_whole_transformer_decoder_may_be_ones_own(tmp_path: Path) -> None:
+    parts = {"transformer_decoder": MyDecoder}
+    model = VideoMask2Former(IN_LANES, parts=parts).eval()
+    model.save_pretrained(tmp_path)
+    again = VideoMask2Former.from_pretrained(tmp_path, parts=parts).prepare_for_inference()
+    assert relative_error(predict(again), predict(model)) < 1e-4
+    assert again.mask_product is again.transformer_decoder.mask_product
 
 
 def made_of(kind: type[nn.Module], **sizes: Any) -> nn.Module:
