@@ -321,7 +321,17 @@ def test_bfloat16(kind: str) -> None:
     assert relative_error(fast.float(), expected.float()) < 0.05
 
 
-@pytest.mark.parametrize("name", ["semantic_fpn", "fapn", "bifpn", "num_levels 2", "num_levels 4", "no layers"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "fapn",
+        "num_levels 2",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("semantic_fpn", "bifpn", "num_levels 4", "no layers")
+        ),
+    ],
+)
 def test_one_graph(name: str) -> None:
     decoder = random_model(IN_LANES.replace(pixel_decoder=FIELDS[name]), 0).pixel_decoder
     inputs = tuple(torch.randn(1, 32 * 2**i, 32 // 2**i, 24 // 2**i) for i in range(4))
