@@ -25,7 +25,7 @@ def fuzz(seed: int, count: int, seconds: float, *targets: str) -> None:
 
 
 def test_some_mutants() -> None:
-    fuzz(1, 6, 20, *TARGETS)
+    fuzz(1, 12, 20, *TARGETS)
 
 
 @pytest.mark.slow
