@@ -216,7 +216,11 @@ def test_a_changed_module_runs(
 
 
 @pytest.mark.filterwarnings("ignore:For backward hooks to be called")
-@pytest.mark.parametrize("kind", MODULES, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=() if i % 3 == 0 else pytest.mark.slow) for i, kind in enumerate(MODULES)],
+    ids=lambda kind: kind.__name__,
+)
 def test_backward_hooks_are_called(kind: type[nn.Module], build: Build) -> None:
     model, seen = build(variant(kind)).prepare_for_inference(), []
     with torch.no_grad():

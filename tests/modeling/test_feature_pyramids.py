@@ -267,7 +267,11 @@ def test_bifpn_goes_down_and_up() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "backbone"), [*((name, "swin") for name in FIELDS), ("fapn", "timm"), ("num_levels 4", "timm")]
+    ("name", "backbone"),
+    [
+        *((name, "swin") for name in FIELDS),
+        *(pytest.param(name, "timm", marks=pytest.mark.slow) for name in ("fapn", "num_levels 4")),
+    ],
 )
 def test_every_variant_runs_prepared_learns_and_is_saved(name: str, backbone: str, tmp_path: Path) -> None:
     config = IN_LANES.replace(pixel_decoder=FIELDS[name])
