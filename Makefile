@@ -23,7 +23,7 @@ demo: $(STAMP) ## Render a synthetic clip and segment it into demo_output/
 	$(BIN)/m2f-video demo --output demo_output
 
 test: $(STAMP) ## Run the fast test suite in two processes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist worksteal $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 lint: $(STAMP) ## Check style and types, change nothing
 	$(BIN)/ruff check

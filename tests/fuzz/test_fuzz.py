@@ -24,6 +24,7 @@ def fuzz(seed: int, count: int, seconds: float, *targets: str) -> None:
     assert all(f"{target}, mutant 9 of seed {seed}" in lines for target in targets)
 
 
+@pytest.mark.slow
 def test_some_mutants() -> None:
     fuzz(1, 12, 20, *TARGETS)
 
