@@ -170,7 +170,9 @@ def clip(
     peaks = {}
     for count in frames:
         video = np.random.default_rng(0).integers(0, 256, (count, height, width, 3), np.uint8)
-        peaks[count] = peak_bytes(lambda video=video: segment_video(model, video, processor=processor), device)
+        peaks[count] = peak_bytes(
+            lambda video=video: segment_video(model, video, processor=processor, mode="whole"), device
+        )
     slope = (peaks[frames[1]] - peaks[frames[0]]) / (frames[1] - frames[0])
 
     title = f"segment_video, one clip of {height}x{width}, {preset}, {dtype}, {device}, torch {torch.__version__}"

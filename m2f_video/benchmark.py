@@ -362,7 +362,7 @@ def end_to_end(model: VideoMask2Former, video: Path, height: int, width: int) ->
     """From a video file to tracks, by a model that sees frames of this size."""
     preprocessing = replace(model.config.preprocessing, fixed_size=(height, width))
     processor = VideoProcessor(preprocessing, model.config.labels)
-    return lambda: segment_video(model, video, processor=processor)
+    return lambda: segment_video(model, video, processor=processor, mode="whole")
 
 
 def write_video(path: Path, frames: int, height: int, width: int) -> None:

@@ -11,13 +11,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from m2f_video import VideoMask2Former, VideoMask2FormerConfig, load_backbone, load_partially
 from m2f_video.config import ConfigError, PixelDecoderConfig, SwinConfig
 from m2f_video.loading_report import LoadingReport, State
-from m2f_video.modeling.cross_attention import CrossAttention, Level
 from m2f_video.parity import random_model
+from tests.modeling.test_parts import MyAttention
 from tests.tolerances import assert_close, identical
 from tests.training.tiny_run import MODEL
 from weights_convert import ConversionError, from_native, hf_config_from_native, write_checkpoint
@@ -26,15 +26,6 @@ LABELS = ("cat", "Giant_Panda", "dog")
 TINY = MODEL.replace(labels=LABELS)
 DECODER = TINY.transformer_decoder
 EMBEDDING = "transformer_decoder.level_embed.weight"
-
-
-class MyAttention(CrossAttention):
-    def __init__(self, *, dim: int, num_heads: int, dropout: float = 0.0) -> None:
-        super().__init__(dim=dim, num_heads=num_heads, dropout=dropout)
-        self.temperature = nn.Parameter(torch.tensor(1.5))
-
-    def forward(self, query: Tensor, level: Level, mask_logits: Tensor | None = None) -> Tensor:
-        return super().forward(self.temperature * query, level, mask_logits)
 
 
 class RenamedAttention(MyAttention):

@@ -1,12 +1,11 @@
 """`m2f-video inspect`."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from m2f_video.cli.console import one_line, progress_bars
-from m2f_video.cli.outputs import DtypeName, Source
+from m2f_video.cli.outputs import DtypeName, Source, processor_of
 from m2f_video.modeling.video_mask2former import VideoMask2Former
 
 PAGES = (".html", ".htm")
@@ -57,7 +56,6 @@ def inspect(
     """
     from m2f_video.evaluation.report import check_writable
     from m2f_video.inference.inspection import inspect_frame
-    from m2f_video.inference.processor import VideoProcessor
     from m2f_video.results.inspection_page import write_page, write_pictures
     from m2f_video.video import read_video
 
@@ -81,10 +79,6 @@ def inspect(
         device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
         dtype=dtype,
     )
-    preprocessing = model.config.preprocessing
-    if shortest_edge is not None:
-        longest_edge = max(preprocessing.longest_edge, shortest_edge)
-        preprocessing = replace(preprocessing, shortest_edge=shortest_edge, longest_edge=longest_edge, fixed_size=None)
     with progress_bars() as update:
         inspection = inspect_frame(
             model,
@@ -95,7 +89,7 @@ def inspect(
             top_k=top_k,
             layers=layers,
             point=point,
-            processor=VideoProcessor(preprocessing, model.config.labels),
+            processor=processor_of(model, shortest_edge),
             progress=lambda done, total: update("frames", done, total),
         )
 

@@ -1,7 +1,8 @@
-"""What commands that segment share: types of their options, checks of input and output, the table of tracks."""
+"""What commands that segment share: types of their options, checks of input and output, preprocessing, the table."""
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, BinaryIO, Literal
 
@@ -10,6 +11,8 @@ from rich.table import Table
 
 from m2f_video.cli.console import print_table
 from m2f_video.files import check_replaceable
+from m2f_video.inference.processor import VideoProcessor
+from m2f_video.modeling.video_mask2former import VideoMask2Former
 from m2f_video.results.tracks import VideoSegmentation
 
 Source = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
@@ -38,6 +41,15 @@ def check_output(folder: Path, *files: str) -> None:
         raise PermissionError(f"{existing} is not writable; give --output another folder")
     for name in files:
         check_replaceable(folder / name)
+
+
+def processor_of(model: VideoMask2Former, shortest_edge: int | None) -> VideoProcessor:
+    """A model's own, or one that resizes frames to another shorter side, in pixels."""
+    preprocessing = model.config.preprocessing
+    if shortest_edge is not None:
+        longest_edge = max(preprocessing.longest_edge, shortest_edge)
+        preprocessing = replace(preprocessing, shortest_edge=shortest_edge, longest_edge=longest_edge, fixed_size=None)
+    return VideoProcessor(preprocessing, model.config.labels)
 
 
 def print_tracks(segmentation: VideoSegmentation, min_score: float = 0.0) -> None:

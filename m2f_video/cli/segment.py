@@ -1,17 +1,16 @@
 """`m2f-video segment`."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from m2f_video.cli.console import one_line, progress_bars
-from m2f_video.cli.outputs import DtypeName, Source, check_output, print_tracks, standard_input
+from m2f_video.cli.outputs import DtypeName, Source, check_output, print_tracks, processor_of, standard_input
 from m2f_video.files import made_directory
 from m2f_video.hub import load_config
 from m2f_video.inference.linking import LinkerName
-from m2f_video.inference.segment import WINDOW, Mode
+from m2f_video.inference.segment import WINDOW, Mode, choose_mode, collect, segment_video, stream_video
 from m2f_video.inference.stream import FrameResult, VideoStream
 from m2f_video.modeling.video_mask2former import VideoMask2Former
 from m2f_video.results.tracks import OVERLAY_FILE, TRACKS_FILE, VideoSegmentation
@@ -78,8 +77,6 @@ def segment(
         strict: fail on a video that is damaged or changes its size, instead of segmenting what comes before.
         overlay: write overlay.mp4.
     """
-    from m2f_video.inference.processor import VideoProcessor
-    from m2f_video.inference.segment import choose_mode, segment_video, stream_video
     from m2f_video.video.reader import open_video, parse_frames
     from m2f_video.video.writer import MAX_SIDE
 
@@ -106,15 +103,10 @@ def segment(
         device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
         dtype=dtype,
     )
-    preprocessing = model.config.preprocessing
-    if shortest_edge is not None:
-        longest_edge = max(preprocessing.longest_edge, shortest_edge)
-        preprocessing = replace(preprocessing, shortest_edge=shortest_edge, longest_edge=longest_edge, fixed_size=None)
-    processor = VideoProcessor(preprocessing, model.config.labels)
     if mode == "auto":
         print(f"mode {chosen}: {why}")
     options: dict[str, Any] = {
-        "processor": processor,
+        "processor": processor_of(model, shortest_edge),
         "window": window,
         "stride": stride,
         "linker": linker,
@@ -137,7 +129,6 @@ def segment(
 
 def _drawn_as_it_comes(stream: VideoStream, output: Path, score_threshold: float) -> VideoSegmentation:
     """Segment a video that is read once, and write its tracks and, meanwhile, its overlay."""
-    from m2f_video.inference.segment import collect
     from m2f_video.video.writer import VideoWriter
 
     reader = stream.video.reader

@@ -25,7 +25,7 @@ from m2f_video.evaluation.journal import Journal, Row
 from m2f_video.evaluation.pairing import pair_tracks
 from m2f_video.evaluation.video_ap import VideoAPResult, average_precision
 from m2f_video.inference.processor import VideoProcessor
-from m2f_video.inference.segment import Segmentation, segment_video
+from m2f_video.inference.segment import SegmentOptions, segment_video
 from m2f_video.modeling.video_mask2former import VideoMask2Former
 from m2f_video.video.reader import DEFAULT_FPS, VideoReader
 
@@ -42,7 +42,7 @@ def predict_videos(
     world_size: int = 1,
     journal: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
-    **how: Unpack[Segmentation],
+    **how: Unpack[SegmentOptions],
 ) -> list[Row]:
     """Segment each video of a dataset, from the dataset's own frames.
 
@@ -117,7 +117,7 @@ def predict_videos(
     return [row for index in share for row in rows_of[index]]
 
 
-class PredictOptions(Segmentation, total=False):
+class PredictOptions(SegmentOptions, total=False):
     """What else `predict_videos` takes."""
 
     processor: VideoProcessor | None
@@ -269,7 +269,7 @@ def _check_labels(labels: tuple[str, ...], categories: tuple[str, ...]) -> None:
 
 
 def _made_from(
-    model: VideoMask2Former, videos: AnnotatedVideos, processor: VideoProcessor, top_k: int, how: Segmentation
+    model: VideoMask2Former, videos: AnnotatedVideos, processor: VideoProcessor, top_k: int, how: SegmentOptions
 ) -> dict[str, Any]:
     """What the predictions depend on. How they are computed (device, chunks, ranks) is not part of it."""
     return {

@@ -51,16 +51,14 @@ class TrackState:
     Attributes:
         id: from 1, by birth.
         probabilities: (K+1,), summed over the windows that it was seen in.
-        windows: how many these are.
         last: number of the last of them, among all windows.
         start: first frame of that window.
         mask_embedding: (C,) there.
-        mask_logits: (W, h, w) there; none of a track that is given up.
+        mask_logits: (W, h, w) there; none once the track is given up, or was missed and no window can share its frames.
     """
 
     id: int
     probabilities: Tensor
-    windows: int
     last: int
     start: int
     mask_embedding: Tensor
@@ -213,16 +211,17 @@ class Tracker:
         self.windows = 0
         self.tracks: dict[int, TrackState] = {}
         """All that there ever were, by id."""
+        self._alive: list[TrackState] = []
 
     def link(self, window: Window) -> list[int]:
         """The track of each object of the next window; where none is alike enough, a new one."""
         number, self.windows = self.windows, self.windows + 1
-        alive = list[TrackState]()
-        for track in self.tracks.values():
-            if number - track.last <= self.linker.memory + 1:
-                alive.append(track)
-            elif len(track.mask_logits):  # given up: what is kept of it is as large as a window
-                track.mask_logits = track.mask_logits.new_empty(0, *track.mask_logits.shape[1:])
+        alive = [track for track in self._alive if number - track.last <= self.linker.memory + 1]
+        for track in self._alive:
+            is_past = track.start + len(track.mask_logits) <= window.start and track.last < number - 1
+            if is_past or track not in alive:
+                track.mask_logits = track.mask_logits[:0].clone()  # the largest part of a state, of no more use
+        self._alive = alive
         track_of = dict[int, TrackState]()
         if alive and len(window.queries):
             missed = window.probabilities.new_tensor([number - track.last - 1 for track in alive])
@@ -231,15 +230,17 @@ class Tracker:
         return [self._seen(window, row, number, track_of.get(row)) for row in range(len(window.queries))]
 
     def _seen(self, window: Window, row: int, number: int, track: TrackState | None) -> int:
-        # Copies, since a view would keep what there is of the whole window for as long as the track.
-        probabilities, embedding = window.probabilities[row].clone(), window.mask_embeddings[row].clone()
-        logits = window.mask_logits[row]
+        # copies, since a view would keep what there is of the whole window for as long as the track
+        probabilities, embedding, logits = (
+            values[row].clone() for values in (window.probabilities, window.mask_embeddings, window.mask_logits)
+        )
         if track is None:
-            id_ = len(self.tracks) + 1
-            self.tracks[id_] = TrackState(id_, probabilities, 1, number, window.start, embedding, logits)
-            return id_
+            track = TrackState(len(self.tracks) + 1, probabilities, number, window.start, embedding, logits)
+            self.tracks[track.id] = track
+            self._alive.append(track)
+            return track.id
         track.probabilities = track.probabilities + probabilities
-        track.windows, track.last, track.start = track.windows + 1, number, window.start
+        track.last, track.start = number, window.start
         track.mask_embedding, track.mask_logits = embedding, logits
         return track.id
 

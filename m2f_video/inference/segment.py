@@ -26,7 +26,7 @@ MOST_WHOLE = 36
 """Frames of the longest video that `auto` takes as one clip: of the longest in YouTubeVIS 2019."""
 
 
-class Segmentation(TypedDict, total=False):
+class SegmentOptions(TypedDict, total=False):
     """Options of `segment_video` that choose another function of the video; see there."""
 
     mode: Mode

@@ -87,7 +87,7 @@ class VideoStream:
                 output = video.model.decode_clip(window.features, output_masks=False)
                 objects = objects_of(output, window, video.mask_product, self.windowing)
                 ids = self._tracker.link(objects)
-                masks = video.encode_masks(objects.mask_logits[:, -window.num_new :])
+                masks = video.encode_masks(objects.mask_logits[:, -len(window.images) :])
                 for position, image in enumerate(window.images):
                     seen = {id_: rle for id_, of_track in zip(ids, masks, strict=True) if (rle := of_track[position])}
                     self.num_frames += 1

@@ -33,13 +33,11 @@ class WindowFeatures:
 
     Attributes:
         start: number of its first frame.
-        num_new: how many of its last frames were in no window before.
         features: of all its frames.
-        images: its new frames, uint8 (H, W, 3).
+        images: those of its last frames that were in no window before, uint8 (H, W, 3).
     """
 
     start: int
-    num_new: int
     features: FrameFeatures
     images: list[np.ndarray]
 
@@ -94,7 +92,7 @@ def window_features(video: ModelOnVideo, windowing: Windowing) -> Iterator[Windo
             buffer.append(video.encode(np.stack(pixels[start : start + video.frames_per_chunk])))
         features = buffer.features()
         count += len(new)
-        yield WindowFeatures(count - len(features.mask_features), len(new), features, new)
+        yield WindowFeatures(count - len(features.mask_features), features, new)
         recent.extend(new)
         overlap = last_frames(features, size - stride) if stride < size else None
 

@@ -1,8 +1,7 @@
 """What was done to a model's modules since it was built, and what of that a checkpoint can tell.
 
 A checkpoint is tensors by name and a config. Which module computes with them is what the config builds: of a module put
-in place of one later the config can record the name, of a hook, a patched method or a setting it
-cannot.
+in place of one later the config can record the name, of a hook, a patched method or a setting it cannot.
 """
 
 from collections import Counter

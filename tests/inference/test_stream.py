@@ -122,16 +122,18 @@ def test_a_video_without_objects_has_no_scores(tiny_model, video):
     assert (result.tracks, len(result.frames)) == ((), 11)
 
 
-def test_a_track_that_is_given_up_is_small():
+@pytest.mark.parametrize(("stride", "kept"), [(4, [4, 0, 0]), (1, [4, 4, 0])])
+def test_a_track_that_is_missed_is_small(stride, kept):
     tracker = Tracker(TransferLinker(memory=1))
-    tracker.link(a_window([2]))
-    for kept in (4, 4, 0):
-        tracker.link(a_window([]))
-        assert len(tracker.tracks[1].mask_logits) == kept
-    embedding = tracker.tracks[1].mask_embedding
-    assert embedding.untyped_storage().nbytes() == embedding.nbytes
-    tracker.link(a_window([2]))
-    assert tracker.scores().shape == (2, 3)
+    tracker.link(a_window([2, 5]))
+    for number, frames in enumerate(kept, 1):
+        tracker.link(a_window([], start=number * stride))
+        track = tracker.tracks[1]
+        assert len(track.mask_logits) == frames
+        for tensor in (track.mask_embedding, track.probabilities, track.mask_logits):
+            assert tensor.untyped_storage().nbytes() == tensor.nbytes  # and no window behind it
+    assert tracker.link(a_window([2], start=len(kept) * stride + stride)) == [3]
+    assert tracker.scores().shape == (3, 3)
 
 
 def test_streams_are_checked_as_segment_video_does(tiny_model, video):

@@ -62,7 +62,7 @@ def test_windows_cover_the_video(tiny_model, long_video, count, window, stride, 
     with torch.inference_mode():
         whole = video.encode(long_video[:count])
         cut = list(window_features(video, windowing(window, stride)))
-    assert [(part.start, len(part.features.mask_features), part.num_new) for part in cut] == expected
+    assert [(part.start, len(part.features.mask_features), len(part.images)) for part in cut] == expected
     for part in cut:
         frames = slice(part.start, part.start + len(part.features.mask_features))
         torch.testing.assert_close(part.features.mask_features, whole.mask_features[frames], rtol=1e-5, atol=1e-5)
@@ -82,7 +82,7 @@ def test_a_window_that_covers_the_video_is_the_whole(tiny_model, long_video):
 
 
 @pytest.mark.parametrize("mode", ["whole", "window"])
-def test_the_size_of_chunks_changes_nothing(tiny_model, long_video, mode):
+def test_the_size_of_chunks_changes_rounding_alone(tiny_model, long_video, mode):
     one, *others = (
         segment_video(tiny_model, long_video, mode=mode, window=4, frames_per_chunk=size) for size in (1, 3, 11)
     )
@@ -95,11 +95,7 @@ def test_duplicates_can_be_left_out_of_a_whole_video(tiny_model, long_video):
     kept = segment_video(tiny_model, long_video, mode="whole", max_overlap=1.0)
     assert kept.tracks == segment_video(tiny_model, long_video, mode="whole").tracks
     fewer = segment_video(tiny_model, long_video, mode="whole", max_overlap=0.0)  # none may overlap at all
-    masks = {
-        track.query_id: [fewer.masks(frame)[index] for frame in range(11)] for index, track in enumerate(fewer.tracks)
-    }
-    queries = {track.query_id for track in kept.tracks}
-    assert 1 <= len(masks) < len(queries)
+    assert 1 <= len({track.query_id for track in fewer.tracks}) < len({track.query_id for track in kept.tracks})
 
 
 # -- linking

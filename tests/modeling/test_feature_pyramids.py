@@ -11,9 +11,7 @@ from torch import Tensor, nn
 
 from m2f_video import VideoMask2Former
 from m2f_video.acceleration import report
-from m2f_video.config import PixelDecoderConfig, PreprocessingConfig, VideoMask2FormerConfig
-from m2f_video.data import AugmentConfig, SyntheticVideos
-from m2f_video.evaluation import evaluate_model
+from m2f_video.config import PixelDecoderConfig, VideoMask2FormerConfig
 from m2f_video.modeling.build import PIXEL_DECODERS
 from m2f_video.modeling.feature_pyramids import (
     EPSILON,
@@ -25,10 +23,10 @@ from m2f_video.modeling.feature_pyramids import (
 )
 from m2f_video.modeling.pixel_decoder import PixelDecoderOutput, resize
 from m2f_video.parity import random_model
-from m2f_video.training import LossConfig, OptimConfig, TrainConfig, Trainer
 from tests.acceleration.conftest import IN_LANES, clip, of_kind
 from tests.modeling.test_pixel_decoder import CHANNELS, maps
 from tests.tolerances import assert_close, relative_error
+from tests.training.test_train_overfit import overfitted_ap
 
 PYRAMIDS = tuple(kind for kind in PIXEL_DECODERS if kind != "ms_deform_attn")
 ENCODER = IN_LANES.pixel_decoder
@@ -392,17 +390,5 @@ def test_the_default_is_the_published_one() -> None:
 @pytest.mark.slow  # a minute of training each
 @pytest.mark.parametrize("kind", PYRAMIDS)
 def test_four_videos_are_learnt(kind: str, tiny_config: VideoMask2FormerConfig, tmp_path: Path) -> None:
-    videos = SyntheticVideos(4, difficulty="easy", num_frames=2, height=96, width=128)
-    config = TrainConfig(
-        model=tiny_config.replace(pixel_decoder=of_kind(kind), preprocessing=PreprocessingConfig(shortest_edge=96)),
-        loss=LossConfig(num_points=512),
-        augment=AugmentConfig(shortest_edges=(), flip=0.0),
-        optim=OptimConfig(learning_rate=2e-3, backbone_factor=1.0, clip_norm=1.0, schedule="cosine", warmup_steps=20),
-        steps=100,
-        batch_size=4,
-        checkpoint_every=100,
-        num_workers=0,
-    )
-    model = Trainer(config, videos, tmp_path).train()
     least = 0.7 if kind == "none" else 0.95  # there a pixel's mask feature has seen its surroundings alone
-    assert evaluate_model(model, videos).stats["AP"] > least
+    assert overfitted_ap(tiny_config.replace(pixel_decoder=of_kind(kind)), tmp_path) > least
