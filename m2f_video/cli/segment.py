@@ -1,19 +1,18 @@
 """`m2f-video segment`."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from m2f_video.cli.console import one_line, progress_bars
 from m2f_video.cli.outputs import DtypeName, Source, check_output, print_tracks, processor_of, standard_input
-from m2f_video.files import made_directory
 from m2f_video.hub import load_config
 from m2f_video.inference.linking import LinkerName
-from m2f_video.inference.segment import WINDOW, Mode, choose_mode, collect, segment_video, stream_video
-from m2f_video.inference.stream import FrameResult, VideoStream
+from m2f_video.inference.segment import WINDOW, Mode, choose_mode
+from m2f_video.inference.to_folder import check_overlay, segment_to_folder
 from m2f_video.modeling.video_mask2former import VideoMask2Former
-from m2f_video.results.tracks import OVERLAY_FILE, TRACKS_FILE, VideoSegmentation
+from m2f_video.results.tracks import OVERLAY_FILE, TRACKS_FILE
 
 
 def segment(
@@ -78,21 +77,13 @@ def segment(
         overlay: write overlay.mp4.
     """
     from m2f_video.video.reader import open_video, parse_frames
-    from m2f_video.video.writer import MAX_SIDE
 
     check_output(output, TRACKS_FILE, *([OVERLAY_FILE] if overlay else []))
     selected = None if frames is None else parse_frames(frames)
     reader = open_video(standard_input() if source == "-" else source, selected, strict=strict)
     chosen, why = choose_mode(mode, reader.num_frames_hint)
-    if overlay and reader.read_once and chosen != "window":
-        raise ValueError("a video that is piped in can be drawn on only in --mode window; give --no-overlay")
-    if overlay and max(reader.width, reader.height) > MAX_SIDE:
-        raise ValueError(
-            f"{source} is {reader.width}x{reader.height}, and an overlay has at most {MAX_SIDE} pixels on a side; give "
-            "--no-overlay"
-        )
-    if source != "-" and Path(source).resolve() == (output / OVERLAY_FILE).resolve():
-        raise ValueError(f"{source} is what --output would overwrite; give --output another folder")
+    if overlay:
+        check_overlay(reader, output, mode)
     if load_config(checkpoint, config=config, temporal=temporal, revision=revision).temporal != "joint":
         raise ValueError(f"{checkpoint} is an image model; --temporal joint reads it as a video model")
     model = VideoMask2Former.from_pretrained(
@@ -105,44 +96,24 @@ def segment(
     )
     if mode == "auto":
         print(f"mode {chosen}: {why}")
-    options: dict[str, Any] = {
-        "processor": processor_of(model, shortest_edge),
-        "window": window,
-        "stride": stride,
-        "linker": linker,
-        "max_overlap": max_overlap,
-        "top_k": top_k,
-        "frames_per_chunk": frames_per_chunk,
-        "plain": plain,
-    }
     with progress_bars(unit="frame") as update:
-        options["progress"] = update
-        if overlay and reader.read_once:
-            segmentation = _drawn_as_it_comes(stream_video(model, reader, **options), output, score_threshold)
-        else:
-            segmentation = segment_video(model, reader, mode=chosen, score_threshold=score_threshold, **options)
-            segmentation.save(output, overlay, progress=lambda done, total: update("overlay", done, total))
+        segmentation = segment_to_folder(
+            model,
+            reader,
+            output,
+            overlay=overlay,
+            processor=processor_of(model, shortest_edge),
+            mode=chosen,
+            window=window,
+            stride=stride,
+            linker=linker,
+            max_overlap=max_overlap,
+            top_k=top_k,
+            score_threshold=score_threshold,
+            frames_per_chunk=frames_per_chunk,
+            plain=plain,
+            progress=update,
+        )
     print_tracks(segmentation)
     print(one_line(f"written to {output}: {TRACKS_FILE}{f', {OVERLAY_FILE}' if overlay else ''}"))
     return 0
-
-
-def _drawn_as_it_comes(stream: VideoStream, output: Path, score_threshold: float) -> VideoSegmentation:
-    """Segment a video that is read once, and write its tracks and, meanwhile, its overlay."""
-    from m2f_video.video.writer import VideoWriter
-
-    reader = stream.video.reader
-    start, step = reader.frame_index(0), reader.frame_index(1) - reader.frame_index(0)
-
-    def write(result: FrameResult) -> None:
-        image = stream.draw(result, score_threshold)
-        while start + writer.num_frames * step <= result.frame:  # in the place of frames that did not decode too
-            writer.write(image)
-
-    with (
-        made_directory(output) as folder,
-        VideoWriter(folder / OVERLAY_FILE, reader.fps / step, stream.width, stream.height) as writer,
-    ):
-        segmentation = collect(stream, score_threshold, write)
-        segmentation.save(folder, overlay=False)
-    return segmentation
