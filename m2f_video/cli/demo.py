@@ -28,7 +28,8 @@ def demo(
         output: folder to write to; made where missing.
         checkpoint: model for the classes of the benchmark: demo, or what m2f-video train has written.
         difficulty: how hard to segment and follow the objects are.
-        seed: of the video; by default one with five objects, three of them crosses.
+        seed: of the video; by default the first after 2000, the seed of the test videos, whose medium video has at
+            least four objects, each of which covers at least 1 % of every frame, so that there is something to see.
         score_threshold: the table and the overlay leave out tracks that score less; tracks.json and AP take all.
         plain: run the model as it is written, without the accelerated twins of its modules.
     """

@@ -1,7 +1,9 @@
 """The command line, end to end: what it writes, and one clear line with exit code 2 for bad input."""
 
 import errno
+import inspect
 import io
+import itertools
 import json
 import os
 import pickle
@@ -21,7 +23,9 @@ from safetensors.torch import load_file, save_file
 from m2f_video import VideoMask2Former, VideoSegmentation, read_video
 from m2f_video.acceleration import context, cpu_kernels
 from m2f_video.cli.data import DATA_COMMANDS
+from m2f_video.cli.demo import demo
 from m2f_video.cli.main import COMMANDS, main
+from m2f_video.data import STANDARD_SPLITS, SyntheticVideos
 from m2f_video.video import VideoWriter, open_video
 from tests.conftest import synthetic_frames
 from tests.video.test_read_once import damage_packet
@@ -538,6 +542,16 @@ def test_demo_measures_its_result_by_the_truth(tmp_path, capsys):
     assert "AP50" in printed
     rows = json.loads((tmp_path / "demo" / "tracks.json").read_text())["results"]
     assert len(rows) == 10  # the threshold of the table does not cut what AP is measured by
+
+
+def test_the_demo_video_is_chosen_by_what_is_seen_in_it():
+    def is_clear(seed: int) -> bool:
+        video = SyntheticVideos(1, seed, "medium")[0]
+        masks = video.clip(range(video.num_frames)).masks
+        return len(masks) >= 4 and masks.float().mean((2, 3)).min() >= 0.01
+
+    chosen = inspect.signature(demo).parameters["seed"].default
+    assert chosen == next(filter(is_clear, itertools.count(STANDARD_SPLITS["test"]["seed"] + 1)))
 
 
 def test_demo_refuses_a_model_of_other_classes(folder, tmp_path, capsys):
