@@ -99,13 +99,10 @@ def tracking_metrics(
     """
     if not np.isfinite(score_threshold):
         raise ValueError(f"the score threshold must be a finite number, got {score_threshold}")
-    metrics = _metrics()
+    metrics = _metrics()  # before the work, as they may be missing
     sequences: dict[int, dict[int, dict[str, Any]]] = {category_id: {} for category_id in ground_truth.categories}
     for done, pairing in enumerate(pairings):
-        sequence = _sequence(pairing, score_threshold)
-        sequences[pairing.category_id][pairing.video_id] = {
-            name: metric.eval_sequence(sequence) for name, metric in metrics.items()
-        }
+        sequences[pairing.category_id][pairing.video_id] = pairing_numbers(pairing, score_threshold)
         if progress is not None:
             progress("tracking", done + 1, len(pairings))
     categories: dict[int, dict[str, Any]] = {
@@ -128,6 +125,18 @@ def tracking_metrics(
             for category_id in ground_truth.categories
         },
     )
+
+
+def pairing_numbers(pairing: Pairing, score_threshold: float = SCORE_THRESHOLD) -> dict[str, dict[str, Any]]:
+    """What TrackEval counts in a video for a category: numbers by name of `hota`, `identity` and `clear`.
+
+    Counts of several add up, and AssA does weighted by HOTA_TP.
+
+    Raises:
+        ImportError: trackeval is not installed.
+    """
+    sequence = _sequence(pairing, score_threshold)
+    return {name: metric.eval_sequence(sequence) for name, metric in _metrics().items()}
 
 
 _UNDEFINED = TrackingMetrics(HOTA=-1.0, DetA=-1.0, AssA=-1.0, IDF1=-1.0, id_switches=0)

@@ -1,0 +1,2 @@
+class Sizes: pass
+def measure_costs(*a): raise NotImplementedError
