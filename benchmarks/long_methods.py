@@ -117,7 +117,7 @@ class Method:
         options = dict(self.options)
         if options.get("linker") is OracleLinker:
             options["linker"] = OracleLinker.of(model, video)
-        return list(segment_video(model, video.frames, top_k=TOP_K, **options).tracks)  # type: ignore[arg-type]
+        return list(segment_video(model, video.frames, top_k=TOP_K, **options).tracks)
 
     @property
     def says(self) -> str:
@@ -162,7 +162,9 @@ class OracleLinker:
         """That of a video, with its masks as the model would have made them."""
         processor, size = VideoProcessor.from_config(model.config), video.masks.shape[-2:]
         resized, padded = processor.resized_size(*size), processor.padded_size(*size)
-        masks = torch.stack([F.interpolate(of_object[:, None].float(), resized, mode="area") for of_object in video.masks])
+        masks = torch.stack(
+            [F.interpolate(of_object[:, None].float(), resized, mode="area") for of_object in video.masks]
+        )
         masks = F.pad(masks, (0, padded[1] - resized[1], 0, padded[0] - resized[0]))
         return cls(F.avg_pool2d(masks.flatten(0, 2), 4).unflatten(0, masks.shape[:2]))
 
@@ -221,12 +223,14 @@ class MeanSeenTracker(Tracker):
 
 
 def minvis(model: RememberingModel, video: Video) -> list[Track]:
-    """MinVIS as published: frame by frame, cosine of the queries themselves, mean of class logits, no duplicate removed.
+    """MinVIS as published (arXiv 2208.02245, section 3): frame by frame, cosine of the queries, mean of class logits.
 
-    After arXiv 2208.02245, section 3.
+    No duplicate is removed.
     """
     tracker = MeanLogitsTracker(EmbeddingLinker())
-    return published(model, video, Windowing(window=1, stride=1, linker=tracker.linker, max_overlap=1.0, top_k=TOP_K), tracker)
+    return published(
+        model, video, Windowing(window=1, stride=1, linker=tracker.linker, max_overlap=1.0, top_k=TOP_K), tracker
+    )
 
 
 def ifc_like(model: RememberingModel, video: Video) -> list[Track]:
@@ -235,14 +239,16 @@ def ifc_like(model: RememberingModel, video: Video) -> list[Track]:
     After arXiv 2106.03299. Frames that two clips share keep the masks of the first; IFC averages their logits.
     """
     tracker = MeanSeenTracker(MaskIouLinker())
-    return published(model, video, Windowing(window=8, stride=4, linker=tracker.linker, max_overlap=1.0, top_k=TOP_K), tracker)
+    return published(
+        model, video, Windowing(window=8, stride=4, linker=tracker.linker, max_overlap=1.0, top_k=TOP_K), tracker
+    )
 
 
 @torch.inference_mode()
 def published(model: RememberingModel, video: Video, windowing: Windowing, tracker: Tracker) -> list[Track]:
     """As `VideoStream` goes through a video, with candidates, vectors to compare and scores as others have them."""
     reader = open_video(video.frames)
-    on_video = ModelOnVideo(model, reader, VideoProcessor.from_config(model.config), 1)  # type: ignore[arg-type]
+    on_video = ModelOnVideo(model, reader, VideoProcessor.from_config(model.config), 1)
     segmentations: dict[int, list[Rle | None]] = {}
     count = 0
     for features in window_features(on_video, windowing):

@@ -76,10 +76,7 @@ class Numbers:
     def joined(cls, parts: Sequence[Self]) -> Self:
         """Those of the videos of all, in this order."""
         first = np.cumsum([0, *(len(part.switches) for part in parts)])
-        matches = {
-            field.name: [getattr(part.matches, field.name) for part in parts]
-            for field in fields(TrackMatches)
-        }
+        matches = {field.name: [getattr(part.matches, field.name) for part in parts] for field in fields(TrackMatches)}
         matches["video"] = [start + video for start, video in zip(first, matches["video"], strict=False)]
         axis = {"true_positive": 1, "false_positive": 1}
         return cls(
@@ -175,7 +172,9 @@ def write_report(
             "seeds": list(named),
             "videos": len(pooled[common[0]].switches),
             "methods": compare(pooled, draws),
-            "by_seed": {str(seed): {n: of["metrics"] for n, of in compare(found, 2).items()} for seed, found in named.items()},
+            "by_seed": {
+                str(seed): {n: of["metrics"] for n, of in compare(found, 2).items()} for seed, found in named.items()
+            },
         }
     notes = {method.name: {"group": method.group, "note": method.note} for method in METHODS}
     report = {**about, "draws": draws, "methods": notes, "lengths": lengths}
@@ -200,10 +199,10 @@ def markdown(report: Mapping[str, Any]) -> str:
     parts = [
         "# Long videos",
         "" if report["claims"] else "**A rehearsal: the numbers mean nothing.**\n",
-        f"{report['title']}. W/S are frames of a window and from one to the next. Tracks that score less than 0.3 do not "
-        f"count for HOTA, IDF1 and identity switches. What `{DEFAULT}` has more than a method, on the same videos, is "
-        f"given with its 95 % interval ({report['draws']} draws of videos with replacement); bold where that leaves "
-        "out 0.\n",
+        f"{report['title']}. W/S are frames of a window and from one to the next. Tracks that score less than 0.3 "
+        f"do not count for HOTA, IDF1 and identity switches. What `{DEFAULT}` has more than a method, on the same "
+        f"videos, is given with its 95 % interval ({report['draws']} draws of videos with replacement); bold where "
+        "that leaves out 0.\n",
     ]
     for length, of in report["lengths"].items():
         seeds = ", ".join(map(str, of["seeds"]))
@@ -228,7 +227,10 @@ def markdown(report: Mapping[str, Any]) -> str:
     parts += [
         table(
             ("method", *(f"{length}, seed {seed}" for length, seed in places)),
-            [(name, *(one_line(report["lengths"][length]["by_seed"][seed].get(name)) for length, seed in places)) for name in names],
+            [
+                (name, *(one_line(report["lengths"][length]["by_seed"][seed].get(name)) for length, seed in places))
+                for name in names
+            ],
         ),
         "\n" + "\n".join(f"- {name}: {of['note']}." for name, of in report["methods"].items() if of["note"]),
         f"\nMachine: {', '.join(f'{name} {value}' for name, value in report['machine'].items())}. "
@@ -239,7 +241,11 @@ def markdown(report: Mapping[str, Any]) -> str:
 
 def one_line(metrics: Mapping[str, float] | None) -> str:
     """All of a method's in a cell."""
-    return "" if metrics is None else " / ".join(f"{metrics[key]:.3f}" for key in METRICS[:-1]) + f" / {metrics[METRICS[-1]]:.0f}"
+    return (
+        ""
+        if metrics is None
+        else " / ".join(f"{metrics[key]:.3f}" for key in METRICS[:-1]) + f" / {metrics[METRICS[-1]]:.0f}"
+    )
 
 
 def difference(row: Mapping[str, Any], key: str) -> str:
@@ -277,6 +283,3 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
     with atomic_path(path) as file:
         figure.savefig(file, dpi=120)
     pyplot.close(figure)
-
-
-def write_costs(*a): ...

@@ -34,14 +34,14 @@ import torch
 import tyro
 from ablation_report import TrackMatches
 from filelock import FileLock, Timeout
-from long_costs import Sizes, measure_costs
+from long_costs import Sizes, measure_costs, write_costs
 from long_methods import METHODS, Method, RememberingModel, Video, choose
-from long_report import Numbers, write_costs, write_report
+from long_report import Numbers, write_report
 
 from m2f_video.acceleration import accelerated
 from m2f_video.benchmark import machine
 from m2f_video.data.clip import Clip
-from m2f_video.data.synthetic import SyntheticVideo, SyntheticVideos
+from m2f_video.data.synthetic import SHAPES, SyntheticVideo, SyntheticVideos
 from m2f_video.evaluation import GroundTruth, load_results, pair_tracks, prepare_ground_truth
 from m2f_video.files import atomic_path, read_json
 from m2f_video.modeling.video_mask2former import VideoMask2Former
@@ -194,8 +194,15 @@ def weights_digest(checkpoint: Path) -> str:
 
 
 def perform_all(study: Study, tasks: list[Task]) -> None:
-    """Measure on videos one after the other."""
-    with accelerated(VideoMask2Former.from_pretrained(study.checkpoint), False) as model, torch.inference_mode():
+    """Measure on videos one after the other.
+
+    Raises:
+        ValueError: the model names other classes than the videos'.
+    """
+    loaded = VideoMask2Former.from_pretrained(study.checkpoint)
+    if loaded.config.labels != SHAPES:
+        raise ValueError(f"the classes of {study.checkpoint} are not those of the synthetic benchmark")
+    with accelerated(loaded, False) as model, torch.inference_mode():
         for number, task in enumerate(tasks):
             said = study.perform(RememberingModel(model), task)
             print(f"{time.strftime('%H:%M:%S')} {task.name}, {number + 1} of {len(tasks)}: {said}", flush=True)
@@ -236,7 +243,7 @@ def main(
         nice: lowest priority that this process gives itself, 0 to 19; 0 for the costs.
     """
     if quick:
-        lengths, seeds, videos = QUICK["lengths"], QUICK["seeds"], QUICK["videos"]  # type: ignore[assignment]
+        lengths, seeds, videos = QUICK["lengths"], QUICK["seeds"], QUICK["videos"]
     for name, numbers in {"lengths": lengths, "videos": (videos,), "draws": (draws,), "threads": (threads,)}.items():
         if not numbers or min(numbers) < 1:
             raise ValueError(f"--{name} must be positive, got {' '.join(map(str, numbers)) or 'none'}")
