@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from m2f_video.config import VideoMask2FormerConfig
 from m2f_video.inference.linking import LINKERS, EmbeddingLinker, MaskIouLinker, Tracker, TrackState, Window
 from m2f_video.inference.on_video import ModelOnVideo
 from m2f_video.inference.processor import VideoProcessor
@@ -33,7 +34,10 @@ SMALLEST_IOU = 0.1
 class RememberingModel:
     """A model that encodes a frame once and decodes a clip once, for all methods; `segment_video` takes it as a model.
 
-    What it gives is what the model gives: frames and clips are known again by all of their bytes.
+    What it gives is what the model gives: frames are known again by all of their bytes, clips by those of a level.
+
+    Attributes:
+        processor: what prepares frames for it.
 
     Args:
         model: accelerated already.
@@ -47,6 +51,7 @@ class RememberingModel:
             model.dtype,
             model.mask_product,
         )
+        self.processor = RememberingProcessor(model.config)
         self._frames: dict[bytes, FrameFeatures] = {}
         self._clips: dict[bytes, VideoMask2FormerOutput] = {}
 
@@ -59,7 +64,7 @@ class RememberingModel:
 
     def decode_clip(self, features: FrameFeatures, *, output_masks: bool) -> VideoMask2FormerOutput:
         """See `ClipModel`."""
-        key = digest(*features.multi_scale)
+        key = digest(features.multi_scale[0])
         if key not in self._clips:
             self._clips[key] = self.model.decode_clip(features, output_masks=output_masks)
         return self._clips[key]
@@ -71,12 +76,24 @@ class RememberingModel:
         return output, self.model.transformer_decoder.norm(output.queries[-1])[0]
 
 
-def digest(*tensors: Tensor) -> bytes:
-    """Of all bytes of tensors."""
-    found = hashlib.blake2b(digest_size=16)
-    for tensor in tensors:
-        found.update(tensor.contiguous().numpy())
-    return found.digest()
+class RememberingProcessor(VideoProcessor):
+    """Prepares a frame once."""
+
+    def __init__(self, config: VideoMask2FormerConfig) -> None:
+        super().__init__(config.preprocessing, config.labels)
+        self._frames: dict[bytes, Tensor] = {}
+
+    def process_frames(self, frames: np.ndarray) -> Tensor:
+        """See `VideoProcessor`."""
+        key = digest(torch.from_numpy(frames))
+        if key not in self._frames:
+            self._frames[key] = super().process_frames(frames)
+        return self._frames[key]
+
+
+def digest(values: Tensor) -> bytes:
+    """Of all bytes."""
+    return hashlib.blake2b(values.contiguous().numpy(), digest_size=16).digest()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -117,7 +134,7 @@ class Method:
         options = dict(self.options)
         if options.get("linker") is OracleLinker:
             options["linker"] = OracleLinker.of(model, video)
-        return list(segment_video(model, video.frames, top_k=TOP_K, **options).tracks)
+        return list(segment_video(model, video.frames, processor=model.processor, top_k=TOP_K, **options).tracks)
 
     @property
     def says(self) -> str:
@@ -160,8 +177,8 @@ class OracleLinker:
     @classmethod
     def of(cls, model: RememberingModel, video: Video) -> "OracleLinker":
         """That of a video, with its masks as the model would have made them."""
-        processor, size = VideoProcessor.from_config(model.config), video.masks.shape[-2:]
-        resized, padded = processor.resized_size(*size), processor.padded_size(*size)
+        size = video.masks.shape[-2:]
+        resized, padded = model.processor.resized_size(*size), model.processor.padded_size(*size)
         masks = torch.stack(
             [F.interpolate(of_object[:, None].float(), resized, mode="area") for of_object in video.masks]
         )
@@ -248,7 +265,7 @@ def ifc_like(model: RememberingModel, video: Video) -> list[Track]:
 def published(model: RememberingModel, video: Video, windowing: Windowing, tracker: Tracker) -> list[Track]:
     """As `VideoStream` goes through a video, with candidates, vectors to compare and scores as others have them."""
     reader = open_video(video.frames)
-    on_video = ModelOnVideo(model, reader, VideoProcessor.from_config(model.config), 1)
+    on_video = ModelOnVideo(model, reader, model.processor, 1)
     segmentations: dict[int, list[Rle | None]] = {}
     count = 0
     for features in window_features(on_video, windowing):
