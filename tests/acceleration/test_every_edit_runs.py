@@ -157,13 +157,17 @@ def scores(model: VideoMask2Former, plain: bool) -> list[float]:
 
 
 def cases() -> list[Any]:
-    """Every module by every way; fast ones are a way for each module and each way for some."""
+    """Every module by every way; fast ones are a way for each of the published model's and each way for some."""
     return [
-        pytest.param(kind, way, id=f"{kind.__name__}-{way}", marks=() if (i + j) % len(WAYS) == 0 else pytest.mark.slow)
+        pytest.param(kind, way, id=f"{kind.__name__}-{way}", marks=marks(kind, (i + j) % len(WAYS) == 0))
         for i, kind in enumerate(MODULES)
         for j, way in enumerate(WAYS)
         if way != "pre-hook" or not issubclass(kind, position_encoding.SinePosition3D)  # whose arguments are sizes
     ]
+
+
+def marks(kind: type[nn.Module], fast: bool) -> Any:
+    return () if fast and kind.__module__ != feature_pyramids.__name__ else pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +222,7 @@ def test_a_changed_module_runs(
 @pytest.mark.filterwarnings("ignore:For backward hooks to be called")
 @pytest.mark.parametrize(
     "kind",
-    [pytest.param(kind, marks=() if i % 3 == 0 else pytest.mark.slow) for i, kind in enumerate(MODULES)],
+    [pytest.param(kind, marks=marks(kind, i % 3 == 0)) for i, kind in enumerate(MODULES)],
     ids=lambda kind: kind.__name__,
 )
 def test_backward_hooks_are_called(kind: type[nn.Module], build: Build) -> None:
