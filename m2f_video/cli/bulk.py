@@ -27,7 +27,9 @@ def segment_videos(
     shortest_edge: int | None,
     **options: Any,
 ) -> int:
-    """Segment the videos of a folder or list, as one of the processes that share it; 1 where any of them failed.
+    """Segment the videos of a folder or list, as one of the processes that share it.
+
+    Gives the exit code, 1 where any of them failed.
 
     Args:
         source: see `list_videos`.
@@ -55,6 +57,8 @@ def segment_videos(
             report=_say,
             **options,
         )
+    if os.environ.get("RANK", "0") != "0":
+        return 0  # the first one of torchrun speaks for all; it ends them all when one of them fails
     _summarize(outcomes, output)
     return 1 if any(outcome.state == "failed" for outcome in outcomes) else 0
 
@@ -71,15 +75,16 @@ def _say(outcome: Outcome) -> None:
 
 
 def _summarize(outcomes: list[Outcome], output: Path) -> None:
-    """What became of the videos, once for all processes that `torchrun` has started."""
-    if os.environ.get("RANK", "0") != "0":
-        return
+    """What became of the videos, by whatever process."""
     counts = Counter[str](outcome.state for outcome in outcomes)
     if counts["failed"]:
-        table = Table("video", "why it failed")
+        table = Table()
+        for column in ("video", "why it failed"):
+            table.add_column(column, overflow="fold")
         for outcome in outcomes:
             if outcome.state == "failed":
-                table.add_row(one_line(outcome.path), one_line(outcome.error))
+                reason = outcome.error.removeprefix(f"{outcome.path}: ")
+                table.add_row(one_line(outcome.path), one_line(reason))
         print_table(table)
     said = {"done": "done", "skipped": "done before", "failed": "failed"}
     numbers = ", ".join(f"{counts[state]} {text}" for state, text in said.items() if counts[state])

@@ -24,7 +24,7 @@ from m2f_video.inference.listing import ListedVideo, Sources, list_videos
 from m2f_video.inference.manifest import Entry, Manifest
 from m2f_video.inference.on_video import Progress, is_out_of_memory
 from m2f_video.inference.processor import VideoProcessor
-from m2f_video.inference.segment import Mode, check_options
+from m2f_video.inference.segment import Mode, check_options, choose_mode
 from m2f_video.inference.to_folder import segment_to_folder
 from m2f_video.video.reader import open_video
 
@@ -130,7 +130,8 @@ def segment_many(
     def segment(video: ListedVideo) -> Entry:
         reader = open_video(video.path, frames, strict=strict)
         segmentation = segment_to_folder(fast, reader, folder / video.name, **how)
-        return {"frames": len(segmentation.frames), "tracks": len(segmentation.tracks)}
+        chosen, _ = choose_mode(mode, reader.num_frames_hint)
+        return {"mode": chosen, "frames": len(segmentation.frames), "tracks": len(segmentation.tracks)}
 
     if progress is not None:
         progress("videos", 0, len(videos))
@@ -190,7 +191,9 @@ class _Work:
             return None
         if error := entry.get("error") if entry["state"] == "failed" else self._another(video, entry):
             return Outcome(name=video.name, path=video.path, state="failed", error=error)
-        return _done(video, entry, "done" if is_fresh else "skipped") if self._is_current(video, entry) else None
+        if is_fresh:  # and what another machine has written may not be seen here yet
+            return _done(video, entry, "done")
+        return _done(video, entry, "skipped") if self._is_current(video, entry) else None
 
     def _taken(self, video: ListedVideo) -> Outcome | None:
         """Segment a video, unless another process is at it."""

@@ -128,7 +128,7 @@ class Manifest:
         texts += differences(theirs, mine)
         raise ValueError(
             f"{self.path}: the results there are made with another {', '.join(texts)}; give --output another folder, "
-            "or remove this file to have all videos done again"
+            "or remove this file to do all again"
         )
 
     def _foreign(self) -> ValueError:
@@ -143,5 +143,5 @@ def _line(entry: Mapping[str, Any]) -> bytes:
 
 
 def _shown(made_from: Mapping[str, Any]) -> str:
-    """A checkpoint's name, and of its digest as much as tells it from another of that name."""
-    return f"{made_from.get('checkpoint')!s:.60} [{made_from.get('model')!s:.8}]"
+    """A checkpoint's name, or the end of its path, and of its digest as much as tells it from another of that name."""
+    return f"{str(made_from.get('checkpoint'))[-24:]} [{made_from.get('model')!s:.8}]"

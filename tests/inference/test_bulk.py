@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,15 +44,8 @@ def videos(tmp_path_factory) -> Path:
 def single(tiny_model, videos, tmp_path_factory) -> Path:
     """What one process makes of them."""
     output = tmp_path_factory.mktemp("single") / "out"
-    assert states(segment(tiny_model, videos, output)) == dict.fromkeys("abc", "done")
+    assert states(segment_many(tiny_model, videos, output)) == dict.fromkeys("abc", "done")
     return output
-
-
-def segment(model, sources, output: Path, **options: Any) -> list[Outcome]:
-    processor = VideoProcessor(
-        model.config.preprocessing.__class__(**{**vars(model.config.preprocessing), "shortest_edge": 32}), "abcde"
-    )
-    return segment_many(model, sources, output, processor=processor, **options)
 
 
 def states(outcomes: list[Outcome]) -> dict[str, str]:
@@ -85,11 +79,11 @@ def test_each_video_has_a_folder_and_a_line(tiny_model, videos, single):
 
 def test_what_is_done_is_skipped_and_what_changed_is_not(tiny_model, videos, tmp_path):
     shutil.copytree(videos, tmp_path / "in")
-    assert segment(tiny_model, tmp_path / "in", tmp_path / "out", overlay=False)[0].state == "done"
+    assert segment_many(tiny_model, tmp_path / "in", tmp_path / "out", overlay=False)[0].state == "done"
     os.utime(tmp_path / "in" / "a.mp4", ns=(1, 1))
     (tmp_path / "out" / "b" / "tracks.json").unlink()
     calls, said = [], []
-    outcomes = segment(
+    outcomes = segment_many(
         tiny_model,
         tmp_path / "in",
         tmp_path / "out",
@@ -107,12 +101,12 @@ def test_what_is_done_is_skipped_and_what_changed_is_not(tiny_model, videos, tmp
 def test_results_go_into_the_folder_of_the_videos_too(tiny_model, videos, tmp_path):
     for output in (Path(), Path("out")):
         shutil.copytree(videos, tmp_path / "in", dirs_exist_ok=True)
-        outcomes = segment(tiny_model, tmp_path / "in", tmp_path / "in" / output, overlay=False)
+        outcomes = segment_many(tiny_model, tmp_path / "in", tmp_path / "in" / output, overlay=False)
         if output == Path():  # where the result of c has the place of its frames
             assert states(outcomes) == {"a": "done", "b": "done", "c": "failed"}
             assert "c is where its result would go; give --output another folder" in outcomes[2].error
             continue
-        again = segment(tiny_model, tmp_path / "in", tmp_path / "in" / output, overlay=False)
+        again = segment_many(tiny_model, tmp_path / "in", tmp_path / "in" / output, overlay=False)
         assert states(again) == dict.fromkeys("abc", "skipped")
 
 
@@ -121,7 +115,7 @@ def test_a_bad_video_does_not_stop_the_others(tiny_model, videos, tmp_path, recw
     (tmp_path / "cut.mp4").write_bytes((videos / "a.mp4").read_bytes()[:-100])
     damage_packet(make_video(tmp_path / "damaged.avi", "mjpeg", "yuvj420p"), 4)
     paths = [tmp_path / "text.mp4", tmp_path / "nowhere.mp4", tmp_path / "damaged.avi", videos / "b.mp4"]
-    outcomes = segment(tiny_model, paths, tmp_path / "out", overlay=False, frames=slice(0, 9))
+    outcomes = segment_many(tiny_model, paths, tmp_path / "out", overlay=False, frames=slice(0, 9))
     assert states(outcomes) == {"text": "failed", "nowhere": "failed", "damaged": "done", "b": "done"}
     assert "text.mp4" in outcomes[0].error
     assert "nowhere.mp4" in outcomes[1].error
@@ -130,7 +124,7 @@ def test_a_bad_video_does_not_stop_the_others(tiny_model, videos, tmp_path, recw
     assert not recwarn.list  # all of those nine frames have come
 
     (tmp_path / "text.mp4").write_bytes((videos / "a.mp4").read_bytes())
-    again = segment(tiny_model, paths, tmp_path / "out", overlay=False, frames=slice(0, 9))
+    again = segment_many(tiny_model, paths, tmp_path / "out", overlay=False, frames=slice(0, 9))
     assert states(again) == {"text": "done", "nowhere": "failed", "damaged": "skipped", "b": "skipped"}
 
 
@@ -143,11 +137,11 @@ def test_warnings_are_shown_and_noted(tiny_model, videos, tmp_path):
         with both.open("ab") as file:
             file.write((tmp_path / "part.ts").read_bytes())
     with pytest.warns(UserWarning, match="--frames 3:"):
-        (outcome,) = segment(tiny_model, [both], tmp_path / "out", overlay=False)
+        (outcome,) = segment_many(tiny_model, [both], tmp_path / "out", overlay=False)
     assert (outcome.state, outcome.frames) == ("done", 3)
     (warning,) = entries(tmp_path / "out")[1]["warnings"]
     assert warning.startswith(f"{both}: frame 3 is 32x48")
-    (outcome,) = segment(tiny_model, [both], tmp_path / "strict", overlay=False, strict=True)
+    (outcome,) = segment_many(tiny_model, [both], tmp_path / "strict", overlay=False, strict=True)
     assert (outcome.state, "frame 3 is 32x48" in outcome.error) == ("failed", True)
 
 
@@ -159,7 +153,7 @@ def test_a_source_that_changes_while_it_is_read_is_no_result(tiny_model, videos,
         with source.open("ab") as file:
             file.write(b"\0")
 
-    (outcome,) = segment(tiny_model, [source], tmp_path / "out", overlay=False, progress=grow)
+    (outcome,) = segment_many(tiny_model, [source], tmp_path / "out", overlay=False, progress=grow)
     assert (outcome.state, "has changed while it was read" in outcome.error) == ("failed", True)
 
 
@@ -172,26 +166,24 @@ def test_results_of_other_options_or_another_model_stop_at_once(tiny_model, vide
         ({"strict": True}, "strict"),
     ):
         with pytest.raises(ValueError, match=f"made with another {named} .*--output"):
-            segment(tiny_model, videos, single, **options)
+            segment_many(tiny_model, videos, single, **options)
     with pytest.raises(ValueError, match=r"another checkpoint \(.* and not other"):
-        segment(type(tiny_model)(tiny_model.config), videos, single, checkpoint="other")
-    with pytest.raises(ValueError, match="another .*shortest_edge"):
-        segment_many(tiny_model, videos, single)
+        segment_many(type(tiny_model)(tiny_model.config), videos, single, checkpoint="other")
+    smaller = VideoProcessor(replace(tiny_model.config.preprocessing, shortest_edge=32), tiny_model.config.labels)
+    with pytest.raises(ValueError, match=r"another shortest_edge \(64 and not 32\)"):
+        segment_many(tiny_model, videos, single, processor=smaller)
     assert (single / "manifest.jsonl").read_bytes() == before
 
 
 def test_another_video_of_the_same_name_is_not_replaced(tiny_model, videos, tmp_path):
-    shutil.copy(videos / "a.mp4", tmp_path / "a.mp4")
-    segment(tiny_model, [tmp_path / "a.mp4"], tmp_path / "out", overlay=False)
-    (tmp_path / "b").mkdir()
-    shutil.copy2(tmp_path / "a.mp4", tmp_path / "b" / "a.mp4")  # the same, moved
-    assert segment(tiny_model, [tmp_path / "b" / "a.mp4"], tmp_path / "out", overlay=False)[0].state == "skipped"
-    with pytest.raises(ValueError, match=r"holds the result of .*/a.mp4, which that of .*b.mp4.* would replace"):
-        shutil.copy(videos / "b.mp4", tmp_path / "b" / "a.mp4")
-        os.utime(tmp_path / "b" / "a.mp4", ns=(5, 5))
-        (tmp_path / "b.mp4").mkdir()
-        (tmp_path / "b" / "a.mp4").rename(tmp_path / "b.mp4" / "a.mp4")
-        segment(tiny_model, [tmp_path / "b.mp4" / "a.mp4"], tmp_path / "out", overlay=False)
+    for place, source in (("one", "a"), ("moved", "a"), ("other", "b")):
+        (tmp_path / place).mkdir()
+        shutil.copy2(videos / f"{source}.mp4", tmp_path / place / "clip.mp4")
+    one, moved, other = ([tmp_path / place / "clip.mp4"] for place in ("one", "moved", "other"))
+    assert states(segment_many(tiny_model, one, tmp_path / "out", overlay=False)) == {"clip": "done"}
+    assert states(segment_many(tiny_model, moved, tmp_path / "out", overlay=False)) == {"clip": "skipped"}
+    with pytest.raises(ValueError, match=r"clip holds the result of .*/one/clip.mp4, .* --output another folder"):
+        segment_many(tiny_model, other, tmp_path / "out", overlay=False)
 
 
 @pytest.mark.parametrize(
@@ -206,7 +198,7 @@ def test_another_video_of_the_same_name_is_not_replaced(tiny_model, videos, tmp_
 def test_a_bad_option_stops_before_the_work(tiny_model, videos, tmp_path, options, named, monkeypatch):
     monkeypatch.setattr(bulk, "segment_to_folder", lambda *_, **__: pytest.fail("the work began"))
     with pytest.raises(ValueError, match=named):
-        segment(tiny_model, videos, tmp_path / "out", **options)
+        segment_many(tiny_model, videos, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
 
 
@@ -225,11 +217,11 @@ def test_what_the_next_video_would_meet_too_stops_everything(tiny_model, videos,
 
     monkeypatch.setattr(bulk, "segment_to_folder", stop)
     with pytest.raises(type(error)):
-        segment(tiny_model, videos, tmp_path / "out", overlay=False)
+        segment_many(tiny_model, videos, tmp_path / "out", overlay=False)
     assert begun == ["a", "b"]
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["a", "manifest.jsonl"]
     monkeypatch.undo()
-    again = segment(tiny_model, videos, tmp_path / "out", overlay=False)
+    again = segment_many(tiny_model, videos, tmp_path / "out", overlay=False)
     assert states(again) == {"a": "skipped", "b": "done", "c": "done"}
 
 
@@ -239,7 +231,7 @@ def test_stopping_before_anything_is_done_leaves_nothing(tiny_model, videos, tmp
 
     monkeypatch.setattr(bulk, "segment_to_folder", stop)
     with pytest.raises(KeyboardInterrupt):
-        segment(tiny_model, videos, tmp_path / "out")
+        segment_many(tiny_model, videos, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -249,7 +241,7 @@ def test_a_video_that_memory_does_not_suffice_for_is_one_that_failed(tiny_model,
         raise error
 
     monkeypatch.setattr(bulk, "segment_to_folder", exhausted)
-    outcomes = segment(tiny_model, videos, tmp_path / "out")
+    outcomes = segment_many(tiny_model, videos, tmp_path / "out")
     assert {(outcome.state, "out of memory" in outcome.error) for outcome in outcomes} == {("failed", True)}
 
 
@@ -268,9 +260,10 @@ def held_in_the_middle(model, videos: Path, output: Path, begun: Any) -> None:
             (folder / name).write_text("half")
         begun.set()
         time.sleep(600)
+        raise AssertionError("nobody killed it")
 
     bulk.segment_to_folder = stop
-    segment(model, videos, output)
+    segment_many(model, videos, output)
 
 
 def test_the_videos_of_a_process_that_is_killed_are_taken_over(tiny_model, videos, single, tmp_path, monkeypatch):
@@ -287,7 +280,7 @@ def test_the_videos_of_a_process_that_is_killed_are_taken_over(tiny_model, video
         process.join()
 
     monkeypatch.setattr(bulk.time, "sleep", kill)
-    outcomes = segment(tiny_model, videos, tmp_path / "out")
+    outcomes = segment_many(tiny_model, videos, tmp_path / "out")
     assert waited[:1] == [bulk.POLL_SECONDS]  # when nothing else was left
     assert {outcome.name: (outcome.state, outcome.here) for outcome in outcomes} == {
         "a": ("skipped", False),  # before this one began
@@ -299,7 +292,7 @@ def test_the_videos_of_a_process_that_is_killed_are_taken_over(tiny_model, video
 
 def test_processes_share_the_videos(tiny_model, videos, single, tmp_path):
     context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=segment, args=(tiny_model, videos, tmp_path / "out")) for _ in range(2)]
+    processes = [context.Process(target=segment_many, args=(tiny_model, videos, tmp_path / "out")) for _ in range(2)]
     for process in processes:
         process.start()
     for process in processes:
@@ -317,14 +310,14 @@ def test_what_failed_elsewhere_meanwhile_is_not_tried_again(tiny_model, videos, 
     def another_first(path, *args, **options):
         tried.append(path.name)
         if tried == ["b.mp4"]:  # another process, while this one is at the first
-            segment(tiny_model, paths[1:], tmp_path / "out", overlay=False)
+            segment_many(tiny_model, paths[1:], tmp_path / "out", overlay=False)
         return segmented(path, *args, **options)
 
     monkeypatch.setattr(bulk, "open_video", another_first)
-    outcomes = segment(tiny_model, paths, tmp_path / "out", overlay=False)
+    outcomes = segment_many(tiny_model, paths, tmp_path / "out", overlay=False)
     assert tried == ["b.mp4", "text.mp4"]
     assert [(outcome.state, outcome.here) for outcome in outcomes] == [("done", True), ("failed", False)]
-    assert segment(tiny_model, paths, tmp_path / "out", overlay=False)[1].here  # in another run it is
+    assert segment_many(tiny_model, paths, tmp_path / "out", overlay=False)[1].here  # in another run it is
 
 
 def test_a_lock_is_one_processes_at_a_time(tmp_path):
