@@ -15,6 +15,7 @@ import torch
 
 from m2f_video.inference.clip_model import ClipModel
 from m2f_video.video.pictures import frame_files
+from m2f_video.video.reader import VideoNotFoundError
 
 
 def model_fingerprint(model: ClipModel) -> str:
@@ -38,11 +39,14 @@ def source_fingerprint(path: str | os.PathLike[str]) -> dict[str, Any]:
     The content is not read: what has these is taken to be the same.
 
     Raises:
-        FileNotFoundError: there is no such path.
+        FileNotFoundError: there is no such path (it is a `VideoError` too).
         VideoError: it is a folder that holds no frames.
         OSError: it cannot be looked at.
     """
-    found, status = Path(path), os.stat(path)
+    found = Path(path)
+    if not found.exists():
+        raise VideoNotFoundError(f"{found}: there is no such video file or folder of frames")
+    status = found.stat()
     where = {"path": str(found.absolute())}
     if not found.is_dir():
         return where | {"bytes": status.st_size, "modified_ns": status.st_mtime_ns}
