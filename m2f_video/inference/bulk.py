@@ -20,11 +20,12 @@ from m2f_video.acceleration import accelerated
 from m2f_video.files import locked, made_directory
 from m2f_video.inference.clip_model import ClipModel
 from m2f_video.inference.fingerprint import model_fingerprint, options_fingerprint, source_fingerprint
+from m2f_video.inference.linking import Linker, LinkerName, named_linker
 from m2f_video.inference.listing import ListedVideo, Sources, list_videos
 from m2f_video.inference.manifest import Entry, Manifest
 from m2f_video.inference.on_video import Progress, is_out_of_memory
 from m2f_video.inference.processor import VideoProcessor
-from m2f_video.inference.segment import Mode, check_options, choose_mode
+from m2f_video.inference.segment import WINDOW, Mode, check_options, choose_mode
 from m2f_video.inference.to_folder import segment_to_folder
 from m2f_video.video.reader import open_video
 
@@ -71,12 +72,16 @@ def segment_many(
     strict: bool = False,
     overlay: bool = True,
     mode: Mode = "auto",
+    window: int = WINDOW,
+    stride: int | None = None,
+    linker: LinkerName | Linker = "transfer",
+    max_overlap: float | None = None,
+    top_k: int = 10,
     score_threshold: float = 0.0,
     frames_per_chunk: int | None = None,
     plain: bool = False,
     progress: Progress | None = None,
     report: Callable[[Outcome], None] | None = None,
-    **options: Any,
 ) -> list[Outcome]:
     """Segment many videos, each into a folder of its own, and say in `manifest.jsonl` there what was done.
 
@@ -99,12 +104,16 @@ def segment_many(
         strict: take a video that is damaged for one that cannot be segmented.
         overlay: see `segment_to_folder`.
         mode: of each video.
+        window: frames W of a window.
+        stride: frames S from the beginning of one window to that of the next.
+        linker: how objects of a window are linked to tracks.
+        max_overlap: of duplicates.
+        top_k: how many (object, class) pairs become tracks.
         score_threshold: tracks that score less are left out.
         frames_per_chunk: frames encoded at a time.
         plain: run the model as it is written.
         progress: see `Progress`; "videos" is a stage beside those of `segment_to_folder`, which begin anew with each.
         report: called with each outcome as it is known.
-        options: `window`, `stride`, `linker`, `max_overlap`, `top_k` of `segment_video`.
 
     Returns:
         What became of each video, in their order.
@@ -115,21 +124,39 @@ def segment_many(
         TypeError: the model has no weights, or see `segment_video`.
         OSError: the output cannot be written, or the disk is full; what was finished stays.
     """
-    check_options(model, mode=mode, score_threshold=score_threshold, frames_per_chunk=frames_per_chunk, **options)
+    options: dict[str, Any] = {
+        "mode": mode,
+        "window": window,
+        "stride": stride,
+        "linker": linker,
+        "max_overlap": max_overlap,
+        "top_k": top_k,
+        "score_threshold": score_threshold,
+    }
+    check_options(model, frames_per_chunk=frames_per_chunk, **options)
     videos, folder = list_videos(sources), Path(output)
     processor = processor or VideoProcessor.from_config(model.config)
-    how: dict[str, Any] = {"mode": mode, "score_threshold": score_threshold, "overlay": overlay, **options}
+    about = {"frames": frames, "strict": strict, "overlay": overlay, "linker": named_linker(linker)}
     made_from = {
         "checkpoint": checkpoint,
         "model": model_fingerprint(model),
-        "options": options_fingerprint({"frames": frames, "strict": strict, **how}),
+        "options": options_fingerprint(options | about),
         "preprocessing": options_fingerprint(asdict(processor.config)),
     }
-    how |= {"processor": processor, "frames_per_chunk": frames_per_chunk, "plain": plain, "progress": progress}
 
     def segment(video: ListedVideo) -> Entry:
         reader = open_video(video.path, frames, strict=strict)
-        segmentation = segment_to_folder(fast, reader, folder / video.name, **how)
+        segmentation = segment_to_folder(
+            fast,
+            reader,
+            folder / video.name,
+            overlay=overlay,
+            processor=processor,
+            frames_per_chunk=frames_per_chunk,
+            plain=plain,
+            progress=progress,
+            **options,
+        )
         chosen, _ = choose_mode(mode, reader.num_frames_hint)
         return {"mode": chosen, "frames": len(segmentation.frames), "tracks": len(segmentation.tracks)}
 

@@ -75,7 +75,8 @@ def differences(found: Mapping[str, Any], made_from: Mapping[str, Any]) -> list[
         if was == now:
             continue
         if isinstance(was, Mapping) and isinstance(now, Mapping):
-            texts += differences(was, now)
+            inside = f"{name}." if "type" in was else ""  # of an object such as a linker
+            texts += [inside + text for text in differences(was, now)]
         else:
             both = f"{was!s} and not {now!s}"
             texts.append(f"{name} ({both})" if len(both) <= 60 else str(name))

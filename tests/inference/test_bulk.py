@@ -164,6 +164,7 @@ def test_results_of_other_options_or_another_model_stop_at_once(tiny_model, vide
         ({"overlay": False}, "overlay"),
         ({"frames": slice(0, 2)}, "frames"),
         ({"strict": True}, "strict"),
+        ({"linker": "embedding"}, "linker.type"),
     ):
         with pytest.raises(ValueError, match=f"made with another {named} .*--output"):
             segment_many(tiny_model, videos, single, **options)
