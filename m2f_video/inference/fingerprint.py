@@ -5,9 +5,10 @@ All are made of what JSON takes, and can be compared with what was read from a f
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, is_dataclass
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def source_fingerprint(path: str | os.PathLike[str]) -> dict[str, Any]:
         OSError: it cannot be looked at.
     """
     found = Path(path)
-    if not found.exists():
+    if not os.path.exists(found):  # nor can there be, of a name that is too long
         raise VideoNotFoundError(f"{found}: there is no such video file or folder of frames")
     status = found.stat()
     where = {"path": str(found.absolute())}
@@ -84,8 +85,10 @@ def differences(found: Mapping[str, Any], made_from: Mapping[str, Any]) -> list[
 
 
 def _plain(value: Any) -> Any:
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
     if is_dataclass(value) and not isinstance(value, type):
-        return {"type": type(value).__qualname__} | json.loads(json.dumps(asdict(value), default=repr))
-    return repr(value)
+        names = [field.name for field in fields(value)]
+        return {"type": type(value).__qualname__} | {name: _plain(getattr(value, name)) for name in names}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    is_number = isinstance(value, int | float) and math.isfinite(value)
+    return value if value is None or is_number or isinstance(value, str) else repr(value)

@@ -47,10 +47,10 @@ def is_list(source: str | os.PathLike[str]) -> bool:
         OSError: the folder cannot be read.
     """
     path = Path(source)
-    if not path.is_dir():
-        return path.suffix.lower() == LIST_SUFFIX and path.exists()
+    if not os.path.isdir(path):  # False too for what can be no path
+        return path.suffix.lower() == LIST_SUFFIX and os.path.exists(path)
     videos, has_frames = _videos_in(path), _has_frames(path)
-    if has_frames and (files := [video.name for video in videos if not video.is_dir()]):
+    if has_frames and (files := [video.name for video in videos if not os.path.isdir(video)]):
         raise ValueError(
             f"{path}: it holds pictures and videos ({files[0]}), so that it is either a folder of frames or one of "
             "videos; move the ones or the others away, or name what is to be segmented in a list.txt, one path a line"
@@ -90,7 +90,7 @@ def list_videos(sources: Sources) -> list[ListedVideo]:
 
 def _written(source: Path) -> list[tuple[str, Path]]:
     """Of each video its path as it is written there, and where that is."""
-    if source.is_dir():
+    if os.path.isdir(source):
         return [(path.name, path) for path in _videos_in(source)]
     check_regular(source)
     if source.suffix.lower() != LIST_SUFFIX:
@@ -137,7 +137,7 @@ def _named(written: Iterable[tuple[str, Path]]) -> list[ListedVideo]:
 
 def _stem(path: Path) -> str:
     absolute = Path(os.path.abspath(path))  # without "..", so that it ends in a name
-    return absolute.name if absolute.is_dir() else absolute.stem
+    return absolute.name if os.path.isdir(absolute) else absolute.stem
 
 
 def _can_be_a_folder(name: str) -> bool:

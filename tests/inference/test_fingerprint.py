@@ -16,7 +16,7 @@ from m2f_video.inference.fingerprint import (
     options_fingerprint,
     source_fingerprint,
 )
-from m2f_video.inference.linking import TransferLinker
+from m2f_video.inference.linking import EmbeddingLinker, TransferLinker
 from m2f_video.video import VideoError
 
 
@@ -87,7 +87,9 @@ def test_options_go_through_json():
     assert json.loads(json.dumps(found)) == found
     assert differences(found, options_fingerprint(options | {"top_k": 3})) == ["top_k (10 and not 3)"]
     assert differences(found, options_fingerprint(options | {"linker": MyLinker(0.6)})) == [
-        "threshold (0.5 and not 0.6)"
+        "linker.threshold (0.5 and not 0.6)"
     ]
     assert differences(found, options_fingerprint(options | {"linker": TransferLinker()}))
+    endless = options_fingerprint({"linker": EmbeddingLinker(), "score": float("nan")})
+    assert json.loads(json.dumps(endless, allow_nan=False))["linker"]["threshold"] == "-inf"
     assert differences(found, {}) != [] != differences({}, found)
