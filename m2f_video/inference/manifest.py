@@ -127,8 +127,7 @@ class Manifest:
             texts.append(f"checkpoint ({_shown(found)} and not {_shown(made_from)})")
         texts += differences(theirs, mine)
         raise ValueError(
-            f"{self.path}: the results there are made with another {', '.join(texts)}; give --output another folder, "
-            "or remove this file to do all again"
+            f"{self.path}: the results there are made with another {', '.join(texts)}; give --output another folder"
         )
 
     def _foreign(self) -> ValueError:

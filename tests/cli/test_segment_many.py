@@ -52,7 +52,7 @@ def test_a_folder_of_videos_is_segmented_once(videos, checkpoint, tmp_path, caps
     assert made_from["checkpoint"] == str(checkpoint)
     assert made_from["preprocessing"]["shortest_edge"] == 32
     for name in "ab":
-        assert sorted(file.name for file in (tmp_path / "out" / name).iterdir()) == ["overlay.mp4", "tracks.json"]
+        assert {file.name for file in (tmp_path / "out" / name).iterdir()} >= {"overlay.mp4", "tracks.json"}
 
     assert segment(videos, checkpoint, tmp_path / "out", "--frames", ":2") == 0
     assert capsys.readouterr().out.splitlines()[1:] == [
