@@ -276,7 +276,8 @@ def held_in_the_middle(model, videos: Path, output: Path, begun: Any) -> None:
 def test_the_videos_of_a_process_that_is_killed_are_taken_over(tiny_model, videos, single, tmp_path, monkeypatch):
     context = multiprocessing.get_context("fork")
     begun = context.Event()
-    process = context.Process(target=held_in_the_middle, args=(tiny_model, videos, tmp_path / "out", begun))
+    arguments = (tiny_model, videos, tmp_path / "out", begun)
+    process = context.Process(target=held_in_the_middle, args=arguments, daemon=True)
     process.start()
     assert begun.wait(60)
     waited = []
