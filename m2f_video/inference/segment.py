@@ -216,6 +216,39 @@ def _on_video(
     strict: bool,
     progress: Progress | None,
 ) -> ModelOnVideo:
+    _check_model(model)
+    if isinstance(source, VideoReader) and frames is not None:
+        raise ValueError("frames cannot be chosen for an open reader; give them to open_video")
+    reader = source if isinstance(source, VideoReader) else open_video(source, frames, strict=strict)
+    chunk_size = _chunk_size(model, frames_per_chunk)
+    return ModelOnVideo(model, reader, processor or VideoProcessor.from_config(model.config), chunk_size, progress)
+
+
+def check_options(
+    model: ClipModel,
+    *,
+    mode: Mode = "auto",
+    window: int = WINDOW,
+    stride: int | None = None,
+    linker: LinkerName | Linker = "transfer",
+    max_overlap: float | None = None,
+    top_k: int = 10,
+    score_threshold: float = 0.0,
+    frames_per_chunk: int | None = None,
+) -> None:
+    """Fail as `segment_video` would with these, before there is a video.
+
+    Raises:
+        TypeError, ValueError: see there.
+    """
+    _check_model(model)
+    _chunk_size(model, frames_per_chunk)
+    _check_selection(model, top_k, score_threshold)
+    choose_mode(mode, None)
+    _windowing(window, stride, linker, max_overlap, top_k)
+
+
+def _check_model(model: ClipModel) -> None:
     if not isinstance(model, ClipModel):
         raise TypeError(
             f"the model comes first, loaded by VideoMask2Former.from_pretrained; got {type(model).__name__}"
@@ -226,13 +259,13 @@ def _on_video(
             "load the checkpoint with temporal='joint' (--temporal joint), or segment its frames as images with "
             "processor.post_process_instance_segmentation"
         )
-    if isinstance(source, VideoReader) and frames is not None:
-        raise ValueError("frames cannot be chosen for an open reader; give them to open_video")
-    reader = source if isinstance(source, VideoReader) else open_video(source, frames, strict=strict)
+
+
+def _chunk_size(model: ClipModel, frames_per_chunk: int | None) -> int:
     chunk_size = (1 if model.device.type == "cpu" else 8) if frames_per_chunk is None else frames_per_chunk
     if not 1 <= chunk_size < 2**31:
         raise ValueError(f"frames_per_chunk must be at least 1 and below {2**31}, got {frames_per_chunk!s:.30}")
-    return ModelOnVideo(model, reader, processor or VideoProcessor.from_config(model.config), chunk_size, progress)
+    return chunk_size
 
 
 def _windowing(

@@ -35,7 +35,7 @@ def segment_whole(
         The tracks by falling score, and the number of frames.
     """
     features = _encode(video)
-    output = video.model.decode_clip(features, output_masks=False)
+    output = video.decode(features)
     class_logits, parts = output.class_queries_logits[0], features.mask_features.split(video.frames_per_chunk)
     among = torch.arange(len(class_logits), device=class_logits.device)
     if max_overlap < 1:
