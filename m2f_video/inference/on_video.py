@@ -22,7 +22,8 @@ from m2f_video.results.masks import Rle, encode_mask
 from m2f_video.video.reader import VideoReader
 
 Progress = Callable[[str, int, int | None], None]
-"""Called with a stage ("frames" or "masks"), how many frames it has done, and of how many (None: not known yet)."""
+"""Called with a stage ("frames" or "masks"; between them "attention", where a clip is streamed, whose layers each take
+all frames), how many frames it has done, and of how many (None: not known yet)."""
 
 
 @dataclass(frozen=True)
