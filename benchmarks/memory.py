@@ -1,11 +1,12 @@
 """Measure peak memory: of the training loss, with masks compared at points and as a whole, and of segmenting a clip.
 
     python benchmarks/memory.py loss [--height 480 --width 864 --frames 2 --instances 8 --device cpu --json FILE]
-    python benchmarks/memory.py clip [--height 480 --width 864 --frames 16 32 --dtype float32 --json FILE]
+    python benchmarks/memory.py clip [--height 480 --width 864 --frames 16 32 --mode whole --dtype float32 --json FILE]
 
 Counted are the bytes of tensors that are allocated at once, beyond what there is before: of the loss, the predictions
 (random leaves, made beforehand) and the targets are not part of it, their gradients are; of a clip, the weights and the
-video's pixels are not, each frame's features are. On CUDA that is
+video's pixels are not, each frame's features are; with `--mode streamed` they are in a file, and the table has their
+size. On CUDA that is
 `torch.cuda.max_memory_allocated`; on a CPU the sum of what the profiler records of PyTorch's allocator, every block
 that is taken or freed inside an operator included. The process's resident memory would be the other way, but it keeps
 what the C library does not hand back and counts libraries as they load. A small case runs first, because cuBLAS keeps
@@ -145,6 +146,7 @@ def clip(
     height: int = 480,
     width: int = 864,
     preset: str = "swin_tiny_youtubevis_2019",
+    mode: Literal["whole", "streamed"] = "whole",
     dtype: Literal["float32", "bfloat16"] = "float32",
     device: Literal["cpu", "cuda"] = "cpu",
     json: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
@@ -156,6 +158,7 @@ def clip(
         height: of the video and of the model's input.
         width: of the video and of the model's input.
         preset: of the model; its weights are random.
+        mode: at once, or frame by frame.
         dtype: of the model.
         device: where it runs.
         json: file to write.

@@ -3,7 +3,6 @@
 import os
 import tempfile
 from collections.abc import Sequence
-from contextlib import ExitStack
 from io import FileIO
 from types import TracebackType
 from typing import Self
@@ -30,7 +29,6 @@ class FrameStore:
         self._kinds: list[tuple[torch.Size, torch.dtype]] = []  # of the tensors of a frame
         self._in_memory: list[list[Tensor]] = []
         self._file: FileIO | None = None
-        self._closing = ExitStack()
         self._in_file = 0
         self.frame_bytes = 0
         """Of each frame, wherever it is."""
@@ -68,7 +66,7 @@ class FrameStore:
         if not self._spills:
             return False
         if self._file is None:
-            self._file = self._closing.enter_context(tempfile.TemporaryFile(prefix="m2f-video-", buffering=0))
+            self._file = tempfile.TemporaryFile(prefix="m2f-video-", buffering=0)  # noqa: SIM115  # until closed
         for part in parts:
             self._write(self._file, part.contiguous().cpu().flatten().view(torch.uint8).numpy().data)
         self._in_file += 1
@@ -87,7 +85,8 @@ class FrameStore:
     def close(self) -> None:
         """Forget everything, and remove the file."""
         self._in_memory.clear()
-        self._closing.close()
+        if self._file is not None:
+            self._file.close()
 
     def _write(self, file: FileIO, data: memoryview) -> None:
         try:
