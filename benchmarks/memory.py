@@ -5,8 +5,8 @@
 
 Counted are the bytes of tensors that are allocated at once, beyond what there is before: of the loss, the predictions
 (random leaves, made beforehand) and the targets are not part of it, their gradients are; of a clip, the weights and the
-video's pixels are not, each frame's features are; with `--mode streamed` they are in a file, and the table has their
-size. On CUDA that is
+video's pixels are not, each frame's features are. `--mode streamed` keeps these in a file, where they are not counted.
+On CUDA that is
 `torch.cuda.max_memory_allocated`; on a CPU the sum of what the profiler records of PyTorch's allocator, every block
 that is taken or freed inside an operator included. The process's resident memory would be the other way, but it keeps
 what the C library does not hand back and counts libraries as they load. A small case runs first, because cuBLAS keeps
@@ -28,6 +28,7 @@ from rich.table import Table
 from m2f_video.benchmark import machine, peak_bytes
 from m2f_video.config import VideoMask2FormerConfig
 from m2f_video.files import atomic_path
+from m2f_video.inference import streamed
 from m2f_video.inference.processor import VideoProcessor
 from m2f_video.inference.segment import segment_video
 from m2f_video.inference.segments import MASK_STRIDE
@@ -170,15 +171,18 @@ def clip(
     model = random_model(VideoMask2FormerConfig.preset(preset), 0).to(device=device, dtype=getattr(torch, dtype))
     preprocessing = replace(model.config.preprocessing, fixed_size=(height, width))
     processor = VideoProcessor(preprocessing, model.config.labels)
+    streamed.LEVEL_MEMORY = streamed.MASK_MEMORY = 0
     peaks = {}
     for count in frames:
         video = np.random.default_rng(0).integers(0, 256, (count, height, width, 3), np.uint8)
         peaks[count] = peak_bytes(
-            lambda video=video: segment_video(model, video, processor=processor, mode="whole"), device
+            lambda video=video: segment_video(model, video, processor=processor, mode=mode), device
         )
     slope = (peaks[frames[1]] - peaks[frames[0]]) / (frames[1] - frames[0])
 
-    title = f"segment_video, one clip of {height}x{width}, {preset}, {dtype}, {device}, torch {torch.__version__}"
+    title = (
+        f"segment_video, {mode}, one clip of {height}x{width}, {preset}, {dtype}, {device}, torch {torch.__version__}"
+    )
     table = Table("frames", "peak, MB")
     for count, peak in peaks.items():
         table.add_row(str(count), f"{peak / 1e6:.0f}")
