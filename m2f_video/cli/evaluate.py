@@ -66,8 +66,8 @@ class ModelOptions:
     frames_per_chunk: int | None = None
     """with --data: frames encoded at a time; by default 1 on a CPU and 8 elsewhere."""
     mode: Mode = "whole"
-    """with --data: decode each video as a whole, as published; streamed, the same with one frame at a time on the device;
-    in windows; or auto, by its length."""
+    """with --data: decode each video as a whole, as published; streamed, the same with one frame at a time on the
+    device; in windows; or auto, by its length."""
     window: int = WINDOW
     """with --data: frames of a window."""
     stride: int | None = None

@@ -58,10 +58,10 @@ def segment(
         device: such as cpu, cuda or cuda:1; by default cuda where there is one, else cpu.
         dtype: floating-point type the model runs in.
         frames: which frames, START:STOP or START:STOP:STEP, counted from 0, such as 10:50:2.
-        mode: whole decodes the video as one clip, as published; so does streamed, with one frame at a time on the device
-            and 17 MB of each (480x864, float32) in memory or, beyond 4 GiB, in a file in TMPDIR; window decodes it clip
-            by clip, linking what they show, in memory that does not grow; auto takes whole for up to 36 frames and
-            window for more, and says so.
+        mode: whole decodes the video as one clip, as published; so does streamed, with one frame at a time on the
+            device and 17 MB of each (480x864, float32) in memory or, beyond 4 GiB, in a file in TMPDIR; window decodes
+            it clip by clip, linking what they show, in memory that does not grow; auto takes whole for up to 36 frames
+            and window for more, and says so.
         window: frames of a window.
         stride: frames from the beginning of one window to that of the next; by default as many as a window has.
         linker: how objects of a window are linked to tracks: by their masks and classes (transfer), by embeddings as
