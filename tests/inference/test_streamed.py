@@ -64,10 +64,10 @@ def test_what_is_chosen_is_chosen_as_of_a_whole(exact_model, video, options):
 
 def test_accelerated_and_of_the_demo(video):
     model = VideoMask2Former.from_pretrained("demo")
-    ours, expected = (segment_video(model, video, mode=mode) for mode in ("streamed", "whole"))
+    ours, expected = (segment_video(model, video[:3], mode=mode) for mode in ("streamed", "whole"))
     assert [t.label_id for t in ours.tracks] == [t.label_id for t in expected.tracks]
     np.testing.assert_allclose([t.score for t in ours.tracks], [t.score for t in expected.tracks], rtol=1e-3)
-    masks = [np.stack([result.masks(frame) for frame in range(7)]) for result in (ours, expected)]
+    masks = [np.stack([result.masks(frame) for frame in range(3)]) for result in (ours, expected)]
     assert (masks[0] != masks[1]).mean() < 1e-4
 
 
