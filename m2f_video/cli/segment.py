@@ -72,15 +72,17 @@ def segment(
             of torchrun takes its own GPU.
         dtype: floating-point type the model runs in.
         frames: which frames, of each video, START:STOP or START:STOP:STEP, counted from 0, such as 10:50:2.
-        mode: whole decodes the video as one clip, as published, window clip by clip, linking what they show, in memory
-            that does not grow; auto takes whole for up to 36 frames, and says so.
+        mode: whole decodes the video as one clip, as published; so does streamed, with one frame at a time on the
+            device and 17 MB of each (480x864, float32) in memory or, beyond 4 GiB, in a file in TMPDIR; window decodes
+            it clip by clip, linking what they show, in memory that does not grow; auto takes whole for up to 36 frames
+            and window for more, and says so.
         window: frames of a window.
         stride: frames from the beginning of one window to that of the next; by default as many as a window has.
         linker: how objects of a window are linked to tracks: by their masks and classes (transfer), by embeddings as
             MinVIS does (embedding), by masks in shared frames as IFC does (mask_iou, with --stride below --window), or
             by the last two (both).
         max_overlap: leave out an object of whose mask more certain ones cover a larger share; by default 1, which keeps
-            all, for whole videos, as published, and 0.5 in windows.
+            all, for whole and streamed videos, as published, and 0.5 in windows.
         top_k: how many (object, class) pairs become tracks; the published evaluation takes 10.
         score_threshold: leave out tracks that score less. 0 keeps all top-k, as the published evaluation does; 0.3
             suits most videos.

@@ -26,7 +26,8 @@ from m2f_video.video.reader import VideoReader
 _LOGGER = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int | None], None]
-"""Called with a stage ("frames" or "masks"), how many frames it has done, and of how many (None: not known yet)."""
+"""Called with a stage ("frames" or "masks"; between them "attention", where a clip is streamed, whose layers each take
+all frames), how many frames it has done, and of how many (None: not known yet)."""
 
 
 class OutOfMemoryError(MemoryError):
@@ -104,7 +105,7 @@ class ModelOnVideo:
                 raise
             raise OutOfMemoryError(
                 f"{self.reader.source}: out of memory while a clip of {len(features.mask_features)} frames is decoded; "
-                "take smaller windows (--mode window, --window), fewer frames (--frames) or smaller ones "
+                "take smaller windows (--mode window, --window), --mode streamed, fewer frames (--frames) or smaller ones "
                 "(--shortest-edge)"
             ) from error
 

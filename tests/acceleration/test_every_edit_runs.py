@@ -30,7 +30,7 @@ import m2f_video.modeling
 from m2f_video import VideoMask2Former, segment_video
 from m2f_video.acceleration import accelerated, written_for
 from m2f_video.acceleration.swap import Fused
-from m2f_video.acceleration.twins import TWINS
+from m2f_video.acceleration.twins import WRITTEN
 from m2f_video.modeling import cross_attention, feature_pyramids, position_encoding, swin, transformer_decoder
 from m2f_video.modeling.cross_attention import Level
 from m2f_video.modeling.pixel_decoder import MSDeformAttnPixelDecoder
@@ -478,6 +478,6 @@ def test_dropout_drops_in_training_and_not_in_inference(model: VideoMask2Former)
 
 
 def test_twins_are_written_for_the_functions_as_they_are() -> None:
-    now = written_for.digests(function for twin in TWINS for function in twin.functions())
+    now = written_for.digests(function for twin in WRITTEN for function in twin.functions())
     kept = json.loads(written_for.FILE.read_text(encoding="utf-8"))
     assert kept == now, "see m2f_video/acceleration/__main__.py"
