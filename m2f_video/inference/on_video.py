@@ -105,8 +105,8 @@ class ModelOnVideo:
                 raise
             raise OutOfMemoryError(
                 f"{self.reader.source}: out of memory while a clip of {len(features.mask_features)} frames is decoded; "
-                "take smaller windows (--mode window, --window), --mode streamed, fewer frames (--frames) or smaller ones "
-                "(--shortest-edge)"
+                "take smaller windows (--mode window, --window), --mode streamed, fewer frames (--frames) or smaller "
+                "ones (--shortest-edge)"
             ) from error
 
     def encode_masks(self, mask_logits: Tensor) -> list[tuple[Rle | None, ...]]:
