@@ -1,11 +1,12 @@
 """Measure peak memory: of the training loss, with masks compared at points and as a whole, and of segmenting a clip.
 
     python benchmarks/memory.py loss [--height 480 --width 864 --frames 2 --instances 8 --device cpu --json FILE]
-    python benchmarks/memory.py clip [--height 480 --width 864 --frames 16 32 --dtype float32 --json FILE]
+    python benchmarks/memory.py clip [--height 480 --width 864 --frames 16 32 --mode whole --dtype float32 --json FILE]
 
 Counted are the bytes of tensors that are allocated at once, beyond what there is before: of the loss, the predictions
 (random leaves, made beforehand) and the targets are not part of it, their gradients are; of a clip, the weights and the
-video's pixels are not, each frame's features are. On CUDA that is
+video's pixels are not, each frame's features are. `--mode streamed` keeps these in a file, where they are not counted.
+On CUDA that is
 `torch.cuda.max_memory_allocated`; on a CPU the sum of what the profiler records of PyTorch's allocator, every block
 that is taken or freed inside an operator included. The process's resident memory would be the other way, but it keeps
 what the C library does not hand back and counts libraries as they load. A small case runs first, because cuBLAS keeps
@@ -27,6 +28,7 @@ from rich.table import Table
 from m2f_video.benchmark import machine, peak_bytes
 from m2f_video.config import VideoMask2FormerConfig
 from m2f_video.files import atomic_path
+from m2f_video.inference import streamed
 from m2f_video.inference.processor import VideoProcessor
 from m2f_video.inference.segment import segment_video
 from m2f_video.inference.segments import MASK_STRIDE
@@ -145,6 +147,7 @@ def clip(
     height: int = 480,
     width: int = 864,
     preset: str = "swin_tiny_youtubevis_2019",
+    mode: Literal["whole", "streamed"] = "whole",
     dtype: Literal["float32", "bfloat16"] = "float32",
     device: Literal["cpu", "cuda"] = "cpu",
     json: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
@@ -156,6 +159,7 @@ def clip(
         height: of the video and of the model's input.
         width: of the video and of the model's input.
         preset: of the model; its weights are random.
+        mode: at once, or frame by frame.
         dtype: of the model.
         device: where it runs.
         json: file to write.
@@ -167,15 +171,18 @@ def clip(
     model = random_model(VideoMask2FormerConfig.preset(preset), 0).to(device=device, dtype=getattr(torch, dtype))
     preprocessing = replace(model.config.preprocessing, fixed_size=(height, width))
     processor = VideoProcessor(preprocessing, model.config.labels)
+    streamed.LEVEL_MEMORY = streamed.MASK_MEMORY = 0
     peaks = {}
     for count in frames:
         video = np.random.default_rng(0).integers(0, 256, (count, height, width, 3), np.uint8)
         peaks[count] = peak_bytes(
-            lambda video=video: segment_video(model, video, processor=processor, mode="whole"), device
+            lambda video=video: segment_video(model, video, processor=processor, mode=mode), device
         )
     slope = (peaks[frames[1]] - peaks[frames[0]]) / (frames[1] - frames[0])
 
-    title = f"segment_video, one clip of {height}x{width}, {preset}, {dtype}, {device}, torch {torch.__version__}"
+    title = (
+        f"segment_video, {mode}, one clip of {height}x{width}, {preset}, {dtype}, {device}, torch {torch.__version__}"
+    )
     table = Table("frames", "peak, MB")
     for count, peak in peaks.items():
         table.add_row(str(count), f"{peak / 1e6:.0f}")

@@ -53,6 +53,27 @@ class Worker:
                 )
 
 
+def own_device(device: str | torch.device | None = None) -> torch.device:
+    """The device of this process among those that `torchrun` has started on this machine, which need not be joined.
+
+    Args:
+        device: such as cpu or cuda; None is cuda where there is one, else cpu. Of several GPUs each process takes its
+            own.
+
+    Raises:
+        ValueError: the device is not there, or one GPU is named for several processes; or LOCAL_RANK is no number.
+    """
+    name = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if ":" in name and (count := os.environ.get("LOCAL_WORLD_SIZE", "1")) != "1":
+        raise ValueError(f"{count} workers cannot share {name}; give the device without a number")
+    local_rank = os.environ.get("LOCAL_RANK")
+    if name != "cuda" or local_rank is None:
+        return parse_device(name)
+    if not local_rank.isdecimal():
+        raise ValueError(f"LOCAL_RANK is {local_rank!r:.20} and no number; start with torchrun, or without it")
+    return parse_device(f"cuda:{local_rank}")
+
+
 @contextmanager
 def join_workers(device: str | torch.device | None = None) -> Iterator[Worker]:
     """Join the process group that `torchrun` has announced in the environment; without one, work alone.
@@ -69,7 +90,7 @@ def join_workers(device: str | torch.device | None = None) -> Iterator[Worker]:
         yield Worker(0, 1, parse_device(name))
         return
     try:
-        rank, world_size, local_rank = (int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        rank, world_size, _ = (int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     except (KeyError, ValueError) as error:
         raise ValueError(
             f"WORLD_SIZE is set, but RANK and LOCAL_RANK are not all numbers ({error}); start with torchrun"
@@ -77,7 +98,7 @@ def join_workers(device: str | torch.device | None = None) -> Iterator[Worker]:
     if ":" in name and world_size > 1:
         raise ValueError(f"{world_size} workers cannot share {name}; give the device without a number")
     on_gpu = name.startswith("cuda")
-    worker_device = parse_device(f"cuda:{local_rank}" if name == "cuda" else name)
+    worker_device = own_device(name)
     if on_gpu:
         torch.cuda.set_device(worker_device)
     # Workers wait for the slowest, in an evaluation for long; torchrun ends all of them when one fails.

@@ -10,9 +10,12 @@ import re
 import shutil
 import stat
 import uuid
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 _SPECIAL: tuple[tuple[Callable[[int], bool], str], ...] = (
     (stat.S_ISFIFO, "a named pipe"),
@@ -190,6 +193,45 @@ def made_directory(directory: Path) -> Iterator[Path]:
             with contextlib.suppress(OSError):  # someone else has written there meanwhile: it stays
                 path.rmdir()
         raise
+
+
+@contextlib.contextmanager
+def locked(path: Path, wait: bool = False) -> Iterator[bool]:
+    """Hold a lock file, made where missing and removed at the end; when the process dies, the system lets go of it.
+
+    It excludes processes on one machine, and on several where their file system shares its locks: NFS does (version 3
+    with lockd running; when a machine dies, its locks end with its lease), Lustre where it is mounted with `flock`.
+    Where there are no locks, a warning says so, and it counts as held.
+
+    Args:
+        path: of the file, in a folder that is there.
+        wait: until it is free.
+
+    Yields:
+        Whether it is held, and not by another process.
+
+    Raises:
+        OSError: the file cannot be made.
+    """
+    lock = FileLock(path, thread_local=False)
+    is_mine = True
+    try:
+        lock.acquire(timeout=-1 if wait else 0)
+    except Timeout:
+        is_mine = False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        warnings.warn(f"{path.parent} cannot be locked: let no second run write there ({error.strerror})", stacklevel=4)
+    if not is_mine:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        with contextlib.suppress(OSError):  # Windows lets nobody remove what is open
+            path.unlink()  # while it is locked: who has it open will look for a new one
+        lock.release()
 
 
 def remove_leftovers(final: Path) -> None:

@@ -154,6 +154,7 @@ def test_ap_of_drawn_videos_is_that_of_a_data_set_of_them(report: ModuleType, tm
     assert 0.05 < ap < 0.95
 
 
+@pytest.mark.slow  # trains and measures two models
 def test_runs_that_were_killed_go_on_and_done_ones_stay(
     ablations: ModuleType, run_main: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

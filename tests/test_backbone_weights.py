@@ -164,10 +164,10 @@ def test_a_backbone_of_another_kind_is_refused(swin: dict[str, Tensor], tmp_path
 @pytest.mark.parametrize(
     ("smaller", "larger", "key"),
     [
-        ("resnet18", "resnet34", "layer1.2.conv1.weight"),
-        ("resnet26", "resnet50", "layer1.2.conv1.weight"),
         ("test_convnext", "test_convnext2", ""),
-        ("convnext_atto", "convnext_femto", ""),
+        pytest.param("resnet18", "resnet34", "layer1.2.conv1.weight", marks=pytest.mark.slow),
+        pytest.param("resnet26", "resnet50", "layer1.2.conv1.weight", marks=pytest.mark.slow),
+        pytest.param("convnext_atto", "convnext_femto", "", marks=pytest.mark.slow),
     ],
 )
 def test_another_size_is_refused_both_ways(smaller: str, larger: str, key: str, tmp_path: Path) -> None:

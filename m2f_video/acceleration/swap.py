@@ -139,11 +139,7 @@ class Seal:
 
     def holds(self, module: nn.Module) -> bool:
         """Whether all of that is as it was, and values are all that is asked for: no derivatives, no tracing."""
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu"):  # type: ignore[attr-defined]
-            return False
-        if torch._C._len_torch_dispatch_stack() or torch._C._functorch.maybe_current_level() is not None:
-            return False  # what records operators, or works on tensors without memory
-        if forward_ad._current_level >= 0 or _has_any_global_hook() or _has_function_mode():
+        if asked_for_more() or torch.is_autocast_enabled("cpu"):
             return False
         learns = torch.is_grad_enabled()
         for place, name, tensor, address, version in self.tensors:
@@ -168,6 +164,19 @@ class Seal:
         """Whether a call now is part of learning these weights."""
         wanted = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         return wanted and any(tensor.requires_grad for _, _, tensor, _, _ in self.tensors)
+
+
+def asked_for_more() -> str | None:
+    """What is asked for beside values, or who looks at every call of the process; None where there is nothing."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+        return "the call is being compiled"
+    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.maybe_current_level() is not None:
+        return "operators are being recorded or transformed"  # maybe on tensors without memory
+    if forward_ad._current_level >= 0:
+        return "derivatives are asked for"
+    if _has_any_global_hook():
+        return "there are hooks on all modules"
+    return "a mode looks at all calls of PyTorch's functions" if _has_function_mode() else None
 
 
 def _has_function_mode() -> bool:
@@ -203,6 +212,11 @@ def _drops(part: nn.Module) -> bool:
 
 def refusal(module: nn.Module, twin: type[Fused]) -> str | None:
     """Why a twin may not take the place of a module; None where it may."""
+    return difference(module, twin) or _unfit_tensors(module, twin) or twin.misfit(module)
+
+
+def difference(module: nn.Module, twin: type[Fused]) -> str | None:
+    """What of a module is not as it is written, and so not what a twin stands for; None where all is."""
     if not _is_type(module, twin.plain):
         return f"it is a {type(module).__name__}"
     functions = twin.functions()
@@ -220,9 +234,14 @@ def refusal(module: nn.Module, twin: type[Fused]) -> str | None:
             known = [other for other in inside if other.rpartition(".")[0] == name]
             if len(part) != len(known):
                 return f"{name} has {len(part)} layers, not {len(known)}"
-    for function in functions:
-        if reason := changed(function):
-            return reason
+    return next((reason for function in functions if (reason := changed(function))), None)
+
+
+def _methods(functions: list[Function]) -> frozenset[str]:
+    return frozenset(function.name for function in functions if isinstance(function.place, MappingProxyType))
+
+
+def _unfit_tensors(module: nn.Module, twin: type[Fused]) -> str | None:
     tensors = {
         f"{name}.{own}".lstrip("."): tensor
         for name in ("", *twin.parts)
@@ -230,19 +249,6 @@ def refusal(module: nn.Module, twin: type[Fused]) -> str | None:
         for own, tensor in place.items()
         if tensor is not None
     }
-    if reason := _unfit_tensors(tensors):
-        return reason
-    for tensor in tensors.values():
-        if tensor.is_floating_point() and tensor.dtype not in cpu_kernels.DTYPES:
-            return f"twins are for float32 and bfloat16, not {str(tensor.dtype).removeprefix('torch.')}"
-    return twin.misfit(module)
-
-
-def _methods(functions: list[Function]) -> frozenset[str]:
-    return frozenset(function.name for function in functions if isinstance(function.place, MappingProxyType))
-
-
-def _unfit_tensors(tensors: Mapping[str, Tensor]) -> str | None:
     for name, tensor in tensors.items():
         if type(tensor) not in (Tensor, nn.Parameter):
             return f"{name} is a {type(tensor).__name__}"
@@ -252,8 +258,11 @@ def _unfit_tensors(tensors: Mapping[str, Tensor]) -> str | None:
             return f"{name} was made in inference mode, in which changes are not counted"
         if tensor.layout is not torch.strided or not tensor.is_contiguous():
             return f"{name} is not contiguous"
-    if len({tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}) > 1:
+    dtypes = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
+    if len(dtypes) > 1:
         return "its weights differ in type"
+    for dtype in dtypes - set(cpu_kernels.DTYPES):
+        return f"twins are for float32 and bfloat16, not {str(dtype).removeprefix('torch.')}"
     return None
 
 

@@ -15,6 +15,7 @@ from m2f_video.acceleration.pixel_decoder import (
     FusedMSDeformAttn,
     FusedPixelDecoder,
 )
+from m2f_video.acceleration.streamed_decoder import Streamed
 from m2f_video.acceleration.swap import Fused
 from m2f_video.acceleration.swin import FusedMlp, FusedPatchMerging, FusedSwinBlock
 from m2f_video.acceleration.transformer_decoder import FusedCrossAttention, FusedDecoderLayer, FusedMaskProduct
@@ -39,3 +40,6 @@ TWINS: tuple[type[Fused], ...] = (
     FusedGroupNorm,
 )
 """Of several for one type, the first that knows a module takes its place."""
+
+WRITTEN: tuple[type[Fused], ...] = (*TWINS, Streamed)
+"""All that stand for functions of ours as they were when `written_for` was written."""

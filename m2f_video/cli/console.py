@@ -26,7 +26,7 @@ def one_line(text: object) -> str:
 
 @contextmanager
 def progress_bars(unit: str = "it") -> Iterator[Callable[[str, int, int | None], None]]:
-    """One bar per stage, on a terminal only.
+    """One bar per stage, on a terminal only; a stage that is less far than before begins anew.
 
     Yields:
         A function to call with a stage, how much of it is done, and of how much (None: not known).
@@ -36,6 +36,9 @@ def progress_bars(unit: str = "it") -> Iterator[Callable[[str, int, int | None],
     def update(stage: str, done: int, total: int | None) -> None:
         if stage not in bars:
             bars[stage] = tqdm(desc=stage, total=total, unit=unit, disable=None)
+        if done < bars[stage].n:
+            bars[stage].reset()
+        bars[stage].total = total
         bars[stage].update(done - bars[stage].n)
 
     try:
@@ -43,6 +46,11 @@ def progress_bars(unit: str = "it") -> Iterator[Callable[[str, int, int | None],
     finally:
         for bar in bars.values():
             bar.close()
+
+
+def print_line(text: object) -> None:
+    """Print a message as one line, above the progress bars where there are any."""
+    tqdm.write(one_line(text))
 
 
 class _Console(Console):

@@ -66,7 +66,8 @@ class ModelOptions:
     frames_per_chunk: int | None = None
     """with --data: frames encoded at a time; by default 1 on a CPU and 8 elsewhere."""
     mode: Mode = "whole"
-    """with --data: decode each video as a whole, as published; in windows; or auto, by its length."""
+    """with --data: decode each video as a whole, as published; streamed, the same with one frame at a time on the
+    device; in windows; or auto, by its length."""
     window: int = WINDOW
     """with --data: frames of a window."""
     stride: int | None = None
@@ -75,7 +76,7 @@ class ModelOptions:
     """with --data: how objects of a window are linked to tracks."""
     max_overlap: float | None = None
     """with --data: leave out an object of whose mask more certain ones cover a larger share; by default 1, which keeps
-    all, for whole videos, and 0.5 in windows."""
+    all, for whole and streamed videos, and 0.5 in windows."""
 
 
 def eval_results(

@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Union
 
-import torch
 import tyro
 from tyro.conf import subcommand
 
@@ -27,6 +26,7 @@ from m2f_video.cli.parity import parity
 from m2f_video.cli.segment import segment
 from m2f_video.cli.train import train_command
 from m2f_video.files import naming
+from m2f_video.inference.on_video import OutOfMemoryError, is_out_of_memory
 
 if TYPE_CHECKING:
     pass
@@ -78,17 +78,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
     except (ValueError, OSError, ImportError, KernelError) as error:
         message = str(error).strip() or type(error).__name__
+    except OutOfMemoryError as error:
+        message = str(error)
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         message = "out of memory; choose fewer frames, smaller ones (--shortest-edge), a smaller batch, or bfloat16"
     print(one_line(f"m2f-video: error: {message}"), file=sys.stderr)
     return 2
-
-
-def _is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
-    """On a CPU, PyTorch says so with a plain RuntimeError."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:

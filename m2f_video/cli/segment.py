@@ -1,14 +1,17 @@
 """`m2f-video segment`."""
 
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
+from m2f_video.cli.bulk import segment_videos
 from m2f_video.cli.console import one_line, progress_bars
 from m2f_video.cli.outputs import DtypeName, Source, check_output, print_tracks, processor_of, standard_input
 from m2f_video.hub import load_config
 from m2f_video.inference.linking import LinkerName
+from m2f_video.inference.listing import is_list
 from m2f_video.inference.segment import WINDOW, Mode, choose_mode
 from m2f_video.inference.to_folder import check_overlay, segment_to_folder
 from m2f_video.modeling.video_mask2former import VideoMask2Former
@@ -39,15 +42,25 @@ def segment(
     strict: bool = False,
     overlay: bool = True,
 ) -> int:
-    """Segment and track the objects of a video; write tracks.json and overlay.mp4.
+    """Segment and track the objects of a video, or of many; write tracks.json and overlay.mp4.
 
-    Example: m2f-video segment cars.mp4 --checkpoint facebook/video-mask2former-swin-tiny-youtubevis-2019-instance
+    Of many videos each gets a folder of its own in OUTPUT, and OUTPUT/manifest.jsonl says what was done. One that
+    fails does not stop the others, and makes the exit code 1; run the same command again to go on, what is done is
+    skipped. Any number of processes may run it at once: each takes videos that no other one has, also where machines
+    share OUTPUT over NFS, and takes over those of a process that died.
+
+    Examples: m2f-video segment cars.mp4 --checkpoint facebook/video-mask2former-swin-tiny-youtubevis-2019-instance
     --output out --score-threshold 0.3
+
+    m2f-video segment videos/ --checkpoint demo --output out
+
+    torchrun --nproc-per-node 8 -m m2f_video segment list.txt --checkpoint demo --output out
 
     Args:
         source: video file, or a folder of frames (jpg, png, tif, ...), one picture each; - takes a video that is piped
             in, of a format that is read from front to back (mkv, webm, mpegts, fragmented mp4), and draws the overlay
-            as frames come, by the scores of that moment.
+            as frames come, by the scores of that moment. Many videos: a folder of video files or of folders of frames,
+            or a text file (.txt) with a path on each line, relative to that file; lines that begin with # do not count.
         checkpoint: hub name, folder (config.json and weights; this project's or transformers' format) or weight file.
         output: folder to write to; made where missing.
         config: for a weight file without a config.json beside it: a preset such as swin_tiny_youtubevis_2019, or a
@@ -55,18 +68,21 @@ def segment(
         temporal: read an image checkpoint, whose frames are decoded alone, as a video model (joint). Its identities
             then hold across frames, though it was not trained for that.
         revision: branch, tag or commit of a checkpoint on the hub.
-        device: such as cpu, cuda or cuda:1; by default cuda where there is one, else cpu.
+        device: such as cpu, cuda or cuda:1; by default cuda where there is one, else cpu. Of many videos, each process
+            of torchrun takes its own GPU.
         dtype: floating-point type the model runs in.
-        frames: which frames, START:STOP or START:STOP:STEP, counted from 0, such as 10:50:2.
-        mode: whole decodes the video as one clip, as published, window clip by clip, linking what they show, in memory
-            that does not grow; auto takes whole for up to 36 frames, and says so.
+        frames: which frames, of each video, START:STOP or START:STOP:STEP, counted from 0, such as 10:50:2.
+        mode: whole decodes the video as one clip, as published; so does streamed, with one frame at a time on the
+            device and 17 MB of each (480x864, float32) in memory or, beyond 4 GiB, in a file in TMPDIR; window decodes
+            it clip by clip, linking what they show, in memory that does not grow; auto takes whole for up to 36 frames
+            and window for more, and says so.
         window: frames of a window.
         stride: frames from the beginning of one window to that of the next; by default as many as a window has.
         linker: how objects of a window are linked to tracks: by their masks and classes (transfer), by embeddings as
             MinVIS does (embedding), by masks in shared frames as IFC does (mask_iou, with --stride below --window), or
             by the last two (both).
         max_overlap: leave out an object of whose mask more certain ones cover a larger share; by default 1, which keeps
-            all, for whole videos, as published, and 0.5 in windows.
+            all, for whole and streamed videos, as published, and 0.5 in windows.
         top_k: how many (object, class) pairs become tracks; the published evaluation takes 10.
         score_threshold: leave out tracks that score less. 0 keeps all top-k, as the published evaluation does; 0.3
             suits most videos.
@@ -78,42 +94,50 @@ def segment(
     """
     from m2f_video.video.reader import open_video, parse_frames
 
-    check_output(output, TRACKS_FILE, *([OVERLAY_FILE] if overlay else []))
     selected = None if frames is None else parse_frames(frames)
+    load = partial(_load, checkpoint, config=config, temporal=temporal, revision=revision, dtype=dtype)
+    how: dict[str, Any] = {
+        "overlay": overlay,
+        "window": window,
+        "stride": stride,
+        "linker": linker,
+        "max_overlap": max_overlap,
+        "top_k": top_k,
+        "score_threshold": score_threshold,
+        "frames_per_chunk": frames_per_chunk,
+        "plain": plain,
+    }
+    if source != "-" and is_list(source):
+        about = {"checkpoint": checkpoint, "frames": selected, "strict": strict, "mode": mode}
+        return segment_videos(source, output, load, device=device, shortest_edge=shortest_edge, **about, **how)
+    check_output(output, TRACKS_FILE, *([OVERLAY_FILE] if overlay else []))
     reader = open_video(standard_input() if source == "-" else source, selected, strict=strict)
     chosen, why = choose_mode(mode, reader.num_frames_hint)
     if overlay:
         check_overlay(reader, output, mode)
-    if load_config(checkpoint, config=config, temporal=temporal, revision=revision).temporal != "joint":
-        raise ValueError(f"{checkpoint} is an image model; --temporal joint reads it as a video model")
-    model = VideoMask2Former.from_pretrained(
-        checkpoint,
-        config=config,
-        temporal=temporal,
-        revision=revision,
-        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
-        dtype=dtype,
-    )
+    model = load(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if mode == "auto":
         print(f"mode {chosen}: {why}")
     with progress_bars(unit="frame") as update:
+        processor = processor_of(model, shortest_edge)
         segmentation = segment_to_folder(
-            model,
-            reader,
-            output,
-            overlay=overlay,
-            processor=processor_of(model, shortest_edge),
-            mode=chosen,
-            window=window,
-            stride=stride,
-            linker=linker,
-            max_overlap=max_overlap,
-            top_k=top_k,
-            score_threshold=score_threshold,
-            frames_per_chunk=frames_per_chunk,
-            plain=plain,
-            progress=update,
+            model, reader, output, processor=processor, mode=chosen, progress=update, **how
         )
     print_tracks(segmentation)
     print(one_line(f"written to {output}: {TRACKS_FILE}{f', {OVERLAY_FILE}' if overlay else ''}"))
     return 0
+
+
+def _load(
+    checkpoint: str,
+    device: torch.device | str,
+    *,
+    config: str | None,
+    temporal: str | None,
+    revision: str | None,
+    dtype: str,
+) -> VideoMask2Former:
+    about: dict[str, Any] = {"config": config, "temporal": temporal, "revision": revision}
+    if load_config(checkpoint, **about).temporal != "joint":
+        raise ValueError(f"{checkpoint} is an image model; --temporal joint reads it as a video model")
+    return VideoMask2Former.from_pretrained(checkpoint, **about, device=device, dtype=dtype)

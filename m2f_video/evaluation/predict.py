@@ -3,8 +3,6 @@
 T frames, H height, W width.
 """
 
-import hashlib
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -12,7 +10,6 @@ from itertools import chain
 from typing import Any, Unpack
 
 import numpy as np
-import torch
 import torch.distributed as dist
 
 from m2f_video.acceleration import accelerated
@@ -24,6 +21,7 @@ from m2f_video.evaluation.annotations import GroundTruth, Progress, load_ground_
 from m2f_video.evaluation.journal import Journal, Row
 from m2f_video.evaluation.pairing import pair_tracks
 from m2f_video.evaluation.video_ap import VideoAPResult, average_precision
+from m2f_video.inference.fingerprint import model_fingerprint, options_fingerprint
 from m2f_video.inference.processor import VideoProcessor
 from m2f_video.inference.segment import SegmentOptions, segment_video
 from m2f_video.modeling.video_mask2former import VideoMask2Former
@@ -273,22 +271,12 @@ def _made_from(
 ) -> dict[str, Any]:
     """What the predictions depend on. How they are computed (device, chunks, ranks) is not part of it."""
     return {
-        "model": _hash_model(model),
+        "model": model_fingerprint(model),
         "dataset": videos.fingerprint,
         "preprocessing": asdict(processor.config),
         "top_k": top_k,
-        "segmentation": {
-            name: value if isinstance(value, int | float | str) else repr(value) for name, value in how.items()
-        },
+        "segmentation": options_fingerprint(how),
     }
-
-
-def _hash_model(model: VideoMask2Former) -> str:
-    digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().flatten().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _ranks() -> tuple[int, int]:

@@ -3,15 +3,17 @@
 F frames, N masks, H W height and width of the video, h w of the mask logits.
 """
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from m2f_video.acceleration import accelerated
-from m2f_video.inference.clip_model import ClipModel
+from m2f_video.inference.clip_model import ClipModel, ClipPrediction
 from m2f_video.inference.linking import MaskProductFunction
 from m2f_video.inference.postprocess import resize_masks
 from m2f_video.inference.processor import VideoProcessor
@@ -21,11 +23,26 @@ from m2f_video.modeling.video_mask2former import FrameFeatures
 from m2f_video.results.masks import Rle, encode_mask
 from m2f_video.video.reader import VideoReader
 
+_LOGGER = logging.getLogger(__name__)
+
 Progress = Callable[[str, int, int | None], None]
-"""Called with a stage ("frames" or "masks"), how many frames it has done, and of how many (None: not known yet)."""
+"""Called with a stage ("frames" or "masks"; between them "attention", where a clip is streamed, whose layers each take
+all frames), how many frames it has done, and of how many (None: not known yet)."""
 
 
-@dataclass(frozen=True)
+class OutOfMemoryError(MemoryError):
+    """Memory does not suffice for the least that can be done at a time; the message says what would take less."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory did not suffice: in PyTorch, on a CPU, it is a plain RuntimeError."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    texts = ("can't allocate memory", "out of memory", "_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+
+
+@dataclass
 class ModelOnVideo:
     """A model, a video and how they meet.
 
@@ -33,7 +50,7 @@ class ModelOnVideo:
         model: sees the frames.
         reader: of the video.
         processor: prepares frames, and says what was done to them.
-        frames_per_chunk: frames encoded, and masks made, at a time.
+        frames_per_chunk: frames encoded, and masks made, at a time; halved where memory does not suffice.
         progress: see `Progress`.
     """
 
@@ -58,8 +75,39 @@ class ModelOnVideo:
         return getattr(self.model, "mask_product", None) or MaskProduct()
 
     def encode(self, pixels: np.ndarray) -> FrameFeatures:
-        """Features of frames (F, H, W, 3)."""
-        return self.model.encode_frames(self.processor.process_frames(pixels).to(self.model.device))
+        """Features of frames (F, H, W, 3), `frames_per_chunk` at a time.
+
+        Raises:
+            OutOfMemoryError: memory does not suffice for one frame.
+        """
+        parts: list[FrameFeatures] = []
+        done = 0
+        while done < len(pixels) or not parts:
+            chunk = pixels[done : done + self.frames_per_chunk]
+            features = self._encoded(chunk)
+            if features is None:
+                self._halve(len(chunk))
+            else:
+                parts.append(features)
+                done += len(chunk)
+        return parts[0] if len(parts) == 1 else FrameFeatures.concatenate(parts)
+
+    def decode(self, features: FrameFeatures) -> ClipPrediction:
+        """Classes and mask embeddings of a clip, without its masks.
+
+        Raises:
+            OutOfMemoryError: memory does not suffice; a clip cannot be halved.
+        """
+        try:
+            return self.model.decode_clip(features, output_masks=False)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise OutOfMemoryError(
+                f"{self.reader.source}: out of memory while a clip of {len(features.mask_features)} frames is decoded; "
+                "take smaller windows (--mode window, --window), --mode streamed, fewer frames (--frames) or smaller "
+                "ones (--shortest-edge)"
+            ) from error
 
     def encode_masks(self, mask_logits: Tensor) -> list[tuple[Rle | None, ...]]:
         """Masks of logits (N, F, h, w), at the video's size: for each of the N, one of each frame."""
@@ -77,3 +125,23 @@ class ModelOnVideo:
         """Tell how far it is."""
         if self.progress is not None:
             self.progress(stage, done, total)
+
+    def _encoded(self, pixels: np.ndarray) -> FrameFeatures | None:
+        """Features of frames at once; None where memory does not suffice. What had been made of them is free then."""
+        try:
+            return self.model.encode_frames(self.processor.process_frames(pixels).to(self.model.device))
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if len(pixels) <= 1:
+                raise OutOfMemoryError(
+                    f"{self.reader.source}: out of memory with one frame at a time; take smaller frames "
+                    "(--shortest-edge), bfloat16 (--dtype), or --mode window, which keeps fewer in memory"
+                ) from error
+        return None
+
+    def _halve(self, tried: int) -> None:
+        self.frames_per_chunk = max(1, tried // 2)
+        _LOGGER.warning("out of memory with %d frames at a time; going on with %d", tried, self.frames_per_chunk)
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()  # what is free, but in pieces of other sizes

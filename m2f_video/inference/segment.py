@@ -1,4 +1,4 @@
-"""From a video to tracks, as one clip or in windows.
+"""From a video to tracks, as one clip, at once or frame by frame, or in windows.
 
 T frames, Q queries, K classes, W frames of a window, S its stride.
 """
@@ -14,12 +14,13 @@ from m2f_video.inference.on_video import ModelOnVideo, Progress
 from m2f_video.inference.postprocess import select_top_k
 from m2f_video.inference.processor import VideoProcessor
 from m2f_video.inference.stream import FrameResult, VideoStream, segment_windows
+from m2f_video.inference.streamed import segment_streamed
 from m2f_video.inference.whole import segment_whole
 from m2f_video.inference.windows import MAX_OVERLAP, Windowing
 from m2f_video.results.tracks import Track, VideoSegmentation
 from m2f_video.video.reader import VideoReader, VideoSource, open_video
 
-Mode = Literal["auto", "whole", "window"]
+Mode = Literal["auto", "whole", "streamed", "window"]
 WINDOW = 8
 """Frames of a window."""
 MOST_WHOLE = 36
@@ -36,7 +37,7 @@ class SegmentOptions(TypedDict, total=False):
     max_overlap: float | None
 
 
-def choose_mode(mode: Mode, num_frames: int | None) -> tuple[Literal["whole", "window"], str]:
+def choose_mode(mode: Mode, num_frames: int | None) -> tuple[Literal["whole", "streamed", "window"], str]:
     """How a video is segmented, and why, in words.
 
     Args:
@@ -79,9 +80,10 @@ def segment_video(
     """Segment and track the objects of a video.
 
     As a whole it is one clip: every query attends to all frames (arXiv 2112.10764, section 3), and features of all
-    frames stay in memory until the end. In windows, clips of a few frames are decoded one after the other and their
-    objects are linked, in memory that does not grow with the video but for the result; `stream_video` gives that frame
-    by frame.
+    frames stay in memory until the end. Streamed it is the same clip, decoded with one frame at a time on the model's
+    device, and what that needs of each in host memory or a file. In windows, clips of a few frames are decoded one
+    after the other and their objects are linked, in memory that does not grow with the video but for the result;
+    `stream_video` gives that frame by frame.
 
     Args:
         model: with `temporal="joint"`, on any device, in any dtype. It runs in evaluation mode and accelerated, see
@@ -90,19 +92,22 @@ def segment_video(
             reader. The result of what is read once has no `video` to draw on.
         processor: other preprocessing than the model's own.
         frames: which frames of the source, counted from 0; None takes all. Not for an open reader.
-        mode: `whole`, as published; `window`; or `auto`, which takes `whole` for up to `MOST_WHOLE` frames, and
-            `window` for more or where the source does not say how many it has. See `choose_mode`.
+        mode: `whole`, as published; `streamed`, which gives what `whole` gives, to rounding; `window`; or `auto`, which
+            takes `whole` for up to `MOST_WHOLE` frames, and `window` for more or where the source does not say how many
+            it has. See `choose_mode`, and `m2f_video.inference.streamed` for what is kept of frames, and where. A
+            transformer decoder that is not as it is written (a part replaced, patched, hooked, or looked at by
+            `model.capture`), mask pooling and SMCA have no streamed form.
         window: frames W of a window.
         stride: frames S from the beginning of one window to that of the next, 1 to W; None is W. Frames that two
             windows share keep the masks of the first.
         linker: how objects of a window are linked to tracks: a name, see `m2f_video.inference.linking.LINKERS`, or a
             `Linker` of your own.
         max_overlap: an object of whose mask, in the whole video or a window, more certain ones cover a larger share is
-            a duplicate and left out; 1 keeps all, as the published evaluation does. None is 1 for `whole` and 0.5 for
-            `window`.
+            a duplicate and left out; 1 keeps all, as the published evaluation does. None is 0.5 for `window`, else 1.
         top_k: how many (object, class) pairs become tracks, as the published evaluation takes 10.
         score_threshold: pairs that score less are left out.
-        frames_per_chunk: frames encoded at a time; None is 1 on a CPU and 8 elsewhere.
+        frames_per_chunk: frames encoded at a time; None is 1 on a CPU and 8 elsewhere. `streamed` takes 1 on a CPU
+            whatever this says, so that it changes no bit.
         strict: raise an error for a video that is damaged or changes its size, instead of warning and using
             what comes before.
         plain: run the model as it is written, without accelerated twins.
@@ -115,7 +120,9 @@ def segment_video(
         VideoError: the source is no video, or none of its frames is selected.
         FileNotFoundError: there is no such file.
         TypeError: `model` is none.
-        ValueError: a per-frame model, an option out of its range, or NaN in what the model gives.
+        ValueError: a per-frame model, one that cannot be `streamed`, an option out of its range, or NaN in what the
+            model gives.
+        OSError: `streamed` has no room for its file.
     """
     video = _on_video(model, source, processor, frames, frames_per_chunk, strict, progress)
     _check_selection(model, top_k, score_threshold)
@@ -125,7 +132,8 @@ def segment_video(
         return collect(VideoStream(video, windowing, plain), score_threshold)
     duplicates = 1.0 if max_overlap is None else max_overlap
     with video.accelerated(plain) as fast:
-        tracks, count = segment_whole(fast, top_k=top_k, score_threshold=score_threshold, max_overlap=duplicates)
+        segment = segment_whole if chosen == "whole" else segment_streamed
+        tracks, count = segment(fast, top_k=top_k, score_threshold=score_threshold, max_overlap=duplicates)
     return _segmentation(video, tracks, count)
 
 
@@ -216,6 +224,39 @@ def _on_video(
     strict: bool,
     progress: Progress | None,
 ) -> ModelOnVideo:
+    _check_model(model)
+    if isinstance(source, VideoReader) and frames is not None:
+        raise ValueError("frames cannot be chosen for an open reader; give them to open_video")
+    reader = source if isinstance(source, VideoReader) else open_video(source, frames, strict=strict)
+    chunk_size = _chunk_size(model, frames_per_chunk)
+    return ModelOnVideo(model, reader, processor or VideoProcessor.from_config(model.config), chunk_size, progress)
+
+
+def check_options(
+    model: ClipModel,
+    *,
+    mode: Mode = "auto",
+    window: int = WINDOW,
+    stride: int | None = None,
+    linker: LinkerName | Linker = "transfer",
+    max_overlap: float | None = None,
+    top_k: int = 10,
+    score_threshold: float = 0.0,
+    frames_per_chunk: int | None = None,
+) -> None:
+    """Fail as `segment_video` would with these, before there is a video.
+
+    Raises:
+        TypeError, ValueError: see there.
+    """
+    _check_model(model)
+    _chunk_size(model, frames_per_chunk)
+    _check_selection(model, top_k, score_threshold)
+    choose_mode(mode, None)
+    _windowing(window, stride, linker, max_overlap, top_k)
+
+
+def _check_model(model: ClipModel) -> None:
     if not isinstance(model, ClipModel):
         raise TypeError(
             f"the model comes first, loaded by VideoMask2Former.from_pretrained; got {type(model).__name__}"
@@ -226,13 +267,13 @@ def _on_video(
             "load the checkpoint with temporal='joint' (--temporal joint), or segment its frames as images with "
             "processor.post_process_instance_segmentation"
         )
-    if isinstance(source, VideoReader) and frames is not None:
-        raise ValueError("frames cannot be chosen for an open reader; give them to open_video")
-    reader = source if isinstance(source, VideoReader) else open_video(source, frames, strict=strict)
+
+
+def _chunk_size(model: ClipModel, frames_per_chunk: int | None) -> int:
     chunk_size = (1 if model.device.type == "cpu" else 8) if frames_per_chunk is None else frames_per_chunk
     if not 1 <= chunk_size < 2**31:
         raise ValueError(f"frames_per_chunk must be at least 1 and below {2**31}, got {frames_per_chunk!s:.30}")
-    return ModelOnVideo(model, reader, processor or VideoProcessor.from_config(model.config), chunk_size, progress)
+    return chunk_size
 
 
 def _windowing(

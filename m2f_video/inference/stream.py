@@ -84,7 +84,7 @@ class VideoStream:
         self._begun = True
         with self.video.accelerated(self._plain) as video:
             for window in window_features(video, self.windowing):
-                output = video.model.decode_clip(window.features, output_masks=False)
+                output = video.decode(window.features)
                 objects = objects_of(output, window, video.mask_product, self.windowing)
                 ids = self._tracker.link(objects)
                 masks = video.encode_masks(objects.mask_logits[:, -len(window.images) :])

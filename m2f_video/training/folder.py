@@ -1,17 +1,13 @@
 """The folder of a run: its files, who may write there, and what a run goes on from."""
 
-import errno
 import os
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from m2f_video.config import ConfigError
-from m2f_video.files import made_directory
+from m2f_video.files import locked, made_directory
 from m2f_video.training.checkpoint import FOLDER, checkpoint_file, list_checkpoints, load_latest_checkpoint
 from m2f_video.training.config import TrainConfig
 from m2f_video.training.log import EVALUATIONS_FILE, STEPS_FILE, TENSORBOARD_FOLDER
@@ -39,24 +35,10 @@ def held_folder(output: Path) -> Iterator[None]:
             raise IsADirectoryError(
                 f"{path} is a folder, where a training run needs a file; move it, or write elsewhere"
             )
-    with made_directory(output):
-        lock = FileLock(output / LOCK_FILE, thread_local=False)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout as error:
-            raise ValueError(
-                f"another training run is at work in {output}; wait for its end, or write elsewhere"
-            ) from error
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
-                raise
-            warnings.warn(f"{output} cannot be locked: let no second run write there ({error.strerror})", stacklevel=2)
-        try:
-            yield
-        finally:
-            with suppress(OSError):  # Windows lets nobody remove what is open
-                (output / LOCK_FILE).unlink()  # while it is locked: who has it open will look for a new one
-            lock.release()
+    with made_directory(output), locked(output / LOCK_FILE) as is_mine:
+        if not is_mine:
+            raise ValueError(f"another training run is at work in {output}; wait for its end, or write elsewhere")
+        yield
 
 
 def check_unused(output: Path) -> None:

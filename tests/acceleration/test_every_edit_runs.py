@@ -30,7 +30,7 @@ import m2f_video.modeling
 from m2f_video import VideoMask2Former, segment_video
 from m2f_video.acceleration import accelerated, written_for
 from m2f_video.acceleration.swap import Fused
-from m2f_video.acceleration.twins import TWINS
+from m2f_video.acceleration.twins import WRITTEN
 from m2f_video.modeling import cross_attention, feature_pyramids, position_encoding, swin, transformer_decoder
 from m2f_video.modeling.cross_attention import Level
 from m2f_video.modeling.pixel_decoder import MSDeformAttnPixelDecoder
@@ -157,13 +157,17 @@ def scores(model: VideoMask2Former, plain: bool) -> list[float]:
 
 
 def cases() -> list[Any]:
-    """Every module by every way; fast ones are a way for each module and each way for some."""
+    """Every module by every way; fast ones are a way for each of the published model's and each way for some."""
     return [
-        pytest.param(kind, way, id=f"{kind.__name__}-{way}", marks=() if (i + j) % len(WAYS) == 0 else pytest.mark.slow)
+        pytest.param(kind, way, id=f"{kind.__name__}-{way}", marks=marks(kind, (i + j) % len(WAYS) == 0))
         for i, kind in enumerate(MODULES)
         for j, way in enumerate(WAYS)
         if way != "pre-hook" or not issubclass(kind, position_encoding.SinePosition3D)  # whose arguments are sizes
     ]
+
+
+def marks(kind: type[nn.Module], fast: bool) -> Any:
+    return () if fast and kind.__module__ != feature_pyramids.__name__ else pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +222,7 @@ def test_a_changed_module_runs(
 @pytest.mark.filterwarnings("ignore:For backward hooks to be called")
 @pytest.mark.parametrize(
     "kind",
-    [pytest.param(kind, marks=() if i % 3 == 0 else pytest.mark.slow) for i, kind in enumerate(MODULES)],
+    [pytest.param(kind, marks=marks(kind, i % 3 == 0)) for i, kind in enumerate(MODULES)],
     ids=lambda kind: kind.__name__,
 )
 def test_backward_hooks_are_called(kind: type[nn.Module], build: Build) -> None:
@@ -474,6 +478,6 @@ def test_dropout_drops_in_training_and_not_in_inference(model: VideoMask2Former)
 
 
 def test_twins_are_written_for_the_functions_as_they_are() -> None:
-    now = written_for.digests(function for twin in TWINS for function in twin.functions())
+    now = written_for.digests(function for twin in WRITTEN for function in twin.functions())
     kept = json.loads(written_for.FILE.read_text(encoding="utf-8"))
     assert kept == now, "see m2f_video/acceleration/__main__.py"

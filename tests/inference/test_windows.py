@@ -98,6 +98,15 @@ def test_duplicates_can_be_left_out_of_a_whole_video(tiny_model, long_video):
     assert 1 <= len({track.query_id for track in fewer.tracks}) < len({track.query_id for track in kept.tracks})
 
 
+def test_taps_have_an_entry_of_each_window(tiny_model, long_video):
+    attention = "transformer_decoder.layers.0.cross_attn.attention_weights"
+    with tiny_model.capture("transformer_decoder", "backbone", attention) as taps:
+        segment_video(tiny_model, long_video, mode="window", window=4)
+    assert [len(taps.calls(name)) for name in ("transformer_decoder", "backbone", attention)] == [3, 3, 3]
+    assert {len(maps[0]) for maps in taps.calls("backbone")} == {4}
+    assert {weights.shape[-1] % 4 for weights in taps.calls(attention)} == {0}
+
+
 # -- linking
 
 

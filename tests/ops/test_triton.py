@@ -28,6 +28,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 INSTALLED = importlib.util.find_spec("triton") is not None
 DEVICE = "cpu" if INTERPRETED else "cuda"
 SHAPES = ((3, 5), (2, 7), (1, 1))
+FEW = "not (three_levels or many or 1e or inf or 1000000000000 or shapes2 or dtype1 or rules or whole or graph)"
+"""Tests and cases of each kind, as pytest's -k selects them."""
 FRAME = ((60, 108), (30, 54), (15, 27))  # of 480x864
 
 runs_kernels = pytest.mark.skipif(
@@ -46,9 +48,7 @@ needs_gpu = [
 @pytest.mark.parametrize(
     "selection",
     [
-        pytest.param(
-            "not (three_levels or many or 1e or inf or 1000000000000 or shapes2 or dtype1)", id="small"
-        ),  # cases of one kind
+        pytest.param(FEW, id="small"),
         pytest.param("triton", id="all", marks=pytest.mark.slow),
     ],
 )

@@ -50,7 +50,9 @@ def segments(result: dict[str, Any]) -> list[tuple[int, float, Any]]:
     return sorted(rows, key=lambda row: row[:2])
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if i % 2 == 0 else pytest.mark.slow) for i, name in enumerate(SIZES)]
+)
 def test_files_to_segments_equal_transformers(image_folder: Path, files: dict[str, Path], name: str) -> None:
     reference = transformers.Mask2FormerForUniversalSegmentation.from_pretrained(image_folder).eval()
     model = VideoMask2Former.from_pretrained(image_folder)

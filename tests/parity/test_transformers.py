@@ -85,7 +85,7 @@ def test_every_stage_agrees_for_other_configs(config: VideoMask2FormerConfig) ->
     ("name", "size", "dtype"),
     [
         ("resnet18", (70, 90), torch.float64),
-        ("resnet50", (33, 130), torch.float32),
+        pytest.param("resnet50", (33, 130), torch.float32, marks=pytest.mark.slow),
         pytest.param("resnet18", (70, 90), torch.float32, marks=pytest.mark.slow),
         pytest.param("resnet50", (33, 130), torch.float64, marks=pytest.mark.slow),
         pytest.param("resnet50", (64, 96), torch.float32, marks=pytest.mark.slow),
