@@ -3,7 +3,7 @@
 Peak memory is that of tensors (`peak_bytes`) beyond weights and pixels of the video: a short rendered one, forwards and
 backwards again and again. `original` is the original's scheme: all frames through the network at once, mask logits of
 all queries for all frames, and only then the best ones; in plain PyTorch. The others are the modes of `segment_video`,
-accelerated.
+accelerated. On a CPU the features that `streamed` stores are counted too.
 
 Resident memory is that of a process of its own that segments a long stream into a folder, overlay included.
 """
@@ -239,10 +239,10 @@ def measure_costs(checkpoint: Path, sizes: Sizes) -> dict[str, Any]:
     return found
 
 
-def write_costs(folder: Path, found: Mapping[str, Any], about: Mapping[str, Any]) -> str:
-    """Write `long_video_costs.json`, `.md` and, with matplotlib, `.png`; gives the text of the second."""
+def write_costs(folder: Path, name: str, found: Mapping[str, Any], about: Mapping[str, Any]) -> str:
+    """Write JSON, Markdown and, with matplotlib, a plot, of that name; gives the text of the second."""
     report = {**about, **found}
-    return save(folder, "long_video_costs", report, markdown(report), draw)
+    return save(folder, name, report, markdown(report), draw)
 
 
 def markdown(report: Mapping[str, Any]) -> str:

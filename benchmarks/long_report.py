@@ -148,15 +148,17 @@ def compare(of_methods: Mapping[str, Numbers], draws: int, base: str = DEFAULT) 
 
 def write_report(
     folder: Path,
+    name: str,
     complete: Mapping[tuple[int, int], Mapping[str, Numbers]],
     about: Mapping[str, Any],
     *,
     draws: int,
 ) -> str:
-    """Write `long_video.json`, `.md` and, with matplotlib, `.png`; gives the text of the second.
+    """Write JSON, Markdown and, with matplotlib, a plot; gives the text of the second.
 
     Args:
         folder: of the three.
+        name: of the three, without ending.
         complete: what was found on all videos, by length and seed, and method.
         about: what all of it has in common; `title`, `machine`, `command` and `claims`.
         draws: of videos.
@@ -178,7 +180,7 @@ def write_report(
         }
     notes = {method.name: {"group": method.group, "note": method.note} for method in METHODS}
     report = {**about, "draws": draws, "methods": notes, "lengths": lengths}
-    return save(folder, "long_video", report, markdown(report), draw)
+    return save(folder, name, report, markdown(report), draw)
 
 
 def save(folder: Path, name: str, report: Mapping[str, Any], text: str, plot: Any) -> str:
@@ -232,7 +234,7 @@ def markdown(report: Mapping[str, Any]) -> str:
                 for name in names
             ],
         ),
-        "\n" + "\n".join(f"- {name}: {of['note']}." for name, of in report["methods"].items() if of["note"]),
+        "\n" + "\n".join(f"- {name}: {note}." for name in names if (note := report["methods"][name]["note"])),
         f"\nMachine: {', '.join(f'{name} {value}' for name, value in report['machine'].items())}. "
         f"Command: `{report['command']}`",
     ]

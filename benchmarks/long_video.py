@@ -217,6 +217,7 @@ def main(
     difficulty: Literal["easy", "medium", "hard"] = "medium",
     checkpoint: Path = CHECKPOINT,
     report: Path | None = None,
+    name: str = "long_video",
     report_only: bool = False,
     costs: bool = False,
     quick: bool = False,
@@ -224,7 +225,7 @@ def main(
     threads: int = 1,
     nice: int = 15,
 ) -> None:
-    """Compare ways to segment long videos; write long_video.json, .md and .png, or with --costs long_video_costs.*.
+    """Compare ways to segment long videos; write NAME.json, .md and .png, or with --costs NAME_costs of each.
 
     Args:
         output: folder of what was found, a file a video; the same command goes on there.
@@ -235,6 +236,7 @@ def main(
         difficulty: of the videos.
         checkpoint: folder of the model, in the native format.
         report: folder of the report; by default output.
+        name: of the report's files, without ending.
         report_only: measure nothing, report what is done.
         costs: measure memory and time instead, on a machine that does nothing else.
         quick: check that all of it runs; claims nothing.
@@ -244,9 +246,9 @@ def main(
     """
     if quick:
         lengths, seeds, videos = QUICK["lengths"], QUICK["seeds"], QUICK["videos"]
-    for name, numbers in {"lengths": lengths, "videos": (videos,), "draws": (draws,), "threads": (threads,)}.items():
+    for option, numbers in {"lengths": lengths, "videos": (videos,), "draws": (draws,), "threads": (threads,)}.items():
         if not numbers or min(numbers) < 1:
-            raise ValueError(f"--{name} must be positive, got {' '.join(map(str, numbers)) or 'none'}")
+            raise ValueError(f"--{option} must be positive, got {' '.join(map(str, numbers)) or 'none'}")
     if not seeds or min(seeds) < 0 or not 0 <= nice <= 19:
         raise ValueError("--seeds must name some, from 0 on, and --nice is 0 to 19")
     if not (checkpoint / "model.safetensors").exists():
@@ -255,7 +257,7 @@ def main(
     about = {"machine": machine(), "command": shlex.join(("python", *sys.argv)), "claims": not quick}
     if costs:
         found = measure_costs(checkpoint, Sizes.quick() if quick else Sizes())
-        print(write_costs(report or output, found, about))
+        print(write_costs(report or output, f"{name}_costs", found, about))
         return
     os.nice(max(nice - os.nice(0), 0))
     chosen = tuple(choose(methods))
@@ -265,16 +267,17 @@ def main(
         perform_all(study, tasks)
     numbers_of: dict[tuple[int, int], dict[str, list[Numbers]]] = {}
     for task in tasks:  # a method counts where it was measured on all videos of a length and seed
-        for name, row in study.found(task).items():
-            numbers_of.setdefault((task.length, task.seed), {}).setdefault(name, []).append(Numbers.from_dict(row))
+        for method, row in study.found(task).items():
+            numbers_of.setdefault((task.length, task.seed), {}).setdefault(method, []).append(Numbers.from_dict(row))
     complete = {
-        key: {name: Numbers.joined(of) for name, of in by_name.items() if len(of) == videos}
-        for key, by_name in numbers_of.items()
+        key: {method: Numbers.joined(of) for method, of in of_methods.items() if len(of) == videos}
+        for key, of_methods in numbers_of.items()
     }
     if not any(complete.values()):
         raise ValueError(f"no method was measured on all videos in {output}; leave out --report-only first")
     title = f"m2f-video synthetic benchmark, {difficulty}, {videos} videos of each length and seed, checkpoint "
-    print(write_report(report or output, complete, {"title": title + checkpoint.name, **about}, draws=draws))
+    about["title"] = title + checkpoint.name
+    print(write_report(report or output, name, complete, about, draws=draws))
 
 
 if __name__ == "__main__":

@@ -232,7 +232,7 @@ def test_costs(long_video, checkpoint, tmp_path) -> None:
     assert 0 < found["association"]["share"] < 1
     assert next(iter(found["resident"]["by_frame"])) == "8"
     about = {"machine": {"processor": "any"}, "command": "python", "claims": False}
-    text = long_costs.write_costs(tmp_path, found, about)
+    text = long_costs.write_costs(tmp_path, "costs", found, about)
     assert "A rehearsal" in text
     assert "frame 16 over 8" in text
-    assert json.loads((tmp_path / "long_video_costs.json").read_text())["throughput"]["ratio"] > 0
+    assert json.loads((tmp_path / "costs.json").read_text())["throughput"]["ratio"] > 0
