@@ -182,7 +182,8 @@ def test_published_scores(methods) -> None:
     torch.testing.assert_close(seen.scores(), probabilities.mean(0)[:, :2])  # the window without it does not count
 
 
-def test_a_run_that_was_stopped_goes_on(long_video, methods, checkpoint, tmp_path, monkeypatch) -> None:
+def test_a_run_that_was_stopped_goes_on(long_video, report, checkpoint, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(report, "draw", lambda *_: None)  # takes longer than all else
     names, output = ("main", "oracle"), tmp_path / "runs"
     options = {"methods": names, "lengths": (3,), "seeds": (0,), "videos": 2, "nice": 0, "checkpoint": checkpoint}
     done: list[str] = []
@@ -217,6 +218,15 @@ def test_bad_input_is_named(long_video, methods, checkpoint, tmp_path) -> None:
         long_video.main(tmp_path / "runs", lengths=(0,), checkpoint=checkpoint)
     with pytest.raises(ValueError, match="no method was measured"):
         long_video.main(tmp_path / "runs", report_only=True, checkpoint=checkpoint)
+
+
+@pytest.mark.slow
+def test_plot(report, tmp_path) -> None:
+    metrics = dict.fromkeys(report.METRICS, 0.5)
+    lengths = {length: {"methods": {"window": {"metrics": metrics}}} for length in ("16", "64")}
+    notes = {"window": {"group": "main"}, "both 8/4": {"group": "linkers"}}
+    report.draw({"title": "any", "claims": True, "methods": notes, "lengths": lengths}, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 1000
 
 
 @pytest.mark.slow
