@@ -280,7 +280,7 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
         axis.set_xlabel("frames of a video")
         axis.set_title(key)
         axis.set_ylim(0, 1)
-    axes[-1].legend(fontsize=7, loc="upper right")
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside right upper")
     figure.suptitle(report["title"] + ("" if report["claims"] else " (a rehearsal)"), fontsize=9)
     with atomic_path(path) as file:
         figure.savefig(file, dpi=120)
