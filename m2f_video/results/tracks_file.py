@@ -286,7 +286,7 @@ def _parse(line: bytes) -> Row:
     except ValueError as error:
         raise ValueError(f"no JSON, or damaged: {error}") from error
     if not isinstance(row, dict):
-        raise ValueError(f"it is no object, {str(row):.40}")
+        raise ValueError(f"it is no object, {row!s:.40}")
     return row
 
 
