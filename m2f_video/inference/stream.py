@@ -3,7 +3,7 @@
 W frames of a window, S frames from one window's beginning to the next, R tracks, K classes, H W size of the video.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from m2f_video.inference.linking import Tracker
+from m2f_video.inference.linking import Tracker, is_resumable
 from m2f_video.inference.on_video import ModelOnVideo
 from m2f_video.inference.segments import check_thresholds
 from m2f_video.inference.windows import Windowing, objects_of, window_features
@@ -88,7 +88,7 @@ class VideoStream:
                 yield from results
 
     @torch.inference_mode()
-    def windows(self) -> Iterator[list[FrameResult]]:  # type: ignore[misc]  # a generator
+    def windows(self) -> Generator[list[FrameResult], None, None]:
         """The frames that become final together, window by window: what iterating gives, and as often, once."""
         if self._begun:
             raise ValueError("a stream is iterated once; call stream_video again")
@@ -109,6 +109,11 @@ class VideoStream:
                     for position, image in enumerate(window.images)
                 ]
                 video.report("frames", self.num_frames, video.reader.num_frames_hint)
+
+    @property
+    def is_resumable(self) -> bool:
+        """Whether `state_dict` has all; see `m2f_video.inference.linking.Linker`."""
+        return is_resumable(self.windowing.linker)
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that is kept between two windows: with it another stream of the same video goes on where this one is."""
@@ -178,9 +183,7 @@ def segment_windows(stream: VideoStream, score_threshold: float) -> tuple[list[T
             masks.setdefault(id_, {})[position] = rle
     count = stream.num_frames
     return [
-        Track(
-            **row, segmentations=tuple(masks.get(row["query_id"], {}).get(position) for position in range(count))
-        )
+        Track(**row, segmentations=tuple(masks.get(row["query_id"], {}).get(position) for position in range(count)))
         for row in best_tracks(stream, score_threshold)
     ], count
 

@@ -196,7 +196,7 @@ class VideoSegmentation:
                 "there is no video to draw on: pass overlay=False, or give it with "
                 "dataclasses.replace(segmentation, video=...)"
             )
-        text = json.dumps(self.to_dict(), allow_nan=False) if len(self.frames) <= MOST_JSON_FRAMES else None
+        text = self.to_json()
         with made_directory(Path(directory)) as folder, ExitStack() as stack:
             lines = stack.enter_context(atomic_path(folder / TRACKS_LINES_FILE))
             if text is not None:
@@ -217,6 +217,10 @@ class VideoSegmentation:
                 )
             if text is None:  # of an earlier result
                 (folder / TRACKS_FILE).unlink(missing_ok=True)
+
+    def to_json(self) -> str | None:
+        """What `tracks.json` holds, as a text; None where there are more frames than it takes."""
+        return json.dumps(self.to_dict(), allow_nan=False) if len(self.frames) <= MOST_JSON_FRAMES else None
 
     def to_dict(self) -> dict[str, Any]:
         """What `tracks.json` holds; `results` are rows of a YouTubeVIS submission with `id` and `category` added."""
@@ -253,7 +257,17 @@ class VideoSegmentation:
                     if masks.setdefault(track.query_id, rle) != rle:
                         raise ValueError(f"track {track.id} has query {track.query_id}, but not the masks of another")
                 lines.frame(frame, {key: rle for key, rle in masks.items() if rle is not None})
-            lines.tracks(map(row_of, self.tracks), complete=True)
+            rows = (
+                track_row(
+                    id=track.id,
+                    label=track.label,
+                    label_id=track.label_id,
+                    score=track.score,
+                    query_id=track.query_id,
+                )
+                for track in self.tracks
+            )
+            lines.tracks(rows, complete=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "VideoSegmentation":
@@ -350,15 +364,9 @@ class VideoSegmentation:
                 )
 
 
-def row_of(track: Track) -> Row:
-    """A track in a `tracks.jsonl`."""
-    return {
-        "id": track.id,
-        "masks": track.query_id,
-        "category_id": track.label_id + 1,
-        "category": track.label,
-        "score": track.score,
-    }
+def track_row(*, id: int, label: str, label_id: int, score: float, query_id: int) -> Row:
+    """A track in a `tracks.jsonl`, by the fields of a `Track`."""
+    return {"id": id, "masks": query_id, "category_id": label_id + 1, "category": label, "score": score}
 
 
 def _fields(data: Any) -> dict[str, Any]:

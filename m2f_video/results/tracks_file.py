@@ -54,7 +54,11 @@ class TracksWriter:
         """
         path.write_bytes(b"")
         writer = cls(path)
-        writer._append(header)
+        try:
+            writer._append(header)
+        except BaseException:
+            writer.close()
+            raise
         return writer
 
     @classmethod
@@ -84,6 +88,10 @@ class TracksWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the file."""
         self._file.close()
 
     def frame(self, number: int, masks: Mapping[int, Rle]) -> None:
@@ -172,7 +180,7 @@ class TracksLines:
                         raise ValueError("it comes after the end")
                     elif "frame" in row:
                         numbers.append(_frame_number(row, numbers[-1] if numbers else -1))
-                        self.seen.update(_masks(row))
+                        self.seen.update(_masks(row).keys())
                         self._places.append(place)
                         self._lines.append(line)
                         self.frames_since += 1
