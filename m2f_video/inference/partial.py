@@ -61,7 +61,7 @@ class PartialResult:
     ) -> None:
         self._stream, self._folder, self._threshold = stream, folder, score_threshold
         self._lines, self._parts, self._drawn = lines, parts, drawn
-        self._boundary = self.kept = stream.num_frames
+        self._boundary = self.kept = lines.num_frames
         reader = stream.video.reader
         self._start, self._step = reader.frame_index(0), reader.frame_index(1) - reader.frame_index(0)
 

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -176,11 +176,11 @@ def _held(output: Path) -> Iterator[Path]:
 
 
 def _options_of(stream: VideoStream) -> dict[str, Any]:
-    windowing = stream.windowing
+    windowing, linker = stream.windowing, stream.windowing.linker
     return {
         "window": windowing.window,
         "stride": windowing.stride,
-        "linker": windowing.linker if stream.is_resumable else type(windowing.linker).__qualname__,
+        "linker": linker if is_dataclass(linker) else type(linker).__qualname__,
         "max_overlap": windowing.max_overlap,
         "top_k": windowing.top_k,
         "frames_per_chunk": stream.video.frames_per_chunk,
