@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from m2f_video.files import atomic_path, sync
 from m2f_video.inference.fingerprint import differences
@@ -183,7 +183,7 @@ class PartialResult:
         file = self._folder / UNFINISHED_FOLDER / _STATE_FILE
         state = {name: tensor.contiguous() for name, tensor in self._stream.state_dict().items()}
         with atomic_path(file) as temporary:
-            save_file(state, temporary, {"kept": json.dumps(kept)})
+            temporary.write_bytes(save(state, {"kept": json.dumps(kept)}))
             sync(temporary)
         sync(file)
         self.kept = self._boundary
