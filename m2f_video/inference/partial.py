@@ -35,6 +35,10 @@ _SLOWEST = Fraction(1, 3600)  # frames per second; encoders take none that are m
 _STATE_FILE, _PARTS_FOLDER = "state.safetensors", "overlay"
 
 
+class AnotherResultError(ValueError):
+    """What is there is damaged, or a result of another video, model or options: it cannot be gone on with."""
+
+
 class PartialResult:
     """The files of a result that grows; made by `begin` or `go_on`, and a context manager that closes them.
 
@@ -87,7 +91,7 @@ class PartialResult:
         """Go on where the last state was kept; None where there is none.
 
         Raises:
-            ValueError: files of it are missing or damaged.
+            AnotherResultError: files of it are missing or damaged.
             OSError: files cannot be read or written.
         """
         file = folder / UNFINISHED_FOLDER / _STATE_FILE
@@ -99,15 +103,16 @@ class PartialResult:
                 stream.load_state_dict({name: state.get_tensor(name) for name in state.keys()})  # noqa: SIM118
             length, closed, drawn = (int(kept[name]) for name in ("bytes", "parts", "drawn"))
         except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"{file} is damaged: {error}; start anew, without --resume") from error
-        lines = TracksWriter.go_on(folder / TRACKS_LINES_FILE, length)
-        try:
-            if lines.num_frames != stream.num_frames:
-                raise ValueError(f"{lines.path} and {file} are of other runs; start anew, without --resume")
-            parts = _parts(stream, folder, closed) if overlay else None
-        except BaseException:
-            lines.close()
-            raise
+            raise AnotherResultError(f"{file} is damaged: {error}; start anew, without --resume") from error
+        with ExitStack() as stack:
+            try:
+                lines = stack.enter_context(TracksWriter.go_on(folder / TRACKS_LINES_FILE, length))
+                if lines.num_frames != stream.num_frames:
+                    raise ValueError(f"{lines.path} and {file} are of two runs")
+                parts = _parts(stream, folder, closed) if overlay else None
+            except ValueError as error:
+                raise AnotherResultError(f"{error}; start anew, without --resume") from error
+            stack.pop_all()
         return cls(stream, folder, lines, parts, score_threshold, drawn)
 
     def __enter__(self) -> "PartialResult":
@@ -198,7 +203,7 @@ def complete_result(folder: Path, made: Mapping[str, Any], overlay: bool) -> Vid
         overlay: whether an overlay belongs to it.
 
     Raises:
-        ValueError: what is there is damaged, or made from something else; the message says what differs.
+        AnotherResultError: what is there is damaged, or made from something else; the message says what differs.
     """
     file = folder / TRACKS_LINES_FILE
     if not file.exists():
@@ -206,10 +211,10 @@ def complete_result(folder: Path, made: Mapping[str, Any], overlay: bool) -> Vid
     try:
         lines = TracksLines(file)
     except ValueError as error:
-        raise ValueError(f"{file}: {error}; start anew, without --resume") from error
+        raise AnotherResultError(f"{file}: {error}; start anew, without --resume") from error
     found = lines.header.get("made")
     if others := differences(_content(found if isinstance(found, Mapping) else {}), _content(made)):
-        raise ValueError(
+        raise AnotherResultError(
             f"{folder} holds a result of another {', '.join(others[:5])}; give what it began with, write elsewhere, or "
             "start anew, without --resume"
         )

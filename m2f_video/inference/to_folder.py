@@ -62,8 +62,9 @@ def segment_to_folder(
         What was written. In windows the masks are in `tracks.jsonl`, which must stay while they are asked for.
 
     Raises:
-        VideoError, ValueError: as `segment_video`; `check_overlay`'s and `check_resume`'s; another run is at work in
-            the folder; or `resume` finds a result of another video, model or options, or one that is damaged.
+        VideoError, ValueError: as `segment_video`; `check_overlay`'s and `check_resume`'s; or another run is at work
+            in the folder.
+        AnotherResultError: `resume` finds a result of another video, model or options, or one that is damaged.
         OSError: the files cannot be written. Where it has notes (`__notes__`), they say what is final and where.
     """
     chosen, _ = choose_mode(mode, reader.num_frames_hint)

@@ -70,14 +70,14 @@ class TracksWriter:
             OSError: it cannot be read or written.
         """
         if path.stat().st_size < length:
-            raise ValueError(f"{path} is shorter than it was; start anew")
-        writer = cls(path)
-        writer._file.truncate(length)
-        writer.length = length
+            raise ValueError(f"{path} is shorter than it was")
+        os.truncate(path, length)
         lines = TracksLines(path)
         if lines.length != length:
-            raise ValueError(f"{path} is damaged: it does not end with a line; start anew")
+            raise ValueError(f"{path} is damaged: it does not end with a line")
+        writer = cls(path)
         writer._file.seek(length)
+        writer.length = length
         writer._seen, writer.num_frames = lines.seen, len(lines.frames)
         writer.frames_since = lines.frames_since
         return writer

@@ -39,7 +39,7 @@ class VideoParts:
         folder.mkdir(parents=True, exist_ok=True)
         for part in self._parts():
             if not part.is_file():
-                raise VideoError(f"{part} is missing, a part of the video to go on with; start anew")
+                raise VideoError(f"{part} is missing, a part of the video to go on with")
         for other in set(folder.iterdir()) - set(self._parts()):
             other.unlink()
 

@@ -220,7 +220,10 @@ def test_another_checkpoint_or_video_is_not_gone_on_with(tiny_model, source, sto
     ("damage", "named"),
     [
         (lambda folder: (folder / "tracks.jsonl").write_bytes(b""), "tracks.jsonl: line 1: the header is missing"),
-        (lambda folder: cut(folder / "tracks.jsonl", 3000), "tracks.jsonl is shorter than it was; start anew"),
+        (
+            lambda folder: cut(folder / "tracks.jsonl", 3000),
+            "is shorter than it was; start anew, without --resume",
+        ),
         (lambda folder: cut(folder / ".unfinished" / "state.safetensors", 1000), "state.safetensors is damaged"),
         (lambda folder: (folder / ".unfinished" / "overlay" / "000000.mp4").unlink(), "000000.mp4 is missing"),
     ],
