@@ -76,7 +76,8 @@ def segment_to_folder(
         stream = stream_video(model, reader, progress=progress, **options)
         made = _made_from(model, reader, {"mode": chosen, **_options_of(stream)}, overlay, score_threshold)
     else:
-        made = _made_from(model, reader, {"mode": chosen, **options}, overlay, score_threshold)
+        how = {name: value for name, value in options.items() if name not in ("window", "stride", "linker")}
+        made = _made_from(model, reader, {"mode": chosen, **how}, overlay, score_threshold)
     with _held(output) as folder:
         if resume and (found := complete_result(folder, made, overlay)) is not None:
             _say(say, f"{output}: it is complete already, nothing is to be done")

@@ -596,7 +596,7 @@ def long_command(folder: Path, output: Path, *options: str) -> list[str]:
                 writer.write(frame)
     command = [sys.executable, "-m", "m2f_video", "segment", str(folder / "long.mp4"), "--plain"]
     command += ["--checkpoint", str(folder / "native"), "--output", str(output)]
-    return [*command, "--shortest-edge", "32", "--top-k", "1", "--window", "8", *options]
+    return [*command, "--shortest-edge", "32", "--top-k", "1", "--window", "8", "--frames-per-chunk", "8", *options]
 
 
 def signalled(folder: Path, output: Path, kind: signal.Signals) -> tuple[int, str]:
