@@ -156,6 +156,9 @@ def sync(path: Path) -> None:
         descriptor = os.open(place, flags)
         try:
             os.fsync(descriptor)
+        except OSError as error:
+            if place == path or error.errno != errno.EINVAL:  # a file system that syncs no folders
+                raise
         finally:
             os.close(descriptor)
 

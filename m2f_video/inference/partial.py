@@ -154,13 +154,16 @@ class PartialResult:
             OSError: files cannot be written.
         """
         self._lines.tracks(self._rows(), complete=True)
-        self._lines.sync()
-        result = VideoSegmentation.load(self._lines.path)
+        result, written = VideoSegmentation.load(self._lines.path), [self._lines.path]
         if (text := result.to_json()) is not None:
-            with atomic_path(self._folder / TRACKS_FILE) as file:
+            written.append(self._folder / TRACKS_FILE)
+            with atomic_path(written[-1]) as file:
                 file.write_text(text, encoding="utf-8")
         if self._parts is not None:
-            self._parts.join(self._folder / OVERLAY_FILE)
+            written.append(self._folder / OVERLAY_FILE)
+            self._parts.join(written[-1])
+        for path in written:  # before what they could be made from again goes
+            sync(path)
         discard(self._folder)
         return result
 
@@ -178,13 +181,13 @@ class PartialResult:
         self._boundary = self._stream.num_frames
         if not self._stream.is_resumable:
             return
-        self._lines.sync()
+        (self._folder / UNFINISHED_FOLDER).mkdir(exist_ok=True)
+        sync(self._lines.path)
         kept = {
             "bytes": self._lines.length,
             "parts": 0 if self._parts is None else self._parts.closed,
             "drawn": self._drawn,
         }
-        (self._folder / UNFINISHED_FOLDER).mkdir(exist_ok=True)
         file = self._folder / UNFINISHED_FOLDER / _STATE_FILE
         state = {name: tensor.contiguous() for name, tensor in self._stream.state_dict().items()}
         with atomic_path(file) as temporary:

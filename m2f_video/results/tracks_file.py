@@ -123,11 +123,6 @@ class TracksWriter:
         self._append({"tracks": counted, "complete": complete})
         self.frames_since = 0
 
-    def sync(self) -> None:
-        """Have all of it on the disk."""
-        with naming(self.path):
-            os.fsync(self._file.fileno())
-
     def _append(self, row: Row) -> None:
         left = memoryview((json.dumps(row, allow_nan=False, separators=(",", ":")) + "\n").encode())
         length = self.length + len(left)

@@ -206,7 +206,6 @@ def test_writing_goes_on_where_it_was(tmp_path: Path) -> None:
         for number in (6, 8, 10):
             writer.frame(number, {4: rle})
         writer.tracks([row | {"score": 0.7}], complete=True)
-        writer.sync()
     assert path.read_bytes() == whole
     for bad, message in ((length + 1, "does not end with a line"), (10**6, "shorter than it was")):
         path.write_bytes(whole)
