@@ -23,10 +23,12 @@ from m2f_video.data import SyntheticVideos
 from m2f_video.results.masks import decode_mask
 from m2f_video.video import VideoWriter
 
-FPS, FRAMES = 10, 36_000
+FPS, FRAMES = 6, 21_600
 HEIGHT, WIDTH, STRIP = 96, 160, 16
 BITS = 16
 """Of a frame's number, painted below the picture."""
+CHUNK = 8
+"""Frames encoded at a time: of small ones most of the work is between the operators."""
 END = 64
 """Frames that are looked at where the video begins, is cut, and ends: a multiple of a window's."""
 
@@ -98,6 +100,7 @@ def test_an_hour_of_video(hour: tuple[Path, np.ndarray], tmp_path: Path) -> None
     source, truth = hour
     output = tmp_path / "out"
     arguments = (source, "--checkpoint", "demo", "--output", output, "--shortest-edge", HEIGHT)
+    arguments += ("--frames-per-chunk", CHUNK)
     first = Run(*arguments)
     first.watch(output, FRAMES // 2)
     os.kill(first.process.pid, signal.SIGKILL)
@@ -143,7 +146,9 @@ def check_tracks(source: Path, output: Path, truth: np.ndarray) -> None:
     model = VideoMask2Former.from_pretrained("demo")
     processor = processor_of(model, HEIGHT)
     for start, stop in ((0, END), (FRAMES - END, FRAMES)):
-        for result in stream_video(model, source, frames=slice(start, stop), processor=processor):
+        for result in stream_video(
+            model, source, frames=slice(start, stop), processor=processor, frames_per_chunk=CHUNK
+        ):
             found = lines[result.frame]["masks"].values()
             assert {rle["counts"] for rle in result.masks.values()} == {rle["counts"] for rle in found}
 
