@@ -144,6 +144,25 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise
 
 
+def sync(path: Path) -> None:
+    """Have a file, and its name in its folder, on the disk, so that they outlast a power cut.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    for place, flags in ((path, os.O_RDWR), (path.parent, os.O_RDONLY)):
+        if place.is_dir() and os.name == "nt":  # where folders cannot be opened
+            continue
+        descriptor = os.open(place, flags)
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            if place == path or error.errno != errno.EINVAL:  # a file system that syncs no folders
+                raise
+        finally:
+            os.close(descriptor)
+
+
 @contextlib.contextmanager
 def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a temporary folder beside `path`, renamed to `path` on success and removed on any exception.

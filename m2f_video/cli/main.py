@@ -70,22 +70,28 @@ def main(argv: Sequence[str] | None = None) -> int:
             with naming("standard output"):
                 sys.stdout.flush()
             return code
-    except KeyboardInterrupt:
-        print("m2f-video: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(one_line(f"m2f-video: interrupted{_notes(interrupt)}"), file=sys.stderr)
         return 130
     except BrokenPipeError:  # whoever read the output, as `head` does, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the end
         return 141
     except (ValueError, OSError, ImportError, KernelError) as error:
-        message = str(error).strip() or type(error).__name__
+        message = f"{str(error).strip() or type(error).__name__}{_notes(error)}"
     except OutOfMemoryError as error:
-        message = str(error)
+        message = f"{error}{_notes(error)}"
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         message = "out of memory; choose fewer frames, smaller ones (--shortest-edge), a smaller batch, or bfloat16"
+        message += _notes(error)
     print(one_line(f"m2f-video: error: {message}"), file=sys.stderr)
     return 2
+
+
+def _notes(error: BaseException) -> str:
+    """What was added to an error on its way, such as what it leaves."""
+    return "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:

@@ -9,11 +9,12 @@ from typing import Annotated, BinaryIO, Literal
 import tyro
 from rich.table import Table
 
-from m2f_video.cli.console import print_table
+from m2f_video.cli.console import one_line, print_table
 from m2f_video.files import check_replaceable
 from m2f_video.inference.processor import VideoProcessor
 from m2f_video.modeling.video_mask2former import VideoMask2Former
-from m2f_video.results.tracks import VideoSegmentation
+from m2f_video.results.tracks import MOST_JSON_FRAMES, TRACKS_FILE, VideoSegmentation
+from m2f_video.results.tracks_file import TRACKS_LINES_FILE
 
 Source = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
 DtypeName = Literal["float32", "float64", "bfloat16", "float16"]
@@ -52,6 +53,14 @@ def processor_of(model: VideoMask2Former, shortest_edge: int | None) -> VideoPro
     return VideoProcessor(preprocessing, model.config.labels)
 
 
+def print_written(folder: Path, num_frames: int, *others: str) -> None:
+    """Say which files of a result are where."""
+    names = [TRACKS_LINES_FILE, *([TRACKS_FILE] if num_frames <= MOST_JSON_FRAMES else []), *others]
+    print(one_line(f"written to {folder}: {', '.join(names)}"))
+    if num_frames > MOST_JSON_FRAMES:
+        print(f"{TRACKS_FILE} is for up to {MOST_JSON_FRAMES} frames; {TRACKS_LINES_FILE} holds all")
+
+
 def print_tracks(segmentation: VideoSegmentation, min_score: float = 0.0) -> None:
     """Print a table of the tracks that score enough."""
     count = len(segmentation.frames)
@@ -60,9 +69,12 @@ def print_tracks(segmentation: VideoSegmentation, min_score: float = 0.0) -> Non
         print(f"{segmentation.source}: {count} frames, no track reaches the --score-threshold")
         return
     print(f"{segmentation.source}: {count} frames, {len(tracks)} tracks")
+    areas = [0] * len(tracks)
+    for frame in range(count):  # frame by frame, as they are read
+        areas = [area + track.area(frame) for area, track in zip(areas, tracks, strict=True)]
     table = Table("id", "label", "score", "frames", "mean area, px")
-    for track in tracks:
+    for track, area in zip(tracks, areas, strict=True):
         visible = track.num_frames_visible
-        area = sum(track.area(frame) for frame in range(count)) / max(visible, 1)
-        table.add_row(str(track.id), track.label, f"{track.score:.3f}", f"{visible}/{count}", f"{area:.0f}")
+        mean = area / max(visible, 1)
+        table.add_row(str(track.id), track.label, f"{track.score:.3f}", f"{visible}/{count}", f"{mean:.0f}")
     print_table(table)

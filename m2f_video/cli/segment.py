@@ -7,15 +7,24 @@ from typing import Any, Literal
 import torch
 
 from m2f_video.cli.bulk import segment_videos
-from m2f_video.cli.console import one_line, progress_bars
-from m2f_video.cli.outputs import DtypeName, Source, check_output, print_tracks, processor_of, standard_input
+from m2f_video.cli.console import print_line, progress_bars
+from m2f_video.cli.outputs import (
+    DtypeName,
+    Source,
+    check_output,
+    print_tracks,
+    print_written,
+    processor_of,
+    standard_input,
+)
 from m2f_video.hub import load_config
 from m2f_video.inference.linking import LinkerName
 from m2f_video.inference.listing import is_list
 from m2f_video.inference.segment import WINDOW, Mode, choose_mode
-from m2f_video.inference.to_folder import check_overlay, segment_to_folder
+from m2f_video.inference.to_folder import check_overlay, check_resume, segment_to_folder
 from m2f_video.modeling.video_mask2former import VideoMask2Former
 from m2f_video.results.tracks import OVERLAY_FILE, TRACKS_FILE
+from m2f_video.results.tracks_file import TRACKS_LINES_FILE
 
 
 def segment(
@@ -41,8 +50,13 @@ def segment(
     plain: bool = False,
     strict: bool = False,
     overlay: bool = True,
+    resume: bool = False,
 ) -> int:
-    """Segment and track the objects of a video, or of many; write tracks.json and overlay.mp4.
+    """Segment and track the objects of a video, or of many; write tracks.jsonl, tracks.json and overlay.mp4.
+
+    tracks.jsonl has a line for every frame. In windows it grows as frames become final, and stays when the run is
+    stopped, with what --resume needs in OUTPUT/.unfinished; tracks.json, of up to 5,000 frames, and overlay.mp4 come
+    at the end. What OUTPUT held of an earlier result goes when the first frames are final.
 
     Of many videos each gets a folder of its own in OUTPUT, and OUTPUT/manifest.jsonl says what was done. One that
     fails does not stop the others, and makes the exit code 1; run the same command again to go on, what is done is
@@ -58,9 +72,9 @@ def segment(
 
     Args:
         source: video file, or a folder of frames (jpg, png, tif, ...), one picture each; - takes a video that is piped
-            in, of a format that is read from front to back (mkv, webm, mpegts, fragmented mp4), and draws the overlay
-            as frames come, by the scores of that moment. Many videos: a folder of video files or of folders of frames,
-            or a text file (.txt) with a path on each line, relative to that file; lines that begin with # do not count.
+            in, of a format that is read from front to back (mkv, webm, mpegts, fragmented mp4). Many videos: a folder
+            of video files or of folders of frames, or a text file (.txt) with a path on each line, relative to that
+            file; lines that begin with # do not count.
         checkpoint: hub name, folder (config.json and weights; this project's or transformers' format) or weight file.
         output: folder to write to; made where missing.
         config: for a weight file without a config.json beside it: a preset such as swin_tiny_youtubevis_2019, or a
@@ -90,7 +104,10 @@ def segment(
         frames_per_chunk: frames encoded at a time; by default 1 on a CPU and 8 elsewhere.
         plain: run the model as it is written, without the accelerated twins of its modules; for those who doubt them.
         strict: fail on a video that is damaged or changes its size, instead of segmenting what comes before.
-        overlay: write overlay.mp4.
+        overlay: write overlay.mp4. In windows it is drawn as frames come, by the scores of that moment.
+        resume: go on with a run in windows that was stopped, of the same video, checkpoint and options: the result is
+            that of one run. One that is complete stays; where there is nothing to go on from, the run starts anew. Not
+            for what is piped in.
     """
     from m2f_video.video.reader import open_video, parse_frames
 
@@ -110,21 +127,31 @@ def segment(
     if source != "-" and is_list(source):
         about = {"checkpoint": checkpoint, "frames": selected, "strict": strict, "mode": mode}
         return segment_videos(source, output, load, device=device, shortest_edge=shortest_edge, **about, **how)
-    check_output(output, TRACKS_FILE, *([OVERLAY_FILE] if overlay else []))
+    check_output(output, TRACKS_LINES_FILE, TRACKS_FILE, *([OVERLAY_FILE] if overlay else []))
     reader = open_video(standard_input() if source == "-" else source, selected, strict=strict)
     chosen, why = choose_mode(mode, reader.num_frames_hint)
     if overlay:
         check_overlay(reader, output, mode)
+    if resume:
+        check_resume(reader)
     model = load(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if mode == "auto":
         print(f"mode {chosen}: {why}")
     with progress_bars(unit="frame") as update:
         processor = processor_of(model, shortest_edge)
         segmentation = segment_to_folder(
-            model, reader, output, processor=processor, mode=chosen, progress=update, **how
+            model,
+            reader,
+            output,
+            processor=processor,
+            mode=chosen,
+            resume=resume,
+            progress=update,
+            say=print_line,
+            **how,
         )
     print_tracks(segmentation)
-    print(one_line(f"written to {output}: {TRACKS_FILE}{f', {OVERLAY_FILE}' if overlay else ''}"))
+    print_written(output, len(segmentation.frames), *([OVERLAY_FILE] if overlay else []))
     return 0
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from platform import node
@@ -20,10 +21,11 @@ from m2f_video.acceleration import accelerated
 from m2f_video.files import locked, made_directory
 from m2f_video.inference.clip_model import ClipModel
 from m2f_video.inference.fingerprint import model_fingerprint, options_fingerprint, source_fingerprint
-from m2f_video.inference.linking import Linker, LinkerName, named_linker
+from m2f_video.inference.linking import Linker, LinkerName, is_resumable, named_linker
 from m2f_video.inference.listing import ListedVideo, Sources, list_videos
 from m2f_video.inference.manifest import Entry, Manifest
 from m2f_video.inference.on_video import Progress, is_out_of_memory
+from m2f_video.inference.partial import AnotherResultError
 from m2f_video.inference.processor import VideoProcessor
 from m2f_video.inference.segment import WINDOW, Mode, check_options, choose_mode
 from m2f_video.inference.to_folder import segment_to_folder
@@ -91,8 +93,8 @@ def segment_many(
     Any number of processes may be given the same, on one machine or several that share the output folder, at any time:
     `torchrun`, a Slurm array, two terminals. Each takes a video that no other one has, by a lock that ends with the
     process, see `m2f_video.files.locked`; they do not talk to each other otherwise. Each returns when all videos are
-    settled, so that one whose process died is taken over by another. A video that failed while a process was at work is
-    not tried again by it.
+    settled, so that one whose process died is taken over by another, in windows where that one was. A video that failed
+    while a process was at work is not tried again by it.
 
     Args:
         model: see `segment_video`, as for all that is not described here.
@@ -136,7 +138,7 @@ def segment_many(
     check_options(model, frames_per_chunk=frames_per_chunk, **options)
     videos, folder = list_videos(sources), Path(output)
     processor = processor or VideoProcessor.from_config(model.config)
-    about = {"frames": frames, "strict": strict, "overlay": overlay, "linker": named_linker(linker)}
+    about: dict[str, Any] = {"frames": frames, "strict": strict, "overlay": overlay, "linker": named_linker(linker)}
     made_from = {
         "checkpoint": checkpoint,
         "model": model_fingerprint(model),
@@ -146,7 +148,8 @@ def segment_many(
 
     def segment(video: ListedVideo) -> Entry:
         reader = open_video(video.path, frames, strict=strict)
-        segmentation = segment_to_folder(
+        write = partial(
+            segment_to_folder,
             fast,
             reader,
             folder / video.name,
@@ -157,6 +160,10 @@ def segment_many(
             progress=progress,
             **options,
         )
+        try:
+            segmentation = write(resume=is_resumable(about["linker"]))
+        except AnotherResultError:  # of what the video was before, or damaged
+            segmentation = write()
         chosen, _ = choose_mode(mode, reader.num_frames_hint)
         return {"mode": chosen, "frames": len(segmentation.frames), "tracks": len(segmentation.tracks)}
 

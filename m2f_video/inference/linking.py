@@ -10,8 +10,8 @@ logits.
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from dataclasses import dataclass, fields
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -66,7 +66,11 @@ class TrackState:
 
 
 class Linker(Protocol):
-    """How alike tracks and the objects of the next window are."""
+    """How alike tracks and the objects of the next window are.
+
+    One that is a frozen dataclass keeps nothing from window to window, and a run that was stopped goes on with it. One
+    that keeps something is a `KeepingLinker` too, or no run goes on with it.
+    """
 
     @property
     def threshold(self) -> float:
@@ -82,6 +86,23 @@ class Linker(Protocol):
 
     def similarity(self, tracks: Sequence[TrackState], window: Window, missed: Tensor) -> Tensor:
         """Of every pair, (R, N), any real number; `missed` (R,) counts the windows since each track was seen."""
+
+
+@runtime_checkable
+class KeepingLinker(Protocol):
+    """A linker that keeps something from window to window, which can be saved."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that it keeps."""
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Be as the linker was whose state this is."""
+
+
+def is_resumable(linker: Linker) -> bool:
+    """Whether a run that was stopped can go on with a linker: what it keeps can be saved, or it keeps nothing."""
+    parameters = getattr(linker, "__dataclass_params__", None)
+    return isinstance(linker, KeepingLinker) or (parameters is not None and parameters.frozen)
 
 
 def soft_iou(a: Tensor, b: Tensor) -> Tensor:
@@ -243,6 +264,41 @@ class Tracker:
         track.last, track.start = number, window.start
         track.mask_embedding, track.mask_logits = embedding, logits
         return track.id
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that it keeps, the linker's part included, in tensors of any type."""
+        state = {"windows": torch.tensor(self.windows), "alive": torch.tensor([track.id for track in self._alive])}
+        for field in fields(TrackState):
+            values = [getattr(track, field.name) for track in self.tracks.values()]
+            if values and isinstance(values[0], Tensor):
+                state[field.name] = torch.cat(values)
+                state[f"{field.name}.lengths"] = torch.tensor([len(value) for value in values])
+            else:
+                state[field.name] = torch.tensor(values)
+        if isinstance(self.linker, KeepingLinker):
+            state |= {f"linker.{name}": tensor for name, tensor in self.linker.state_dict().items()}
+        return state
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Be as the tracker was whose state this is.
+
+        Raises:
+            KeyError: a part is missing.
+        """
+        columns = list[Sequence[Tensor | int]]()
+        for field in fields(TrackState):
+            values = state[field.name]
+            lengths = state.get(f"{field.name}.lengths")
+            whole = values.tolist() if lengths is None else [part.clone() for part in values.split(lengths.tolist())]
+            columns.append(whole)
+        tracks = [TrackState(*row) for row in zip(*columns, strict=True)]
+        self.tracks = {track.id: track for track in tracks}
+        self._alive = [self.tracks[int(id_)] for id_ in state["alive"].tolist()]
+        self.windows = int(state["windows"])
+        if isinstance(self.linker, KeepingLinker):
+            prefix = "linker."
+            kept = {name.removeprefix(prefix): part for name, part in state.items() if name.startswith(prefix)}
+            self.linker.load_state_dict(kept)
 
     def scores(self) -> Tensor:
         """(R, K), of all tracks in the order of their ids: class probabilities, averaged over all windows so far.

@@ -3,7 +3,6 @@
 T frames, Q queries, K classes, W frames of a window, S its stride.
 """
 
-from collections.abc import Callable
 from typing import Literal, TypedDict, get_args
 
 import torch
@@ -13,7 +12,7 @@ from m2f_video.inference.linking import Linker, LinkerName, named_linker
 from m2f_video.inference.on_video import ModelOnVideo, Progress
 from m2f_video.inference.postprocess import select_top_k
 from m2f_video.inference.processor import VideoProcessor
-from m2f_video.inference.stream import FrameResult, VideoStream, segment_windows
+from m2f_video.inference.stream import VideoStream, segment_windows
 from m2f_video.inference.streamed import segment_streamed
 from m2f_video.inference.whole import segment_whole
 from m2f_video.inference.windows import MAX_OVERLAP, Windowing
@@ -129,7 +128,7 @@ def segment_video(
     chosen, _ = choose_mode(mode, video.reader.num_frames_hint)
     windowing = _windowing(window, stride, linker, max_overlap, top_k)  # a bad option is one in any mode
     if chosen == "window":
-        return collect(VideoStream(video, windowing, plain), score_threshold)
+        return _segmentation(video, *segment_windows(VideoStream(video, windowing, plain), score_threshold))
     duplicates = 1.0 if max_overlap is None else max_overlap
     with video.accelerated(plain) as fast:
         segment = segment_whole if chosen == "whole" else segment_streamed
@@ -192,13 +191,6 @@ def stream_video(
     video = _on_video(model, source, processor, frames, frames_per_chunk, strict, progress)
     _check_selection(model, top_k, 0.0)
     return VideoStream(video, _windowing(window, stride, linker, max_overlap, top_k), plain)
-
-
-def collect(
-    stream: VideoStream, score_threshold: float = 0.0, each: Callable[[FrameResult], None] | None = None
-) -> VideoSegmentation:
-    """Run a stream to its end; `each` is called with every frame as it comes."""
-    return _segmentation(stream.video, *segment_windows(stream, score_threshold, each))
 
 
 def _segmentation(video: ModelOnVideo, tracks: list[Track], count: int) -> VideoSegmentation:

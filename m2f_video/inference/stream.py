@@ -3,13 +3,16 @@
 W frames of a window, S frames from one window's beginning to the next, R tracks, K classes, H W size of the video.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from m2f_video.inference.linking import Tracker
+from m2f_video.inference.linking import Tracker, is_resumable
 from m2f_video.inference.on_video import ModelOnVideo
 from m2f_video.inference.segments import check_thresholds
 from m2f_video.inference.windows import Windowing, objects_of, window_features
@@ -60,39 +63,75 @@ class VideoStream:
         plain: run the model as it is written, without accelerated twins.
 
     Attributes:
+        video, windowing, plain: as they were given.
         source: see `VideoReader`; so are the next three.
         width: pixels.
         height: pixels.
         fps: frames per second.
         labels: names of all classes of the model, in the order of its class numbers.
-        num_frames: that were given so far.
+        num_frames: that are final so far.
     """
 
     def __init__(self, video: ModelOnVideo, windowing: Windowing, plain: bool = False) -> None:
         self.video, self.windowing = video, windowing
-        self._plain, self._begun = plain, False
+        self.plain, self._begun = plain, False
+        self._best: tuple[int, list[TrackScore]] = (0, [])  # after so many windows
         self._tracker = Tracker(windowing.linker)
         reader = video.reader
         self.source, self.width, self.height, self.fps = reader.source, reader.width, reader.height, float(reader.fps)
         self.labels = video.model.config.labels
         self.num_frames = 0
 
-    @torch.inference_mode()
     def __iter__(self) -> Iterator[FrameResult]:
+        with closing(self.windows()) as windows:
+            for results in windows:
+                yield from results
+
+    @torch.inference_mode()
+    def windows(self) -> Generator[list[FrameResult], None, None]:
+        """The frames that become final together, window by window: what iterating gives, and as often, once."""
         if self._begun:
             raise ValueError("a stream is iterated once; call stream_video again")
         self._begun = True
-        with self.video.accelerated(self._plain) as video:
-            for window in window_features(video, self.windowing):
+        with self.video.accelerated(self.plain) as video:
+            for window in window_features(video, self.windowing, self.num_frames):
                 output = video.decode(window.features)
                 objects = objects_of(output, window, video.mask_product, self.windowing)
                 ids = self._tracker.link(objects)
                 masks = video.encode_masks(objects.mask_logits[:, -len(window.images) :])
-                for position, image in enumerate(window.images):
-                    seen = {id_: rle for id_, of_track in zip(ids, masks, strict=True) if (rle := of_track[position])}
-                    self.num_frames += 1
-                    yield FrameResult(frame=video.reader.frame_index(self.num_frames - 1), masks=seen, image=image)
+                first, self.num_frames = self.num_frames, self.num_frames + len(window.images)
+                yield [
+                    FrameResult(
+                        frame=video.reader.frame_index(first + position),
+                        masks={id_: rle for id_, track in zip(ids, masks, strict=True) if (rle := track[position])},
+                        image=image,
+                    )
+                    for position, image in enumerate(window.images)
+                ]
                 video.report("frames", self.num_frames, video.reader.num_frames_hint)
+
+    @property
+    def is_resumable(self) -> bool:
+        """Whether `state_dict` has all; see `m2f_video.inference.linking.Linker`."""
+        return is_resumable(self.windowing.linker)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that is kept between two windows: with it another stream of the same video goes on where this one is."""
+        return {"frames": torch.tensor(self.num_frames), **self._tracker.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on, when iterated, after the last window of the stream whose state this is.
+
+        What comes then is what that stream would have given, bit by bit: frames until there are read and left out.
+
+        Raises:
+            ValueError: iterating has begun.
+            KeyError: a part of the state is missing.
+        """
+        if self._begun:
+            raise ValueError("a stream goes on before it is iterated; call stream_video again")
+        self._tracker.load_state_dict(state)
+        self.num_frames = int(state["frames"])
 
     def scores(self, score_threshold: float = 0.0) -> list[TrackScore]:
         """The `top_k` best pairs of track and class so far, by falling score, without those that score less.
@@ -101,6 +140,11 @@ class VideoStream:
             ValueError: a threshold out of its range.
         """
         check_thresholds(score_threshold=score_threshold)
+        if self._best[0] != self._tracker.windows:
+            self._best = self._tracker.windows, self._best_pairs()
+        return [score for score in self._best[1] if score.score >= score_threshold]
+
+    def _best_pairs(self) -> list[TrackScore]:
         if not self._tracker.tracks:
             return []
         scores = self._tracker.scores()  # (R, K)
@@ -108,7 +152,6 @@ class VideoStream:
         return [
             TrackScore(id=pair // scores.shape[1] + 1, label_id=pair % scores.shape[1], score=score)
             for score, pair in zip(best.tolist(), pairs.tolist(), strict=True)
-            if score >= score_threshold
         ]
 
     def draw(self, result: FrameResult, score_threshold: float = 0.0) -> np.ndarray:
@@ -132,25 +175,28 @@ class VideoStream:
         )
 
 
-def segment_windows(
-    stream: VideoStream, score_threshold: float, each: Callable[[FrameResult], None] | None = None
-) -> tuple[list[Track], int]:
-    """All of a stream: the tracks by falling score, and the number of frames; `each` is called with every frame."""
+def segment_windows(stream: VideoStream, score_threshold: float) -> tuple[list[Track], int]:
+    """All of a stream: the tracks by falling score, and the number of frames."""
     masks = dict[int, dict[int, Rle]]()  # by track and frame
     for position, result in enumerate(stream):
-        if each is not None:
-            each(result)
         for id_, rle in result.masks.items():
             masks.setdefault(id_, {})[position] = rle
-    count, names = stream.num_frames, stream.labels
+    count = stream.num_frames
     return [
-        Track(
-            id=index + 1,
-            label=names[best.label_id],
-            label_id=best.label_id,
-            score=best.score,
-            query_id=best.id,
-            segmentations=tuple(masks.get(best.id, {}).get(position) for position in range(count)),
-        )
-        for index, best in enumerate(stream.scores(score_threshold))
+        Track(**row, segmentations=tuple(masks.get(row["query_id"], {}).get(position) for position in range(count)))
+        for row in best_tracks(stream, score_threshold)
     ], count
+
+
+def best_tracks(stream: VideoStream, score_threshold: float) -> list[dict[str, Any]]:
+    """The tracks of a stream so far, by falling score: the fields of each `Track`, without its masks."""
+    return [
+        {
+            "id": index + 1,
+            "label": stream.labels[best.label_id],
+            "label_id": best.label_id,
+            "score": best.score,
+            "query_id": best.id,
+        }
+        for index, best in enumerate(stream.scores(score_threshold))
+    ]

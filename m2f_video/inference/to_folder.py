@@ -1,16 +1,26 @@
 """A video's tracks and overlay, written to a folder."""
 
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from m2f_video.files import made_directory
+from m2f_video.files import locked, made_directory
 from m2f_video.inference.clip_model import ClipModel
+from m2f_video.inference.fingerprint import model_fingerprint, options_fingerprint, source_fingerprint
 from m2f_video.inference.on_video import Progress
-from m2f_video.inference.segment import Mode, choose_mode, collect, segment_video, stream_video
-from m2f_video.inference.stream import FrameResult, VideoStream
+from m2f_video.inference.partial import PartialResult, complete_result, discard
+from m2f_video.inference.processor import VideoProcessor
+from m2f_video.inference.segment import Mode, choose_mode, segment_video, stream_video
+from m2f_video.inference.stream import VideoStream
 from m2f_video.results.tracks import OVERLAY_FILE, VideoSegmentation
 from m2f_video.video.reader import VideoReader
-from m2f_video.video.writer import MAX_SIDE, VideoWriter
+from m2f_video.video.writer import MAX_SIDE
+
+LOCK_FILE = ".lock"
+"""That is there while a video is segmented to a folder, and after a run that was killed; it means nothing by itself."""
 
 
 def segment_to_folder(
@@ -21,12 +31,19 @@ def segment_to_folder(
     overlay: bool = True,
     mode: Mode = "auto",
     score_threshold: float = 0.0,
+    resume: bool = False,
     progress: Progress | None = None,
+    say: Callable[[str], None] | None = None,
     **options: Any,
 ) -> VideoSegmentation:
-    """Segment a video and write `tracks.json` and, with `overlay`, `overlay.mp4`.
+    """Segment a video and write `tracks.jsonl`, `tracks.json` and, with `overlay`, `overlay.mp4`.
 
-    Of what is read once, such as a pipe, the overlay is drawn as frames come, by the scores of that moment.
+    In windows, `tracks.jsonl` is written as frames become final, in memory that does not grow with the video but for a
+    few kB a track, and the overlay by the scores of that moment. What there was of an earlier result goes when the
+    first frames are final. A run that is stopped leaves `tracks.jsonl`, which `VideoSegmentation.load` reads, and the
+    folder `.unfinished`, from which `resume` goes on: the result is that of a run that was not stopped, byte by byte,
+    but for what depends on the machine (another device is refused, another processor is not noticed).
+    In other modes files appear when they are complete, and those of an earlier result stay until then.
 
     Args:
         model: see `segment_video`, as for all below that are not described here.
@@ -35,31 +52,52 @@ def segment_to_folder(
         overlay: draw the tracks.
         mode: how the video is segmented.
         score_threshold: tracks that score less are left out.
-        progress: see `Progress`; the stages are those of `segment_video`, and "overlay".
+        resume: go on with a run in windows that was stopped, and leave a result alone that is complete; where there is
+            none of this video, or nothing to go on from, as in other modes, start anew.
+        progress: see `Progress`; the stages are those of `segment_video`, and "overlay" where it is drawn at the end.
+        say: called with a line on what `resume` found.
         options: others of `segment_video`.
 
     Returns:
-        What was written.
+        What was written. In windows the masks are in `tracks.jsonl`, which must stay while they are asked for.
 
     Raises:
-        VideoError, ValueError: as `segment_video`; and `check_overlay`'s.
-        OSError: the files cannot be written.
+        VideoError, ValueError: as `segment_video`; `check_overlay`'s and `check_resume`'s; or another run is at work
+            in the folder.
+        AnotherResultError: `resume` finds a result of another video, model or options, or one that is damaged.
+        OSError: the files cannot be written. Where it has notes (`__notes__`), they say what is final and where.
     """
     chosen, _ = choose_mode(mode, reader.num_frames_hint)
     if overlay:
         check_overlay(reader, output, mode)
-    if overlay and reader.read_once:
-        return _drawn_as_it_comes(stream_video(model, reader, progress=progress, **options), output, score_threshold)
-    segmentation = segment_video(
-        model, reader, mode=chosen, score_threshold=score_threshold, progress=progress, **options
-    )
+    if resume:
+        check_resume(reader)
+    if chosen == "window":
+        stream = stream_video(model, reader, progress=progress, **options)
+        made = _made_from(model, reader, {"mode": chosen, **_options_of(stream)}, overlay, score_threshold)
+    else:
+        how = {name: value for name, value in options.items() if name not in ("window", "stride", "linker")}
+        made = _made_from(model, reader, {"mode": chosen, **how}, overlay, score_threshold)
+    with _held(output) as folder:
+        if resume and (found := complete_result(folder, made, overlay)) is not None:
+            _say(say, f"{output}: it is complete already, nothing is to be done")
+            return replace(found, video=reader)
+        if chosen == "window":
+            return _in_windows(stream, folder, made, overlay, score_threshold, resume, say)
+        if resume:
+            _say(say, f"{output}: there is no run to go on with in mode {chosen}; start anew")
+        segmentation = segment_video(
+            model, reader, mode=chosen, score_threshold=score_threshold, progress=progress, **options
+        )
 
-    def drawn(done: int, total: int) -> None:
-        if progress is not None:
-            progress("overlay", done, total)
+        def drawn(done: int, total: int) -> None:
+            if progress is not None:
+                progress("overlay", done, total)
 
-    segmentation.save(output, overlay, progress=drawn)
-    return segmentation
+        discard(folder)
+        segmentation = replace(segmentation, made=made)
+        segmentation.save(folder, overlay, progress=drawn)
+        return segmentation
 
 
 def check_overlay(reader: VideoReader, output: Path, mode: Mode) -> None:
@@ -79,20 +117,100 @@ def check_overlay(reader: VideoReader, output: Path, mode: Mode) -> None:
         raise ValueError(f"{reader.source} is what --output would overwrite; give --output another folder")
 
 
-def _drawn_as_it_comes(stream: VideoStream, output: Path, score_threshold: float) -> VideoSegmentation:
-    """Segment a video that is read once, and write its tracks and, meanwhile, its overlay."""
+def check_resume(reader: VideoReader) -> None:
+    """Fail before the work where a run could not be told to be of the same video.
+
+    Raises:
+        ValueError: the video is no file or folder.
+    """
+    if reader.read_once or not os.path.exists(reader.source):
+        raise ValueError(
+            f"{reader.source} cannot be resumed: what comes through a pipe, or is in memory, cannot be read again; "
+            "give a file, or leave out --resume"
+        )
+
+
+def _in_windows(
+    stream: VideoStream,
+    folder: Path,
+    made: dict[str, Any],
+    overlay: bool,
+    score_threshold: float,
+    resume: bool,
+    say: Callable[[str], None] | None,
+) -> VideoSegmentation:
+    if resume and not stream.is_resumable:
+        raise ValueError(
+            f"a run with {type(stream.windowing.linker).__name__} cannot be resumed: a linker of your own is a frozen "
+            "dataclass, or has state_dict and load_state_dict"
+        )
+    stream.scores(score_threshold)  # a bad threshold is told before the work
     reader = stream.video.reader
-    start, step = reader.frame_index(0), reader.frame_index(1) - reader.frame_index(0)
+    with ExitStack() as stack:
+        result: PartialResult | None = None
+        if resume:
+            result = PartialResult.go_on(stream, folder, overlay=overlay, score_threshold=score_threshold)
+            began = "nothing to go on from; start anew" if result is None else f"go on after frame {result.kept}"
+            _say(say, f"{folder}: {began}")
+        if result is not None:
+            stack.enter_context(result)
+        try:
+            for results in stack.enter_context(closing(stream.windows())):
+                if result is None:  # only now: until here a video can turn out not to be one
+                    begun = PartialResult.begin(stream, folder, made, overlay=overlay, score_threshold=score_threshold)
+                    result = stack.enter_context(begun)
+                result.add(results)
+            assert result is not None  # noqa: S101  # a video has a frame
+            return replace(result.finish(), video=None if reader.read_once else reader)
+        except BaseException as error:
+            if result is not None:
+                error.add_note(result.note())
+            raise
 
-    def write(result: FrameResult) -> None:
-        image = stream.draw(result, score_threshold)
-        while start + writer.num_frames * step <= result.frame:  # in the place of frames that did not decode too
-            writer.write(image)
 
-    with (
-        made_directory(output) as folder,
-        VideoWriter(folder / OVERLAY_FILE, reader.fps / step, stream.width, stream.height) as writer,
-    ):
-        segmentation = collect(stream, score_threshold, write)
-        segmentation.save(folder, overlay=False)
-    return segmentation
+@contextmanager
+def _held(output: Path) -> Iterator[Path]:
+    """The folder of a result, made where missing, while no other run writes there."""
+    with made_directory(output) as folder, locked(folder / LOCK_FILE) as is_mine:
+        if not is_mine:
+            raise ValueError(f"another run is at work in {output}; wait for its end, or write elsewhere")
+        yield folder
+
+
+def _options_of(stream: VideoStream) -> dict[str, Any]:
+    windowing, linker = stream.windowing, stream.windowing.linker
+    return {
+        "window": windowing.window,
+        "stride": windowing.stride,
+        "linker": linker if is_dataclass(linker) else type(linker).__qualname__,
+        "max_overlap": windowing.max_overlap,
+        "top_k": windowing.top_k,
+        "frames_per_chunk": stream.video.frames_per_chunk,
+        "plain": stream.plain,
+        "processor": stream.video.processor,
+    }
+
+
+def _made_from(
+    model: ClipModel, reader: VideoReader, how: dict[str, Any], overlay: bool, score_threshold: float
+) -> dict[str, Any]:
+    """All that a result depends on, in what JSON takes."""
+    processor = how.pop("processor", None) or VideoProcessor.from_config(model.config)
+    how |= {"score_threshold": score_threshold, "overlay": overlay, "device": model.device.type}
+    try:
+        checkpoint = model_fingerprint(model)
+    except TypeError:  # a stand-in, whose weights nobody sees
+        checkpoint = None
+    return {
+        "source": source_fingerprint(reader.source) if os.path.exists(reader.source) else None,
+        "frames": reader.selected,
+        "fps": float(reader.fps),
+        "checkpoint": checkpoint,
+        "preprocessing": options_fingerprint({"config": processor.config})["config"],
+        **options_fingerprint(how),
+    }
+
+
+def _say(say: Callable[[str], None] | None, line: str) -> None:
+    if say is not None:
+        say(line)

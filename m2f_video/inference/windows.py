@@ -71,29 +71,39 @@ class Windowing:
         check_thresholds(max_overlap=self.max_overlap)
 
 
-def window_features(video: ModelOnVideo, windowing: Windowing) -> Iterator[WindowFeatures]:
+def window_features(video: ModelOnVideo, windowing: Windowing, done: int = 0) -> Iterator[WindowFeatures]:
     """Cut a video of any length into windows, with the pixels of one window and the features of two in memory.
 
     Where fewer frames are left than a window has, the last one begins earlier: positions in time are scaled by a
     clip's length, so that a shorter clip would be another kind of input. A video that is shorter than a window is one.
+
+    Args:
+        video: the model and its video.
+        windowing: how to cut.
+        done: frames up to the end of a window that are not wanted any more. They are read, and those that later windows
+            share are encoded, in the chunks in which they would have been.
     """
     size, stride = windowing.window, windowing.stride
     frames, recent = iter(video.reader), deque[np.ndarray](maxlen=size)
     overlap: FrameFeatures | None = None
     count = 0
     while new := list(islice(frames, stride if count else size)):
-        buffer, again = FeatureBuffer(size), list[np.ndarray]()
+        buffer, again, end = FeatureBuffer(size), list[np.ndarray](), count + len(new)
         if count and len(new) < stride:
             again = list(recent)[len(new) - size :]
         elif overlap is not None:
             buffer.append(overlap)
+        count = end
+        recent.extend(new)
+        if end <= done - (size - stride):
+            video.report("frames", end, video.reader.num_frames_hint)
+            continue
         pixels = again + new
         for start in range(0, len(pixels), video.frames_per_chunk):
             buffer.append(video.encode(np.stack(pixels[start : start + video.frames_per_chunk])))
         features = buffer.features()
-        count += len(new)
-        yield WindowFeatures(count - len(features.mask_features), features, new)
-        recent.extend(new)
+        if end > done:
+            yield WindowFeatures(end - len(features.mask_features), features, new)
         overlap = last_frames(features, size - stride) if stride < size else None
 
 

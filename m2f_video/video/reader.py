@@ -29,7 +29,7 @@ from m2f_video.video.pictures import (
     sequence_shape,
 )
 from m2f_video.video.pipes import BinaryFile, OpenFile
-from m2f_video.video.slices import check_from_the_start, check_slice, nothing_selected, selection, within
+from m2f_video.video.slices import check_from_the_start, check_slice, nothing_selected, selection, show_slice, within
 from m2f_video.video.writer import as_frame_rate
 
 VideoSource = str | os.PathLike[str] | np.ndarray | torch.Tensor | Sequence[Any] | Iterator[Any] | BinaryFile
@@ -91,6 +91,11 @@ class VideoReader(ABC):
 
     @abstractmethod
     def __iter__(self) -> Iterator[np.ndarray]: ...
+
+    @property
+    def selected(self) -> str:
+        """Which frames of the source it gives, as START:STOP or START:STOP:STEP."""
+        return show_slice(self._frames)
 
     def frame_index(self, position: int) -> int:
         """Source index of the frame yielded at this position, both counted from 0.

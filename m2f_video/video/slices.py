@@ -18,12 +18,12 @@ def check_slice(frames: slice) -> slice:
         raise VideoError(f"frames must be a slice, such as slice(0, 100, 2), got {frames!r}")
     parts = (frames.start, frames.stop, frames.step)
     if any(part is not None and (isinstance(part, bool) or not isinstance(part, int | np.integer)) for part in parts):
-        raise VideoError(f"frames {_show(frames)}: frame numbers must be whole numbers")
+        raise VideoError(f"frames {show_slice(frames)}: frame numbers must be whole numbers")
     start, stop, step = parts
     if step is not None and step < 1:
-        raise VideoError(f"frames {_show(frames)}: the step must be at least 1")
+        raise VideoError(f"frames {show_slice(frames)}: the step must be at least 1")
     if stop is not None and (stop < 0) == ((start or 0) < 0) and stop <= (start or 0):
-        raise VideoError(f"frames {_show(frames)} select nothing: the stop must be larger than the start")
+        raise VideoError(f"frames {show_slice(frames)} select nothing: the stop must be larger than the start")
     return frames
 
 
@@ -67,9 +67,10 @@ def selection(numbered: Iterable[tuple[Any, ...]], frames: slice) -> Iterator[tu
 
 def nothing_selected(source: str, frames: slice, count: int) -> VideoError:
     """An error that says so."""
-    return VideoError(f"{source}: frames {_show(frames)} select nothing, the video has only {count} frames")
+    return VideoError(f"{source}: frames {show_slice(frames)} select nothing, the video has only {count} frames")
 
 
-def _show(frames: slice) -> str:
+def show_slice(frames: slice) -> str:
+    """As `START:STOP` or `START:STOP:STEP`."""
     parts = [frames.start, frames.stop] + ([frames.step] if frames.step is not None else [])
     return ":".join("" if part is None else str(part) for part in parts)

@@ -17,6 +17,7 @@ _BT709 = 1  # in FFmpeg's lists of colour spaces, of primaries and of transfer c
 _LIMITED_RANGE = 1
 _PIXEL_FORMAT = "yuv420p"
 _MOST_PIXELS_LOOKED_AHEAD = 2**25  # an 8K frame; of larger ones the encoder would keep gigabytes
+_THREADS = 4  # what x264 writes depends on their number, which would be that of the machine's cores
 
 MAX_SIDE = 16384
 """Pixels along a side of the largest frame that the encoders take."""
@@ -37,13 +38,31 @@ def as_frame_rate(fps: float | Fraction) -> Fraction:
     return rate
 
 
+def open_output(path: Path, fps: Fraction) -> Any:
+    """A container to write to, PyAV's; its suffix chooses which.
+
+    Raises:
+        ValueError: FFmpeg knows none of this suffix.
+    """
+    import av
+
+    options = {}
+    if path.suffix.lower() in {".mp4", ".mov", ".m4v"}:
+        # The index goes to the front of the file, so that browsers start before they have all of it. It states the
+        # length in units, thousandths of a second by default, and players leave out frames past that length.
+        options = {"movflags": "+faststart", "movie_timescale": str(max(1000, fps.numerator))}
+    # By its protocol: FFmpeg takes a name with a colon for an address.
+    return av.open(f"file:{path}", "w", options=options)
+
+
 class VideoWriter:
     """Writes frames to a video file, exactly as many and as fast as given.
 
     A context manager: the file appears under its name when the block ends well, and nothing of it stays when the
     block ends with an exception. Frames are stored as yuv420p, the one format that every browser and QuickTime play;
     it has even sizes only, so that an odd width or height grows by one: the last column or row is there twice.
-    Colours are BT.709, limited range, and tagged so.
+    Colours are BT.709, limited range, and tagged so. The same frames give the same file, whatever the number of cores
+    (with libx264).
 
     Args:
         path: of the file; its suffix chooses the container.
@@ -146,21 +165,15 @@ class VideoWriter:
             self._container.close()
 
     def _open(self, temporary: Path) -> Any:
-        import av
-
-        options = {}
-        if self.path.suffix.lower() in {".mp4", ".mov", ".m4v"}:
-            # The index goes to the front of the file, so that browsers start before they have all of it. It states the
-            # length in units, thousandths of a second by default, and players leave out frames past that length.
-            options = {"movflags": "+faststart", "movie_timescale": str(max(1000, self.fps.numerator))}
         try:
-            # By its protocol: FFmpeg takes a name with a colon for an address.
-            return av.open(f"file:{temporary}", "w", options=options)
+            return open_output(temporary, self.fps)
         except ValueError as error:
             raise VideoError(f"{self.path}: FFmpeg knows no container {self.path.suffix!r}; use .mp4") from error
 
     def _add_stream(self) -> Any:
         options = {"crf": str(self.crf), "preset": "veryfast"}
+        if self.codec == "libx264":
+            options["mbtree"] = "0"  # reads memory that nobody has written: the same frames become different files
         if self.width * self.height > _MOST_PIXELS_LOOKED_AHEAD:
             options |= {"preset": "ultrafast", "tune": "zerolatency"}
         try:
@@ -170,6 +183,7 @@ class VideoWriter:
         stream.width, stream.height = self.width + self.width % 2, self.height + self.height % 2
         stream.pix_fmt = _PIXEL_FORMAT
         context = stream.codec_context
+        context.thread_count = _THREADS
         context.time_base = 1 / self.fps
         context.colorspace = context.color_primaries = context.color_trc = _BT709
         context.color_range = _LIMITED_RANGE

@@ -7,6 +7,8 @@ import itertools
 import json
 import os
 import pickle
+import re
+import resource
 import signal
 import subprocess
 import sys
@@ -26,13 +28,18 @@ from m2f_video.cli.data import DATA_COMMANDS
 from m2f_video.cli.demo import demo
 from m2f_video.cli.main import COMMANDS, main
 from m2f_video.data import STANDARD_SPLITS, SyntheticVideos
+from m2f_video.files import locked
+from m2f_video.inference import partial
 from m2f_video.video import VideoWriter, open_video
+from m2f_video.video.parts import VideoParts
 from tests.conftest import synthetic_frames
 from tests.video.test_read_once import damage_packet
 from tests.video.test_video_io import make_video
 from weights_convert import from_native, hf_config_from_native, write_checkpoint
 
 FRAMES = 6
+FILES = ["overlay.mp4", "tracks.json", "tracks.jsonl"]
+"""Of a complete result."""
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +155,7 @@ def test_names_that_look_like_addresses_and_patterns_are_names(folder, tmp_path,
     options = ("--checkpoint", folder / "native", "--output", place / "run:1 %03d")
     assert run("segment", place / "12:30 50%d.mp4", *options) == 0
     written = sorted(path.name for path in (tmp_path / "run:1 %03d").iterdir())
-    assert written == ["overlay.mp4", "tracks.json"]
+    assert written == FILES
     assert len(read_video(place / "run:1 %03d" / "overlay.mp4")) == FRAMES
 
 
@@ -213,7 +220,7 @@ def test_a_video_is_piped_in(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", Piped(source))
     assert piped(folder, tmp_path / "part", "--frames", "1:5:2", "--mode", "whole", "--no-overlay") == 0
     assert VideoSegmentation.load(tmp_path / "part").frames == (1, 3)
-    assert [path.name for path in (tmp_path / "part").iterdir()] == ["tracks.json"]
+    assert sorted(path.name for path in (tmp_path / "part").iterdir()) == ["tracks.json", "tracks.jsonl"]
 
 
 def test_a_step_through_a_pipe_keeps_the_time(folder, tmp_path, monkeypatch):
@@ -537,7 +544,7 @@ def test_info_says_what_runs(capsys, monkeypatch, tmp_path):
 
 def test_demo_measures_its_result_by_the_truth(tmp_path, capsys):
     assert run("demo", "--output", tmp_path / "demo") == 0
-    assert sorted(file.name for file in (tmp_path / "demo").iterdir()) == ["overlay.mp4", "tracks.json", "video.mp4"]
+    assert sorted(file.name for file in (tmp_path / "demo").iterdir()) == [*FILES, "video.mp4"]
     printed = capsys.readouterr().out
     assert "AP50" in printed
     rows = json.loads((tmp_path / "demo" / "tracks.json").read_text())["results"]
@@ -580,17 +587,23 @@ def test_an_interrupt_while_loading_ends_cleanly(monkeypatch, capsys):
     assert "interrupted" in capsys.readouterr().err
 
 
-def signalled(folder: Path, output: Path, kind: signal.Signals) -> tuple[int, str]:
-    """Exit code and standard error of the command when it gets a signal while it draws the overlay."""
-    large = np.repeat(synthetic_frames(FRAMES, 60, 90), 8, axis=0).repeat(6, axis=1).repeat(6, axis=2)
-    with VideoWriter(folder / "long.mp4", 12, 540, 360) as writer:
-        for frame in large:
-            writer.write(frame)
+def long_command(folder: Path, output: Path, *options: str) -> list[str]:
+    """The command for a video in windows, with a state after its first 200 frames."""
+    if not (folder / "long.mp4").exists():
+        long = np.tile(synthetic_frames(FRAMES, 60, 90), (40, 1, 1, 1))
+        with VideoWriter(folder / "long.mp4", 12, 90, 60) as writer:
+            for frame in long:
+                writer.write(frame)
     command = [sys.executable, "-m", "m2f_video", "segment", str(folder / "long.mp4"), "--plain"]
     command += ["--checkpoint", str(folder / "native"), "--output", str(output)]
-    command += ["--shortest-edge", "32", "--top-k", "1"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)  # noqa: S603
-    while not list(output.glob(".overlay.*.mp4")):
+    return [*command, "--shortest-edge", "32", "--top-k", "1", "--window", "8", "--frames-per-chunk", "8", *options]
+
+
+def signalled(folder: Path, output: Path, kind: signal.Signals) -> tuple[int, str]:
+    """Exit code and standard error of the command when it gets a signal after its first state."""
+    process = subprocess.Popen(long_command(folder, output), stderr=subprocess.PIPE, text=True)  # noqa: S603
+    state, lines = output / ".unfinished" / "state.safetensors", output / "tracks.jsonl"
+    while not state.exists() or lines.stat().st_mtime <= state.stat().st_mtime:  # a frame was written since
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.01)
     process.send_signal(kind)
@@ -617,22 +630,74 @@ def test_signals_end_as_an_interrupt_does(folder, tmp_path, capsys, monkeypatch,
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow  # fresh interpreters
-@pytest.mark.parametrize("kind", SIGNALS)
-def test_a_signalled_process_ends_as_an_interrupted_one_does(folder, tmp_path, kind):
-    assert signalled(folder, tmp_path / "out", kind) == (130, "m2f-video: interrupted\n")
-    assert list(tmp_path.iterdir()) == []
+@pytest.fixture(scope="module")
+def long_result(folder, tmp_path_factory) -> dict[str, bytes]:
+    """The files of the long video, made in one run."""
+    output = tmp_path_factory.mktemp("long")
+    subprocess.run(long_command(folder, output), check=True, capture_output=True)  # noqa: S603
+    return {path.name: path.read_bytes() for path in output.iterdir()}
 
 
-@pytest.mark.slow  # what removes it has a fast test
-def test_the_next_run_removes_what_a_killed_one_left(folder, tmp_path):
-    assert signalled(folder, tmp_path / "out", signal.SIGKILL) == (-signal.SIGKILL, "")
-    assert len(list((tmp_path / "out").glob(".*"))) == 2
-    assert segment(folder, tmp_path / "out") == 0
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["overlay.mp4", "tracks.json"]
+@pytest.mark.slow  # fresh interpreters; that runs go on has fast tests in tests/inference
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGKILL])
+def test_a_signalled_run_goes_on(folder, tmp_path, kind, long_result):
+    output = tmp_path / "out"
+    code, error = signalled(folder, output, kind)
+    if kind == signal.SIGKILL:
+        assert (code, error) == (-signal.SIGKILL, "")
+    else:
+        assert code == 130
+        assert re.fullmatch(
+            rf"m2f-video: interrupted; 2\d\d frames are final and in {output}/tracks.jsonl; "
+            r"--resume goes on after 2\d\d of them\n",
+            error,
+        )
+    with pytest.warns(UserWarning, match="stopped or is at work"):
+        assert len(VideoSegmentation.load(output).frames) >= 200
+    command = long_command(folder, output, "--resume")
+    done = subprocess.run(command, check=True, capture_output=True, text=True)  # noqa: S603
+    assert "go on after frame 2" in done.stdout
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == long_result
 
 
-@pytest.mark.parametrize("name", ["tracks.json", "overlay.mp4"])
+def test_resuming_from_the_command_line(folder, tmp_path, capsys, monkeypatch):
+    options = ("--mode", "window", "--window", 3, "--no-overlay")
+    assert segment(folder, tmp_path, *options, "--resume") == 0
+    assert "nothing to go on from; start anew" in capsys.readouterr().out
+    assert segment(folder, tmp_path, *options, "--resume") == 0
+    assert "it is complete already, nothing is to be done" in capsys.readouterr().out
+    assert segment(folder, tmp_path, *options[:2], "--no-overlay", "--resume") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "holds a result of another window (3 and not 8)" in error
+    assert "start anew, without --resume" in error
+    monkeypatch.setattr(VideoMask2Former, "from_pretrained", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(sys, "stdin", Piped(as_format(folder, tmp_path / "video.mkv")))
+    assert_refused(capsys, piped(folder, tmp_path / "out", "--resume"), tmp_path / "out", "cannot be resumed", "a file")
+
+
+def test_a_second_run_in_a_folder_is_refused(folder, tmp_path, capsys):
+    with locked(tmp_path / ".lock"):
+        assert segment(folder, tmp_path) == 2
+    assert "another run is at work in" in capsys.readouterr().err
+
+
+def test_a_full_disk_in_a_long_run_keeps_what_is_final(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(partial, "KEPT_EVERY", 3)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    monkeypatch.setattr(VideoParts, "close", lambda *_: resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1])))
+    try:
+        assert segment(folder, tmp_path, "--mode", "window", "--window", 2) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    error = capsys.readouterr().err
+    assert "File too large" in error
+    assert f"4 frames are final and in {tmp_path}/tracks.jsonl; --resume starts anew" in error
+    with pytest.warns(UserWarning, match="4 frames"):
+        assert len(VideoSegmentation.load(tmp_path).frames) == 4
+
+
+@pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("kind", ["folder", "pipe"])
 def test_what_is_in_the_way_is_found_before_the_work(folder, tmp_path, capsys, monkeypatch, name, kind):
     monkeypatch.setattr(VideoMask2Former, "from_pretrained", lambda *_, **__: pytest.fail("the model was loaded"))

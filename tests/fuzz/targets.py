@@ -4,6 +4,7 @@ import io
 import json
 import pickle
 import random
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -174,12 +175,24 @@ def results(folder: Path, rng: random.Random) -> Mutants:
     def read(path: Path) -> None:
         average_precision(truth, pair_tracks(truth, load_results(path, truth)))
 
+    def read_lines(path: Path) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of a run that was stopped
+            VideoSegmentation.load(path).to_dict()
+
     tracks = _tracks()
+    (folder / "tracks.json").write_text(json.dumps(tracks))
+    VideoSegmentation.load(folder).save(folder, overlay=False)
+    lines = (folder / "tracks.jsonl").read_bytes().splitlines()
     while True:
-        if rng.random() < 0.5:
+        if (kind := rng.random()) < 0.4:
             yield _reading("results.json", mutate_json(rows, rng), read)
-        else:
+        elif kind < 0.7:
             yield _reading("tracks.json", mutate_json(tracks, rng), VideoSegmentation.load)
+        elif kind < 0.85:
+            yield _reading("tracks.jsonl", mutate_bytes(b"\n".join(lines) + b"\n", rng), read_lines)
+        else:
+            yield _reading("tracks.jsonl", _mutated_line(lines, rng), read_lines)
 
 
 def journals(folder: Path, rng: random.Random) -> Mutants:
@@ -193,13 +206,7 @@ def journals(folder: Path, rng: random.Random) -> Mutants:
         Journal(path, made_from).add(7, [])
 
     while True:
-        if rng.random() < 0.5:
-            content = mutate_bytes(b"\n".join(lines) + b"\n", rng)
-        else:
-            mutants = list(lines)
-            at = rng.randrange(len(lines))
-            mutants[at] = mutate_json(json.loads(lines[at]), rng)
-            content = b"\n".join(mutants) + b"\n"
+        content = mutate_bytes(b"\n".join(lines) + b"\n", rng) if rng.random() < 0.5 else _mutated_line(lines, rng)
         yield _reading("journal.jsonl", content, read)
 
 
@@ -275,6 +282,14 @@ def _saved(state: Any, **options: Any) -> bytes:
 
 def _each(dataset: Any) -> Iterator[Any]:
     return (dataset[index] for index in range(len(dataset)))
+
+
+def _mutated_line(lines: list[bytes], rng: random.Random) -> bytes:
+    """A file of lines of JSON, one of which is another."""
+    mutants = list(lines)
+    at = rng.randrange(len(lines))
+    mutants[at] = mutate_json(json.loads(lines[at]), rng)
+    return b"\n".join(mutants) + b"\n"
 
 
 def _tracks() -> dict[str, Any]:

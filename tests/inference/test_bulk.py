@@ -18,7 +18,9 @@ from PIL import Image
 from m2f_video import VideoSegmentation, read_video
 from m2f_video.files import locked
 from m2f_video.inference import bulk
+from m2f_video.inference import partial as growing
 from m2f_video.inference.bulk import Outcome, segment_many
+from m2f_video.inference.on_video import ModelOnVideo
 from m2f_video.inference.processor import VideoProcessor
 from m2f_video.video import VideoWriter
 from tests.video.test_read_once import damage_packet
@@ -296,6 +298,29 @@ def test_the_videos_of_a_process_that_is_killed_are_taken_over(tiny_model, video
         "c": ("done", True),
     }
     assert_equal_results(tmp_path / "out", single)
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_video_that_was_stopped_goes_on_unless_it_has_changed(tiny_model, videos, tmp_path, monkeypatch, changed):
+    source = Path(shutil.copy2(videos / "a.mp4", tmp_path / "a.mp4"))
+    monkeypatch.setattr(growing, "KEPT_EVERY", 2)
+    encoded, encode = [], ModelOnVideo.encode_masks
+
+    def stop(self, logits):
+        encoded.append(logits)
+        if len(encoded) == 3:
+            raise KeyboardInterrupt
+        return encode(self, logits)
+
+    monkeypatch.setattr(ModelOnVideo, "encode_masks", stop)
+    with pytest.raises(KeyboardInterrupt):
+        segment_many(tiny_model, [source], tmp_path / "out", mode="window", window=1)
+    assert (tmp_path / "out" / "a" / ".unfinished" / "state.safetensors").exists()
+    if changed:
+        os.utime(source, ns=(5, 5))
+    outcomes = segment_many(tiny_model, [source], tmp_path / "out", mode="window", window=1)
+    assert [(outcome.state, outcome.frames) for outcome in outcomes] == [("done", 3)]
+    assert len(encoded) - 3 == (3 if changed else 1)
 
 
 def test_processes_share_the_videos(tiny_model, videos, single, tmp_path):

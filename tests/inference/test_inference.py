@@ -107,7 +107,7 @@ def test_saved_files_come_back(tiny_model, video, tmp_path):
 
     result = segment_video(tiny_model, video)
     result.save(tmp_path / "out")
-    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["overlay.mp4", "tracks.json"]
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["overlay.mp4", "tracks.json", "tracks.jsonl"]
     overlay = read_video(tmp_path / "out" / "overlay.mp4")
     assert overlay.shape == (5, 62, 90, 3)  # every player takes even sizes
     again = VideoSegmentation.load(tmp_path / "out")

@@ -70,6 +70,20 @@ def test_windows_cover_the_video(tiny_model, long_video, count, window, stride, 
             torch.testing.assert_close(ours, theirs[frames], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("stride", "chunk"), [(4, 3), (3, 2), (2, 2), (1, 3)])
+def test_windows_after_some_frames_are_those_of_all(tiny_model, long_video, stride, chunk):
+    video, how = on_video(tiny_model, long_video, chunk), windowing(4, stride)
+    with torch.inference_mode():
+        every = list(window_features(video, how))
+        for number, window in enumerate(every):
+            done = window.start + len(window.features.mask_features)
+            rest = list(window_features(video, how, done))
+            assert [part.start for part in rest] == [part.start for part in every[number + 1 :]]
+            for ours, theirs in zip(rest, every[number + 1 :], strict=True):
+                assert torch.equal(ours.features.mask_features, theirs.features.mask_features)
+                np.testing.assert_array_equal(ours.images, theirs.images)
+
+
 # -- the whole video in one window
 
 

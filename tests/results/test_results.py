@@ -171,15 +171,15 @@ def test_results_that_contradict_themselves(changes: dict[str, Any], message: st
 def test_the_file_is_a_youtubevis_submission_with_categories(tmp_path: Path) -> None:
     result = make_segmentation()
     result.save(tmp_path / "new" / "out", overlay=False)
-    assert [p.name for p in (tmp_path / "new" / "out").iterdir()] == ["tracks.json"]
+    assert sorted(p.name for p in (tmp_path / "new" / "out").iterdir()) == ["tracks.json", "tracks.jsonl"]
     data = json.loads((tmp_path / "new" / "out" / "tracks.json").read_text())
     assert data == result.to_dict()
     assert data.keys() == {"video", "categories", "results"}
     assert data["video"] == {"source": "cars.mp4", "width": W, "height": H, "fps": 25.0, "frames": [0, 1, 2, 3]}
     assert data["categories"] == [{"id": i + 1, "name": name} for i, name in enumerate(LABELS)]
     row = data["results"][1]
-    assert row.keys() == {"video_id", "category_id", "category", "score", "segmentations"}
-    assert (row["category_id"], row["category"], row["score"]) == (2, "dog", 0.9)
+    assert row.keys() == {"video_id", "id", "category_id", "category", "score", "segmentations"}
+    assert (row["id"], row["category_id"], row["category"], row["score"]) == (2, 2, "dog", 0.9)
     assert row["segmentations"][2] is None
     assert row["segmentations"][0] == {"size": [H, W], "counts": encode_mask(box_mask(4, 0))["counts"]}  # type: ignore[index]
 
@@ -208,7 +208,7 @@ def test_the_overlay_is_written_beside(tmp_path: Path) -> None:
     calls: list[tuple[int, int]] = []
     result = make_segmentation()
     result.save(tmp_path, progress=lambda done, total: calls.append((done, total)))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["overlay.mp4", "tracks.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["overlay.mp4", "tracks.json", "tracks.jsonl"]
     assert calls == [(index + 1, T) for index in range(T)]
     overlay = read_video(tmp_path / "overlay.mp4", strict=True)
     assert overlay.shape == (T, H, W, 3)
@@ -412,7 +412,7 @@ def test_many_tracks_are_no_matter(tmp_path: Path) -> None:
     visible = next(filter(None, row["segmentations"]))
     data["video"]["frames"] = list(range(1000))
     shown = [[visible if frame == 500 + track // 2 else None for frame in range(1000)] for track in range(800)]
-    data["results"] = [row | {"segmentations": segmentations} for segmentations in shown]
+    data["results"] = [row | {"id": number, "segmentations": masks} for number, masks in enumerate(shown, 1)]
     (tmp_path / "tracks.json").write_text(json.dumps(data))
     start = time.process_time()
     tracks = VideoSegmentation.load(tmp_path).tracks
