@@ -99,8 +99,8 @@ class Run:
 def test_an_hour_of_video(hour: tuple[Path, np.ndarray], tmp_path: Path) -> None:
     source, truth = hour
     output = tmp_path / "out"
-    arguments = (source, "--checkpoint", "demo", "--output", output, "--shortest-edge", HEIGHT)
-    arguments += ("--frames-per-chunk", CHUNK)
+    options = {"--checkpoint": "demo", "--output": output, "--shortest-edge": HEIGHT, "--frames-per-chunk": CHUNK}
+    arguments = [source, *(part for option in options.items() for part in option)]
     first = Run(*arguments)
     first.watch(output, FRAMES // 2)
     os.kill(first.process.pid, signal.SIGKILL)
