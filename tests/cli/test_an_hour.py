@@ -45,7 +45,7 @@ def numbered(picture: np.ndarray, number: int) -> np.ndarray:
 @pytest.fixture(scope="module")
 def hour(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray]:
     """A video of shapes that move to and fro for an hour; and the truth of its first frames, (N, T, H, W)."""
-    video = SyntheticVideos(1, 5, "easy", num_frames=END, height=HEIGHT, width=WIDTH)[0]
+    video = SyntheticVideos(1, 6, "easy", num_frames=END, height=HEIGHT, width=WIDTH)[0]
     clip = video.clip(range(END))
     pictures = clip.frames.permute(0, 2, 3, 1).numpy()
     to_and_fro = [*range(END), *reversed(range(1, END - 1))]
