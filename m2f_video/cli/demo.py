@@ -32,7 +32,7 @@ def demo(
         difficulty: how hard to segment and follow the objects are.
         seed: of the video; by default the first after 2000, the seed of the test videos, whose medium video has at
             least four objects, each of which covers at least 1 % of every frame, so that there is something to see.
-        score_threshold: the table and the overlay leave out tracks that score less; the other files and AP take all.
+        score_threshold: the table and the overlay leave out what is less certain; the other files and AP take all.
         plain: run the model as it is written, without the accelerated twins of its modules.
     """
     from m2f_video.data import SyntheticVideos

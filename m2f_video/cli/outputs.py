@@ -64,17 +64,17 @@ def print_written(folder: Path, num_frames: int, *others: str) -> None:
 def print_tracks(segmentation: VideoSegmentation, min_score: float = 0.0) -> None:
     """Print a table of the tracks that score enough."""
     count = len(segmentation.frames)
-    tracks = [track for track in segmentation.tracks if track.score >= min_score]
+    tracks = [track for track in segmentation.tracks if track.certainty >= min_score]
     if not tracks:
-        print(f"{segmentation.source}: {count} frames, no track reaches the --score-threshold")
+        print(f"{segmentation.source}: {count} frames, no track is as certain as the --score-threshold")
         return
-    print(f"{segmentation.source}: {count} frames, {len(tracks)} tracks")
+    print(f"{segmentation.source}: {count} frames, {len(tracks)} track{'s' if len(tracks) > 1 else ''}")
     areas = [0] * len(tracks)
     for frame in range(count):  # frame by frame, as they are read
         areas = [area + track.area(frame) for area, track in zip(areas, tracks, strict=True)]
-    table = Table("id", "label", "score", "frames", "mean area, px")
+    table = Table("id", "label", "score", "certainty", "frames", "mean area, px")
     for track, area in zip(tracks, areas, strict=True):
         visible = track.num_frames_visible
-        mean = area / max(visible, 1)
-        table.add_row(str(track.id), track.label, f"{track.score:.3f}", f"{visible}/{count}", f"{mean:.0f}")
+        numbers = f"{track.score:.3f}", f"{track.certainty:.3f}", f"{visible}/{count}", f"{area / max(visible, 1):.0f}"
+        table.add_row(str(track.id), track.label, *numbers)
     print_table(table)

@@ -97,14 +97,15 @@ def segment(
             by the last two (both).
         max_overlap: leave out an object of whose mask more certain ones cover a larger share; by default 1, which keeps
             all, for whole and streamed videos, as published, and 0.5 in windows.
-        top_k: how many (object, class) pairs become tracks; the published evaluation takes 10.
-        score_threshold: leave out tracks that score less. 0 keeps all top-k, as the published evaluation does; 0.3
-            suits most videos.
+        top_k: how many (object, class) pairs become tracks, and are drawn in a frame; the published evaluation takes
+            10. Take more for a video that shows more objects.
+        score_threshold: leave out tracks of less certainty: the probability of the class, in windows of those that the
+            object is seen in. 0 keeps all top-k, as the published evaluation does; 0.3 suits most videos.
         shortest_edge: resize frames to this shorter side, in pixels, instead of the checkpoint's.
         frames_per_chunk: frames encoded at a time; by default 1 on a CPU and 8 elsewhere.
         plain: run the model as it is written, without the accelerated twins of its modules; for those who doubt them.
         strict: fail on a video that is damaged or changes its size, instead of segmenting what comes before.
-        overlay: write overlay.mp4. In windows it is drawn as frames come, by the scores of that moment.
+        overlay: write overlay.mp4. In windows it is drawn as frames come, by what is known at that moment.
         resume: go on with a run in windows that was stopped, of the same video, checkpoint and options: the result is
             that of one run. One that is complete stays; where there is nothing to go on from, the run starts anew. Not
             for what is piped in.

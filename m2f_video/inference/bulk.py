@@ -111,7 +111,7 @@ def segment_many(
         linker: how objects of a window are linked to tracks.
         max_overlap: of duplicates.
         top_k: how many (object, class) pairs become tracks.
-        score_threshold: tracks that score less are left out.
+        score_threshold: tracks of less certainty are left out.
         frames_per_chunk: frames encoded at a time.
         plain: run the model as it is written.
         progress: see `Progress`; "videos" is a stage beside those of `segment_to_folder`, which begin anew with each.

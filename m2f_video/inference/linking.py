@@ -51,6 +51,7 @@ class TrackState:
     Attributes:
         id: from 1, by birth.
         probabilities: (K+1,), summed over the windows that it was seen in.
+        seen: how many these are.
         last: number of the last of them, among all windows.
         start: first frame of that window.
         mask_embedding: (C,) there.
@@ -59,6 +60,7 @@ class TrackState:
 
     id: int
     probabilities: Tensor
+    seen: int
     last: int
     start: int
     mask_embedding: Tensor
@@ -256,12 +258,12 @@ class Tracker:
             values[row].clone() for values in (window.probabilities, window.mask_embeddings, window.mask_logits)
         )
         if track is None:
-            track = TrackState(len(self.tracks) + 1, probabilities, number, window.start, embedding, logits)
+            track = TrackState(len(self.tracks) + 1, probabilities, 1, number, window.start, embedding, logits)
             self.tracks[track.id] = track
             self._alive.append(track)
             return track.id
         track.probabilities = track.probabilities + probabilities
-        track.last, track.start = number, window.start
+        track.seen, track.last, track.start = track.seen + 1, number, window.start
         track.mask_embedding, track.mask_logits = embedding, logits
         return track.id
 
@@ -305,8 +307,15 @@ class Tracker:
 
         A window that a track is not seen in counts as probability 0.
         """
-        summed = torch.stack([track.probabilities for track in self.tracks.values()])
-        return summed[:, :-1] / self.windows
+        return self._summed() / self.windows
+
+    def certainties(self) -> Tensor:
+        """(R, K), as `scores`, but averaged over the windows that a track is seen in."""
+        summed = self._summed()
+        return summed / summed.new_tensor([[track.seen] for track in self.tracks.values()])
+
+    def _summed(self) -> Tensor:
+        return torch.stack([track.probabilities for track in self.tracks.values()])[:, :-1]
 
 
 def assign_most(similarity: Tensor, threshold: float) -> list[tuple[int, int]]:

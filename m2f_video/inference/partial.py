@@ -47,7 +47,7 @@ class PartialResult:
         folder: of the result.
         lines: its `tracks.jsonl`.
         parts: of its overlay; None without one.
-        score_threshold: tracks that score less are neither drawn nor said.
+        score_threshold: tracks of less certainty are neither drawn nor said.
         drawn: frames of the overlay so far.
 
     Attributes:

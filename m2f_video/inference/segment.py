@@ -103,8 +103,10 @@ def segment_video(
             `Linker` of your own.
         max_overlap: an object of whose mask, in the whole video or a window, more certain ones cover a larger share is
             a duplicate and left out; 1 keeps all, as the published evaluation does. None is 0.5 for `window`, else 1.
-        top_k: how many (object, class) pairs become tracks, as the published evaluation takes 10.
-        score_threshold: pairs that score less are left out.
+        top_k: how many (object, class) pairs become tracks, as the published evaluation takes 10; take more for a
+            video that shows more objects.
+        score_threshold: pairs of less `certainty` are left out: in windows the probability of the class where the
+            track is seen, else the score.
         frames_per_chunk: frames encoded at a time; None is 1 on a CPU and 8 elsewhere. `streamed` takes 1 on a CPU
             whatever this says, so that it changes no bit.
         strict: raise an error for a video that is damaged or changes its size, instead of warning and using

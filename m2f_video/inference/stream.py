@@ -6,6 +6,7 @@ W frames of a window, S frames from one window's beginning to the next, R tracks
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -44,11 +45,13 @@ class TrackScore:
         id: of the track, from 1, by birth.
         label_id: class of the model, from 0.
         score: probability of the class, averaged over all windows so far; 0 counts where the track is not seen.
+        certainty: the same, averaged over the windows that it is seen in.
     """
 
     id: int
     label_id: int
     score: float
+    certainty: float
 
 
 class VideoStream:
@@ -75,7 +78,9 @@ class VideoStream:
     def __init__(self, video: ModelOnVideo, windowing: Windowing, plain: bool = False) -> None:
         self.video, self.windowing = video, windowing
         self.plain, self._begun = plain, False
-        self._best: tuple[int, list[TrackScore]] = (0, [])  # after so many windows
+        self._best: list[TrackScore] = []
+        self._likeliest: list[TrackScore] = []  # of each track its likeliest class, by id
+        self._scored = 0  # after so many windows
         self._tracker = Tracker(windowing.linker)
         reader = video.reader
         self.source, self.width, self.height, self.fps = reader.source, reader.width, reader.height, float(reader.fps)
@@ -111,6 +116,11 @@ class VideoStream:
                 video.report("frames", self.num_frames, video.reader.num_frames_hint)
 
     @property
+    def num_tracks(self) -> int:
+        """How many there ever were."""
+        return len(self._tracker.tracks)
+
+    @property
     def is_resumable(self) -> bool:
         """Whether `state_dict` has all; see `m2f_video.inference.linking.Linker`."""
         return is_resumable(self.windowing.linker)
@@ -134,28 +144,38 @@ class VideoStream:
         self.num_frames = int(state["frames"])
 
     def scores(self, score_threshold: float = 0.0) -> list[TrackScore]:
-        """The `top_k` best pairs of track and class so far, by falling score, without those that score less.
+        """The `top_k` best pairs of track and class so far, by falling score, without those that are less certain.
 
         Raises:
             ValueError: a threshold out of its range.
         """
         check_thresholds(score_threshold=score_threshold)
-        if self._best[0] != self._tracker.windows:
-            self._best = self._tracker.windows, self._best_pairs()
-        return [score for score in self._best[1] if score.score >= score_threshold]
+        self._score()
+        return [score for score in self._best if score.certainty >= score_threshold]
 
-    def _best_pairs(self) -> list[TrackScore]:
+    def _score(self) -> None:
+        """Once a window."""
+        if self._scored == self._tracker.windows:
+            return
+        self._scored = self._tracker.windows
         if not self._tracker.tracks:
-            return []
-        scores = self._tracker.scores()  # (R, K)
-        best, pairs = scores.flatten().topk(min(self.windowing.top_k, scores.numel()))
-        return [
-            TrackScore(id=pair // scores.shape[1] + 1, label_id=pair % scores.shape[1], score=score)
-            for score, pair in zip(best.tolist(), pairs.tolist(), strict=True)
-        ]
+            return
+        scores, certainties = self._tracker.scores(), self._tracker.certainties()  # (R, K)
+
+        def of(pairs: Tensor) -> list[TrackScore]:
+            values = (of_all.flatten()[pairs].tolist() for of_all in (scores, certainties))
+            rows, columns = (pairs // scores.shape[1]).tolist(), (pairs % scores.shape[1]).tolist()
+            return [
+                TrackScore(id=row + 1, label_id=column, score=score, certainty=certainty)
+                for row, column, score, certainty in zip(rows, columns, *values, strict=True)
+            ]
+
+        self._best = of(scores.flatten().topk(min(self.windowing.top_k, scores.numel()))[1])
+        rows = torch.arange(len(scores), device=scores.device)
+        self._likeliest = of(rows * scores.shape[1] + scores.argmax(1))
 
     def draw(self, result: FrameResult, score_threshold: float = 0.0) -> np.ndarray:
-        """A frame with what was seen in it of the tracks that are best so far, each as its best class.
+        """A frame with the tracks that are seen in it, the most certain on top, each as its likeliest class so far.
 
         Returns:
             uint8 RGB (H, W, 3).
@@ -163,15 +183,15 @@ class VideoStream:
         Raises:
             ValueError: a threshold out of its range.
         """
-        best = dict[int, TrackScore]()
-        for score in self.scores(score_threshold):
-            if score.id in result.masks:
-                best.setdefault(score.id, score)
+        check_thresholds(score_threshold=score_threshold)
+        self._score()
+        seen = [track for id_ in result.masks if (track := self._likeliest[id_ - 1]).certainty >= score_threshold]
+        seen = sorted(seen, key=lambda track: -track.certainty)[: self.windowing.top_k]
         return draw_tracks(
             result.image,
-            (decode_mask(result.masks[id_]) for id_ in best),
-            track_colors(best),
-            [f"{self.labels[score.label_id]} {score.score:.2f}" for score in best.values()],
+            (decode_mask(result.masks[track.id]) for track in seen),
+            track_colors([track.id for track in seen]),
+            [f"{self.labels[track.label_id]} {track.certainty:.2f}" for track in seen],
         )
 
 
@@ -181,22 +201,31 @@ def segment_windows(stream: VideoStream, score_threshold: float) -> tuple[list[T
     for position, result in enumerate(stream):
         for id_, rle in result.masks.items():
             masks.setdefault(id_, {})[position] = rle
-    count = stream.num_frames
+    frames = range(stream.num_frames)
     return [
-        Track(**row, segmentations=tuple(masks.get(row["query_id"], {}).get(position) for position in range(count)))
+        Track(**row, segmentations=tuple(masks.get(row["query_id"], {}).get(position) for position in frames))
         for row in best_tracks(stream, score_threshold)
-    ], count
+    ], len(frames)
 
 
 def best_tracks(stream: VideoStream, score_threshold: float) -> list[dict[str, Any]]:
-    """The tracks of a stream so far, by falling score: the fields of each `Track`, without its masks."""
-    return [
-        {
-            "id": index + 1,
-            "label": stream.labels[best.label_id],
-            "label_id": best.label_id,
-            "score": best.score,
-            "query_id": best.id,
-        }
-        for index, best in enumerate(stream.scores(score_threshold))
-    ]
+    """The tracks of a stream so far, by falling score: the fields of each `Track`, without its masks.
+
+    Each has the id that its masks have in a `FrameResult`; where it is there again as another class, that one gets a
+    number of its own, beyond those of all tracks.
+    """
+    rows, taken = list[dict[str, Any]](), set[int]()
+    others = count(stream.num_tracks + 1)
+    for best in stream.scores(score_threshold):
+        rows.append(
+            {
+                "id": next(others) if best.id in taken else best.id,
+                "label": stream.labels[best.label_id],
+                "label_id": best.label_id,
+                "score": best.score,
+                "certainty": best.certainty,
+                "query_id": best.id,
+            }
+        )
+        taken.add(best.id)
+    return rows

@@ -51,7 +51,7 @@ def segment_to_folder(
         output: folder to write to; made where missing.
         overlay: draw the tracks.
         mode: how the video is segmented.
-        score_threshold: tracks that score less are left out.
+        score_threshold: tracks of less certainty are left out.
         resume: go on with a run in windows that was stopped, and leave a result alone that is complete; where there is
             none of this video, or nothing to go on from, as in other modes, start anew.
         progress: see `Progress`; the stages are those of `segment_video`, and "overlay" where it is drawn at the end.

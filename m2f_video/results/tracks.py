@@ -37,7 +37,10 @@ class Track:
         id: number of the track, from 1, unique in its result.
         label: name of its class.
         label_id: class of the model, from 0.
-        score: confidence in [0, 1].
+        score: confidence in [0, 1], by which tracks are ranked; in windows averaged over all windows of the video, also
+            where the object is not seen.
+        certainty: how sure the model is of the class where it sees the object, in [0, 1], by which tracks are left out
+            and drawn; by default the score.
         query_id: the model's query whose masks these are; a query with two likely classes gives two tracks.
         segmentations: one COCO run-length encoded mask per frame of the result, None where the object is absent. Of a
             result that was read from a `tracks.jsonl` they are read from it when they are asked for.
@@ -50,12 +53,16 @@ class Track:
     label: str
     label_id: int
     score: float
+    certainty: float = math.nan
     query_id: int
     segmentations: Sequence[Rle | None]
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.score):
-            raise ValueError(f"track {self.id}: the score must be a finite number, got {self.score}")
+        if math.isnan(self.certainty):
+            object.__setattr__(self, "certainty", self.score)
+        for name in ("score", "certainty"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"track {self.id}: the {name} must be a finite number, got {getattr(self, name)}")
         if isinstance(self.segmentations, FrameMasks):  # which looks at each when it is asked for
             return
         segmentations = []
@@ -183,7 +190,7 @@ class VideoSegmentation:
         Args:
             directory: where to write.
             overlay: write `overlay.mp4` too; needs `video`.
-            min_score: draw only tracks of at least this score; the other files hold them all.
+            min_score: draw only tracks of at least this certainty; the other files hold them all.
             progress: called with (frames drawn, frames in all) after each frame of the overlay.
 
         Raises:
@@ -212,7 +219,7 @@ class VideoSegmentation:
                     frames=self.frames,
                     masks=drawn._each_mask,
                     colors=track_colors(track.id for track in drawn.tracks),
-                    texts=[f"{track.label} {track.score:.2f}" for track in drawn.tracks],
+                    texts=[f"{track.label} {track.certainty:.2f}" for track in drawn.tracks],
                     progress=progress,
                 )
             if text is None:  # of an earlier result
@@ -238,6 +245,7 @@ class VideoSegmentation:
                     "category_id": track.label_id + 1,
                     "category": track.label,
                     "score": track.score,
+                    "certainty": track.certainty,
                     "segmentations": segmentations,
                 }
                 for track, segmentations in zip(self.tracks, masks, strict=True)
@@ -263,6 +271,7 @@ class VideoSegmentation:
                     label=track.label,
                     label_id=track.label_id,
                     score=track.score,
+                    certainty=track.certainty,
                     query_id=track.query_id,
                 )
                 for track in self.tracks
@@ -340,7 +349,7 @@ class VideoSegmentation:
         """Tracks of at least `min_score`, best first, one per query."""
         best: dict[int, Track] = {}
         for track in self.tracks:
-            if track.score >= min_score:
+            if track.certainty >= min_score:
                 best.setdefault(track.query_id, track)
         return tuple(best.values())
 
@@ -364,9 +373,16 @@ class VideoSegmentation:
                 )
 
 
-def track_row(*, id: int, label: str, label_id: int, score: float, query_id: int) -> Row:
+def track_row(*, id: int, label: str, label_id: int, score: float, certainty: float, query_id: int) -> Row:
     """A track in a `tracks.jsonl`, by the fields of a `Track`."""
-    return {"id": id, "masks": query_id, "category_id": label_id + 1, "category": label, "score": score}
+    return {
+        "id": id,
+        "masks": query_id,
+        "category_id": label_id + 1,
+        "category": label,
+        "score": score,
+        "certainty": certainty,
+    }
 
 
 def _fields(data: Any) -> dict[str, Any]:
@@ -394,6 +410,7 @@ def _track(row: Any, where: str, id_: int, query_id: int, segmentations: Sequenc
         label=_get(row, "category", str, where),
         label_id=_get(row, "category_id", int, where) - 1,
         score=_get(row, "score", (int, float), where),
+        certainty=_get({"certainty": math.nan} | row, "certainty", (int, float), where),  # older files have none
         query_id=query_id,
         segmentations=segmentations,
     )

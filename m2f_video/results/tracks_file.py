@@ -3,10 +3,10 @@
 The first line is a header, `{"format": "m2f-video tracks", "version": 1, "video": {source, width, height, fps},
 "categories": [{id, name}], "made": {...}}`; `made` says how. Of a frame there is `{"frame": its number in the source,
 "masks": {key: run lengths}}`. Between frames, about every second of video, and at the end are the tracks so far, by
-falling score: `{"tracks": [{id, masks, category_id, category, score, frames}], "complete": false}`, where `masks` is
-the key of their masks, which two tracks share where one object has two likely classes, and `frames` how many have one.
-The last line is the one that is `complete`: a file without it is what a run has left that was stopped, or is at work,
-and good as far as it goes; a line without its end is none.
+falling score: `{"tracks": [{id, masks, category_id, category, score, certainty, frames}], "complete": false}`, where
+`masks` is the key of their masks, which two tracks share where one object has two likely classes, and `frames` how many
+have one. The last line is the one that is `complete`: a file without it is what a run has left that was stopped, or is
+at work, and good as far as it goes; a line without its end is none.
 """
 
 import json

@@ -144,6 +144,7 @@ def test_objects_keep_their_tracks_in_any_order():
     scores = tracker.scores()
     assert scores.shape == (3, 3)
     torch.testing.assert_close(scores[:, 0], torch.tensor([2, 2, 2]) * 0.94 / 3)  # seen in two of three windows
+    torch.testing.assert_close(tracker.certainties()[:, 0], torch.full((3,), 0.94))  # as certain as where they are seen
 
 
 def test_a_track_that_is_missed_comes_back_until_it_is_forgotten():

@@ -178,7 +178,7 @@ def test_the_file_is_a_youtubevis_submission_with_categories(tmp_path: Path) -> 
     assert data["video"] == {"source": "cars.mp4", "width": W, "height": H, "fps": 25.0, "frames": [0, 1, 2, 3]}
     assert data["categories"] == [{"id": i + 1, "name": name} for i, name in enumerate(LABELS)]
     row = data["results"][1]
-    assert row.keys() == {"video_id", "id", "category_id", "category", "score", "segmentations"}
+    assert row.keys() == {"video_id", "id", "category_id", "category", "score", "certainty", "segmentations"}
     assert (row["id"], row["category_id"], row["category"], row["score"]) == (2, 2, "dog", 0.9)
     assert row["segmentations"][2] is None
     assert row["segmentations"][0] == {"size": [H, W], "counts": encode_mask(box_mask(4, 0))["counts"]}  # type: ignore[index]

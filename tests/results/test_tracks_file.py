@@ -41,8 +41,8 @@ def test_the_file_says_all_there_is(file: Path) -> None:
     assert [sorted(frame["masks"]) for frame in frames] == [["3", "7"], ["3", "7"], ["3"], ["3", "7"]]
     assert footer == {
         "tracks": [
-            {"id": 1, "masks": 3, "category_id": 3, "category": "train", "score": 0.95, "frames": 4},
-            {"id": 2, "masks": 7, "category_id": 2, "category": "dog", "score": 0.9, "frames": 3},
+            {"id": 1, "masks": 3, "category_id": 3, "category": "train", "score": 0.95, "certainty": 0.95, "frames": 4},
+            {"id": 2, "masks": 7, "category_id": 2, "category": "dog", "score": 0.9, "certainty": 0.9, "frames": 3},
         ],
         "complete": True,
     }
