@@ -18,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+from zlib import crc32
 
 from m2f_video.files import check_regular, naming, parse_json
 from m2f_video.results.masks import Rle, check_rle
@@ -164,10 +165,10 @@ class TracksLines:
         self.complete = False
         self.seen = Counter[int]()
         self._places, self._lines, numbers = array("q"), array("q"), array("q")
+        self._sums = array("Q")
         self._last: tuple[int, dict[int, Rle]] = (-1, {})
         with path.open("rb") as file:
-            self._identity = os.fstat(file.fileno()).st_ino
-            for line, (place, row) in enumerate(_rows(file), 1):
+            for line, (place, content, row) in enumerate(_rows(file), 1):
                 try:
                     if line == 1:
                         self.header = _check_header(row)
@@ -178,6 +179,7 @@ class TracksLines:
                         self.seen.update(_masks(row).keys())
                         self._places.append(place)
                         self._lines.append(line)
+                        self._sums.append(crc32(content))
                         self.frames_since += 1
                     else:
                         self.tracks, self.complete, self.frames_since = _get_list(row, "tracks"), _complete(row), 0
@@ -201,15 +203,10 @@ class TracksLines:
         if last != position:
             with self.path.open("rb") as file:
                 file.seek(self._places[position])
-                same = os.fstat(file.fileno()).st_ino == self._identity
-                line = file.readline(_LONGEST_LINE) if same else b""
-            try:
-                row = _parse(line)
-                if not same or row.get("frame") != self.frames[position]:
-                    raise ValueError("another frame")
-                masks = _masks(row)
-            except ValueError as error:
-                raise ValueError(f"{self.path} has changed since it was loaded; load it again") from error
+                line = file.readline(_LONGEST_LINE)
+            if crc32(line) != self._sums[position]:  # another file may be the same one to the system, an inode later
+                raise ValueError(f"{self.path} has changed since it was loaded; load it again")
+            masks = _masks(_parse(line))
             self._last = position, masks
         return masks
 
@@ -269,15 +266,15 @@ def header_of(video: Row, labels: Sequence[str], made: Mapping[str, Any]) -> Row
     return {"format": FORMAT, "version": VERSION, "video": video, "categories": categories, "made": dict(made)}
 
 
-def _rows(file: Any) -> Iterator[tuple[int, Row]]:
-    """The whole lines of a file, each with its place; a last one without its end is none."""
+def _rows(file: Any) -> Iterator[tuple[int, bytes, Row]]:
+    """The whole lines of a file, each with its place and what it says; a last one without its end is none."""
     place, number = 0, 1
     while (line := file.readline(_LONGEST_LINE)).endswith(b"\n"):
         try:
             row = _parse(line)
         except ValueError as error:
             raise ValueError(f"line {number}: {error}") from error
-        yield place, row
+        yield place, line, row
         place, number = place + len(line), number + 1
     if len(line) == _LONGEST_LINE:
         raise ValueError(f"line {number}: it is longer than any")
