@@ -67,7 +67,7 @@ class PartialResult:
         self._lines, self._parts, self._drawn = lines, parts, drawn
         self._boundary = self.kept = lines.num_frames
         reader = stream.video.reader
-        self._start, self._step = reader.frame_index(0), reader.frame_index(1) - reader.frame_index(0)
+        self._start, self._step = reader.start, reader.step
 
     @classmethod
     def begin(
@@ -238,7 +238,7 @@ def discard(folder: Path) -> None:
 
 def _parts(stream: VideoStream, folder: Path, closed: int = 0) -> VideoParts:
     reader = stream.video.reader
-    rate = max(reader.fps / (reader.frame_index(1) - reader.frame_index(0)), _SLOWEST)
+    rate = max(reader.fps / reader.step, _SLOWEST)
     return VideoParts(folder / UNFINISHED_FOLDER / _PARTS_FOLDER, rate, stream.width, stream.height, closed)
 
 

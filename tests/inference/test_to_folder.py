@@ -6,6 +6,7 @@ import shutil
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,10 @@ from m2f_video.results import tracks as tracks_module
 from m2f_video.results.tracks_file import TracksWriter
 from m2f_video.video import VideoWriter
 from m2f_video.video.parts import VideoParts
+from m2f_video.video.reader import TruncatedVideoWarning
 from tests.conftest import synthetic_frames
+from tests.video.test_read_once import damage_packet
+from tests.video.test_video_io import make_video
 
 T, H, W = 23, 40, 60
 FILES = ["overlay.mp4", "tracks.json", "tracks.jsonl"]
@@ -259,6 +263,17 @@ class CountingKept(Counting):
 
     def load_state_dict(self, state):
         self.calls = state["calls"].clone()
+
+
+@pytest.mark.parametrize(("lost", "frames"), [(1, slice(0, None)), (2, slice(0, None, 2)), (4, slice(4, None))])
+def test_a_frame_that_is_lost_at_the_beginning_keeps_the_time(tiny_model, tmp_path, lost, frames):
+    path = make_video(tmp_path / "a.avi", "mjpeg", "yuvj420p")
+    damage_packet(path, lost)
+    with pytest.warns(TruncatedVideoWarning):
+        segment_to_folder(tiny_model, open_video(path, frames), tmp_path / "out", mode="window", window=4, plain=True)
+    overlay = open_video(tmp_path / "out" / "overlay.mp4")
+    assert overlay.fps == Fraction(25, frames.step or 1)
+    assert len(list(overlay)) == len(range(*frames.indices(12)))
 
 
 def test_linkers_of_ones_own(tiny_model, source, tmp_path):
