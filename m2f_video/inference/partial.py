@@ -19,7 +19,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from m2f_video.files import atomic_path, sync
+from m2f_video.files import atomic_path, check_regular, sync
 from m2f_video.inference.fingerprint import differences
 from m2f_video.inference.stream import FrameResult, VideoStream, best_tracks
 from m2f_video.results.tracks import MOST_JSON_FRAMES, OVERLAY_FILE, TRACKS_FILE, VideoSegmentation, track_row
@@ -110,6 +110,8 @@ class PartialResult:
                 if lines.num_frames != stream.num_frames:
                     raise ValueError(f"{lines.path} and {file} are of two runs")
                 parts = _parts(stream, folder, closed) if overlay else None
+            except FileNotFoundError as error:
+                raise AnotherResultError(f"{error.filename} is missing; start anew, without --resume") from error
             except ValueError as error:
                 raise AnotherResultError(f"{error}; start anew, without --resume") from error
             stack.pop_all()
@@ -209,7 +211,7 @@ def complete_result(folder: Path, made: Mapping[str, Any], overlay: bool) -> Vid
         AnotherResultError: what is there is damaged, or made from something else; the message says what differs.
     """
     file = folder / TRACKS_LINES_FILE
-    if not file.exists():
+    if not file.exists() or not (_has_begun(file) or (folder / UNFINISHED_FOLDER / _STATE_FILE).exists()):
         return None
     try:
         lines = TracksLines(file)
@@ -226,6 +228,13 @@ def complete_result(folder: Path, made: Mapping[str, Any], overlay: bool) -> Vid
         return None
     discard(folder)
     return VideoSegmentation.load(file)
+
+
+def _has_begun(file: Path) -> bool:
+    """Whether a file of tracks has a line: a run that was stopped at once, or had no room, leaves one that has none."""
+    check_regular(file)
+    with file.open("rb") as content:
+        return any(b"\n" in part for part in iter(lambda: content.read(1 << 20), b""))
 
 
 def discard(folder: Path) -> None:

@@ -228,6 +228,7 @@ def test_another_checkpoint_or_video_is_not_gone_on_with(tiny_model, source, sto
             lambda folder: cut(folder / "tracks.jsonl", 3000),
             "is shorter than it was; start anew, without --resume",
         ),
+        (lambda folder: (folder / "tracks.jsonl").unlink(), "tracks.jsonl is missing; start anew, without --resume"),
         (lambda folder: cut(folder / ".unfinished" / "state.safetensors", 1000), "state.safetensors is damaged"),
         (lambda folder: (folder / ".unfinished" / "overlay" / "000000.mp4").unlink(), "000000.mp4 is missing"),
     ],
@@ -263,6 +264,15 @@ class CountingKept(Counting):
 
     def load_state_dict(self, state):
         self.calls = state["calls"].clone()
+
+
+@pytest.mark.parametrize("left", [b"", b'{"format": "m2f-'])
+def test_a_run_that_was_stopped_at_once_left_nothing_to_go_on_from(tiny_model, source, tmp_path, left):
+    (tmp_path / "tracks.jsonl").write_bytes(left)
+    said = []
+    result = segment(tiny_model, source, tmp_path, window=12, overlay=False, resume=True, say=said.append)
+    assert len(result.frames) == T
+    assert said == [f"{tmp_path}: nothing to go on from; start anew"]
 
 
 @pytest.mark.parametrize(("lost", "frames"), [(1, slice(0, None)), (2, slice(0, None, 2)), (4, slice(4, None))])
