@@ -23,7 +23,8 @@ from m2f_video.files import atomic_path, check_regular, sync
 from m2f_video.inference.fingerprint import differences
 from m2f_video.inference.stream import FrameResult, VideoStream, best_tracks
 from m2f_video.results.tracks import MOST_JSON_FRAMES, OVERLAY_FILE, TRACKS_FILE, VideoSegmentation, track_row
-from m2f_video.results.tracks_file import TRACKS_LINES_FILE, Row, TracksLines, TracksWriter, header_of
+from m2f_video.results.tracks_file import TRACKS_LINES_FILE, Row, TracksLines, TracksWriter, header_of, read_header
+from m2f_video.video.decode import VideoError
 from m2f_video.video.parts import VideoParts
 
 UNFINISHED_FOLDER = ".unfinished"
@@ -152,7 +153,7 @@ class PartialResult:
         """Write what a complete result has, and give it, its masks in its file.
 
         Raises:
-            VideoError: a part of the overlay is damaged.
+            AnotherResultError: a part of the overlay is damaged.
             OSError: files cannot be written.
         """
         self._lines.tracks(self._rows(), complete=True)
@@ -163,7 +164,10 @@ class PartialResult:
                 file.write_text(text, encoding="utf-8")
         if self._parts is not None:
             written.append(self._folder / OVERLAY_FILE)
-            self._parts.join(written[-1])
+            try:
+                self._parts.join(written[-1])
+            except VideoError as error:
+                raise AnotherResultError(str(error)) from error
         for path in written:  # before what they could be made from again goes
             sync(path)
         discard(self._folder)
@@ -210,21 +214,30 @@ def complete_result(folder: Path, made: Mapping[str, Any], overlay: bool) -> Vid
     Raises:
         AnotherResultError: what is there is damaged, or made from something else; the message says what differs.
     """
-    file = folder / TRACKS_LINES_FILE
-    if not file.exists() or not (_has_begun(file) or (folder / UNFINISHED_FOLDER / _STATE_FILE).exists()):
+    file, goes_on = folder / TRACKS_LINES_FILE, (folder / UNFINISHED_FOLDER / _STATE_FILE).exists()
+    if not file.exists() or not (_has_begun(file) or goes_on):
         return None
+    lines: TracksLines | None = None
     try:
-        lines = TracksLines(file)
+        try:
+            lines = TracksLines(file)
+            header = lines.header
+        except ValueError:
+            if not goes_on:
+                raise
+            header = read_header(file)  # what came after the state may be anything, and is written again
     except ValueError as error:
         raise AnotherResultError(f"{file}: {error}; start anew, without --resume") from error
-    found = lines.header.get("made")
-    if others := differences(_content(found if isinstance(found, Mapping) else {}), _content(made)):
+    found = header.get("made")
+    if differing := differences(_content(found if isinstance(found, Mapping) else {}), _content(made)):
         raise AnotherResultError(
-            f"{folder} holds a result of another {', '.join(others[:5])}; give what it began with, write elsewhere, or "
-            "start anew, without --resume"
+            f"{folder} holds a result of another {', '.join(differing[:5])}; give what it began with, write elsewhere, "
+            "or start anew, without --resume"
         )
+    if lines is None or not lines.complete:
+        return None
     others = [TRACKS_FILE] * (len(lines.frames) <= MOST_JSON_FRAMES) + [OVERLAY_FILE] * overlay
-    if not lines.complete or not all((folder / name).exists() for name in others):
+    if not all((folder / name).exists() for name in others):
         return None
     discard(folder)
     return VideoSegmentation.load(file)

@@ -260,6 +260,18 @@ class FrameMasks(Sequence[Rle | None]):
         return f"<masks {self._key} of {len(self)} frames in {self._of.path}>"
 
 
+def read_header(path: Path) -> Row:
+    """The first line of a file of tracks, whatever the others are.
+
+    Raises:
+        ValueError: it is none.
+    """
+    with path.open("rb") as file:
+        for _, _, row in _rows(file):
+            return _check_header(row)
+    raise ValueError("line 1: the header is missing or cut off")
+
+
 def header_of(video: Row, labels: Sequence[str], made: Mapping[str, Any]) -> Row:
     """The first line of a file of tracks."""
     categories = [{"id": index + 1, "name": name} for index, name in enumerate(labels)]

@@ -231,12 +231,13 @@ def test_another_checkpoint_or_video_is_not_gone_on_with(tiny_model, source, sto
         (lambda folder: (folder / "tracks.jsonl").unlink(), "tracks.jsonl is missing; start anew, without --resume"),
         (lambda folder: cut(folder / ".unfinished" / "state.safetensors", 1000), "state.safetensors is damaged"),
         (lambda folder: (folder / ".unfinished" / "overlay" / "000000.mp4").unlink(), "000000.mp4 is missing"),
+        (lambda folder: cut(folder / ".unfinished" / "overlay" / "000000.mp4", 500), "is damaged: "),
     ],
 )
 def test_damaged_files_are_not_gone_on_with(tiny_model, source, stopped, tmp_path, damage, named):
     output = shutil.copytree(stopped, tmp_path / "out")
     damage(output)
-    with pytest.raises(ValueError, match=re.escape(named)):
+    with pytest.raises(partial.AnotherResultError, match=re.escape(named)):
         segment(tiny_model, source, output, resume=True)
     assert len(segment(tiny_model, source, output).frames) == T
 
@@ -264,6 +265,17 @@ class CountingKept(Counting):
 
     def load_state_dict(self, state):
         self.calls = state["calls"].clone()
+
+
+def test_what_came_after_the_state_may_be_damaged(tiny_model, source, whole, tmp_path):
+    stride, expected = whole
+    with stopping(10):
+        segment(tiny_model, source, tmp_path, stride=stride)
+    with (tmp_path / "tracks.jsonl").open("ab") as file:
+        file.write(bytes(100) + b'"}}}\n')  # blocks that were not on the disk when the power went
+    segment(tiny_model, source, tmp_path, stride=stride, resume=True)
+    for name in FILES:
+        assert (tmp_path / name).read_bytes() == (expected / name).read_bytes()
 
 
 @pytest.mark.parametrize("left", [b"", b'{"format": "m2f-'])
