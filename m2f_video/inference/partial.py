@@ -33,6 +33,7 @@ KEPT_EVERY = 200
 TRACKS_EVERY = 25
 """Frames, at least, from one line of tracks to the next."""
 _SLOWEST = Fraction(1, 3600)  # frames per second; encoders take none that are much slower
+_LARGEST_DENOMINATOR = 10**6  # averages of a file with frames of any length have larger ones than files can state
 _STATE_FILE, _PARTS_FOLDER = "state.safetensors", "overlay"
 
 
@@ -260,7 +261,7 @@ def discard(folder: Path) -> None:
 
 def _parts(stream: VideoStream, folder: Path, closed: int = 0) -> VideoParts:
     reader = stream.video.reader
-    rate = max(reader.fps / reader.step, _SLOWEST)
+    rate = max((reader.fps / reader.step).limit_denominator(_LARGEST_DENOMINATOR), _SLOWEST)
     return VideoParts(folder / UNFINISHED_FOLDER / _PARTS_FOLDER, rate, stream.width, stream.height, closed)
 
 

@@ -298,6 +298,13 @@ def test_a_frame_that_is_lost_at_the_beginning_keeps_the_time(tiny_model, tmp_pa
     assert len(list(overlay)) == len(range(*frames.indices(12)))
 
 
+def test_a_rate_that_no_file_can_state_is_rounded(tiny_model, source, tmp_path):
+    reader = open_video(source, slice(0, None, 7))
+    reader.fps = Fraction(3599 * 90000, 324_000_001)  # of a telephone's hour
+    segment_to_folder(tiny_model, reader, tmp_path / "out", mode="window", plain=True)
+    assert float(open_video(tmp_path / "out" / "overlay.mp4").fps) == pytest.approx(float(reader.fps / 7), rel=1e-6)
+
+
 def test_linkers_of_ones_own(tiny_model, source, tmp_path):
     assert is_resumable(TransferLinker())
     assert not is_resumable(Counting())
