@@ -160,6 +160,7 @@ class TracksLines:
     def __init__(self, path: Path) -> None:
         check_regular(path)
         self.path, self.length, self.frames_since = path, 0, 0
+        self._file = path.absolute()  # where masks are read from, whatever the working directory is then
         self.header: Row = {}
         self.tracks: list[Row] = []
         self.complete = False
@@ -201,7 +202,7 @@ class TracksLines:
         """
         last, masks = self._last
         if last != position:
-            with self.path.open("rb") as file:
+            with self._file.open("rb") as file:
                 file.seek(self._places[position])
                 line = file.readline(_LONGEST_LINE)
             if crc32(line) != self._sums[position]:  # another file may be the same one to the system, an inode later
