@@ -298,6 +298,15 @@ def test_a_frame_that_is_lost_at_the_beginning_keeps_the_time(tiny_model, tmp_pa
     assert len(list(overlay)) == len(range(*frames.indices(12)))
 
 
+@pytest.mark.parametrize("overlay", [True, False])
+def test_a_video_is_not_removed_with_an_earlier_result(tiny_model, source, tmp_path, overlay):
+    video = Path(shutil.copy(source, tmp_path / "overlay.mp4"))
+    with pytest.raises(ValueError, match="is what --output would overwrite"):
+        segment(tiny_model, video, tmp_path, overlay=overlay)
+    assert video.read_bytes() == source.read_bytes()
+    assert names(tmp_path) == ["overlay.mp4"]
+
+
 def test_a_rate_that_no_file_can_state_is_rounded(tiny_model, source, tmp_path):
     reader = open_video(source, slice(0, None, 7))
     reader.fps = Fraction(3599 * 90000, 324_000_001)  # of a telephone's hour
