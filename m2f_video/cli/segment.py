@@ -21,7 +21,7 @@ from m2f_video.hub import load_config
 from m2f_video.inference.linking import LinkerName
 from m2f_video.inference.listing import is_list
 from m2f_video.inference.segment import WINDOW, Mode, choose_mode
-from m2f_video.inference.to_folder import check_overlay, check_resume, segment_to_folder
+from m2f_video.inference.to_folder import check_overlay, check_resume, check_source, segment_to_folder
 from m2f_video.modeling.video_mask2former import VideoMask2Former
 from m2f_video.results.tracks import OVERLAY_FILE, TRACKS_FILE
 from m2f_video.results.tracks_file import TRACKS_LINES_FILE
@@ -131,8 +131,9 @@ def segment(
     check_output(output, TRACKS_LINES_FILE, TRACKS_FILE, *([OVERLAY_FILE] if overlay else []))
     reader = open_video(standard_input() if source == "-" else source, selected, strict=strict)
     chosen, why = choose_mode(mode, reader.num_frames_hint)
+    check_source(reader, output, overlay=overlay, mode=mode)
     if overlay:
-        check_overlay(reader, output, mode)
+        check_overlay(reader, mode)
     if resume:
         check_resume(reader)
     model = load(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -108,7 +109,7 @@ def segment_many(
         mode: of each video.
         window: frames W of a window.
         stride: frames S from the beginning of one window to that of the next.
-        linker: how objects of a window are linked to tracks.
+        linker: how objects of a window are linked to tracks; of each video a copy does it.
         max_overlap: of duplicates.
         top_k: how many (object, class) pairs become tracks.
         score_threshold: tracks of less certainty are left out.
@@ -158,12 +159,11 @@ def segment_many(
             frames_per_chunk=frames_per_chunk,
             plain=plain,
             progress=progress,
-            **options,
         )
         try:
-            segmentation = write(resume=is_resumable(about["linker"]))
+            segmentation = write(resume=is_resumable(about["linker"]), **_of_one_video(options))
         except AnotherResultError:  # of what the video was before, or damaged
-            segmentation = write()
+            segmentation = write(**_of_one_video(options))
         chosen, _ = choose_mode(mode, reader.num_frames_hint)
         return {"mode": chosen, "frames": len(segmentation.frames), "tracks": len(segmentation.tracks)}
 
@@ -188,6 +188,11 @@ def _manifest(folder: Path, made_from: Mapping[str, Any]) -> Iterator[Manifest]:
             yield manifest
         finally:
             manifest.remove_unused()
+
+
+def _of_one_video(options: Mapping[str, Any]) -> dict[str, Any]:
+    """With a linker that keeps nothing of other videos."""
+    return {**options, "linker": deepcopy(options["linker"])}
 
 
 class _Work:

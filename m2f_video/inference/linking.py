@@ -237,7 +237,11 @@ class Tracker:
         self._alive: list[TrackState] = []
 
     def link(self, window: Window) -> list[int]:
-        """The track of each object of the next window; where none is alike enough, a new one."""
+        """The track of each object of the next window; where none is alike enough, a new one.
+
+        Raises:
+            ValueError: the linker's similarity is not of every pair, or no finite number.
+        """
         number, self.windows = self.windows, self.windows + 1
         alive = [track for track in self._alive if number - track.last <= self.linker.memory + 1]
         for track in self._alive:
@@ -249,6 +253,7 @@ class Tracker:
         if alive and len(window.queries):
             missed = window.probabilities.new_tensor([number - track.last - 1 for track in alive])
             similarity = self.linker.similarity(alive, window, missed)
+            _check_similarity(similarity, (len(alive), len(window.queries)), type(self.linker).__name__)
             track_of = {column: alive[row] for row, column in assign_most(similarity, self.linker.threshold)}
         return [self._seen(window, row, number, track_of.get(row)) for row in range(len(window.queries))]
 
@@ -322,5 +327,16 @@ def assign_most(similarity: Tensor, threshold: float) -> list[tuple[int, int]]:
     """Pairs (row, column) of the largest sum (the Hungarian method) that are above the threshold."""
     from scipy.optimize import linear_sum_assignment
 
-    rows, columns = linear_sum_assignment(similarity.cpu().numpy(), maximize=True)
+    rows, columns = linear_sum_assignment(similarity.detach().double().cpu().numpy(), maximize=True)
     return [pair for pair in zip(rows.tolist(), columns.tolist(), strict=True) if similarity[pair] > threshold]
+
+
+def _check_similarity(similarity: Tensor, shape: tuple[int, int], linker: str) -> None:
+    """Refuse what would link some objects to tracks of others, or none to any."""
+    if not isinstance(similarity, Tensor) or tuple(similarity.shape) != shape:
+        found = tuple(similarity.shape) if isinstance(similarity, Tensor) else type(similarity).__name__
+        raise ValueError(f"{linker}.similarity must be a tensor of {shape} (tracks, objects), got {found}")
+    if not similarity.isfinite().all():
+        raise ValueError(
+            f"{linker}.similarity holds NaN or infinite values; below the threshold says that a pair is none"
+        )

@@ -107,7 +107,7 @@ class Manifest:
         fields = entry if isinstance(entry, dict) else {}
         if not self._end:
             self._check_header(fields)
-        elif not isinstance(fields.get("video"), str) or fields.get("state") not in ("done", "failed"):
+        elif not _is_sound(fields):
             raise ValueError(
                 f"{self.path}: a line of it is damaged, {line[:40]!r}; take the line out to have its video done again"
             )
@@ -135,6 +135,19 @@ class Manifest:
 
 
 _BEGINNING = b'{"made_from": '
+
+
+def _is_sound(entry: Entry) -> bool:
+    """Whether an entry says what became of a video, and all that is read of it is of its type."""
+    source, files = entry.get("source", {}), entry.get("files", [])
+    return (
+        isinstance(entry.get("video"), str)
+        and entry.get("state") in ("done", "failed")
+        and isinstance(entry.get("error", ""), str)
+        and isinstance(source, dict)
+        and isinstance(files, list)
+        and all(type(entry.get(name, 0)) in (int, float) for name in ("frames", "tracks", "seconds"))
+    )
 
 
 def _line(entry: Mapping[str, Any]) -> bytes:

@@ -19,11 +19,12 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from m2f_video.files import atomic_path, sync
+from m2f_video.files import atomic_path, check_regular, sync
 from m2f_video.inference.fingerprint import differences
 from m2f_video.inference.stream import FrameResult, VideoStream, best_tracks
 from m2f_video.results.tracks import MOST_JSON_FRAMES, OVERLAY_FILE, TRACKS_FILE, VideoSegmentation, track_row
-from m2f_video.results.tracks_file import TRACKS_LINES_FILE, Row, TracksLines, TracksWriter, header_of
+from m2f_video.results.tracks_file import TRACKS_LINES_FILE, Row, TracksLines, TracksWriter, header_of, read_header
+from m2f_video.video.decode import VideoError
 from m2f_video.video.parts import VideoParts
 
 UNFINISHED_FOLDER = ".unfinished"
@@ -32,6 +33,7 @@ KEPT_EVERY = 200
 TRACKS_EVERY = 25
 """Frames, at least, from one line of tracks to the next."""
 _SLOWEST = Fraction(1, 3600)  # frames per second; encoders take none that are much slower
+_LARGEST_DENOMINATOR = 10**6  # averages of a file with frames of any length have larger ones than files can state
 _STATE_FILE, _PARTS_FOLDER = "state.safetensors", "overlay"
 
 
@@ -67,7 +69,7 @@ class PartialResult:
         self._lines, self._parts, self._drawn = lines, parts, drawn
         self._boundary = self.kept = lines.num_frames
         reader = stream.video.reader
-        self._start, self._step = reader.frame_index(0), reader.frame_index(1) - reader.frame_index(0)
+        self._start, self._step = reader.start, reader.step
 
     @classmethod
     def begin(
@@ -110,6 +112,8 @@ class PartialResult:
                 if lines.num_frames != stream.num_frames:
                     raise ValueError(f"{lines.path} and {file} are of two runs")
                 parts = _parts(stream, folder, closed) if overlay else None
+            except FileNotFoundError as error:
+                raise AnotherResultError(f"{error.filename} is missing; start anew, without --resume") from error
             except ValueError as error:
                 raise AnotherResultError(f"{error}; start anew, without --resume") from error
             stack.pop_all()
@@ -150,7 +154,7 @@ class PartialResult:
         """Write what a complete result has, and give it, its masks in its file.
 
         Raises:
-            VideoError: a part of the overlay is damaged.
+            AnotherResultError: a part of the overlay is damaged.
             OSError: files cannot be written.
         """
         self._lines.tracks(self._rows(), complete=True)
@@ -161,7 +165,10 @@ class PartialResult:
                 file.write_text(text, encoding="utf-8")
         if self._parts is not None:
             written.append(self._folder / OVERLAY_FILE)
-            self._parts.join(written[-1])
+            try:
+                self._parts.join(written[-1])
+            except VideoError as error:
+                raise AnotherResultError(str(error)) from error
         for path in written:  # before what they could be made from again goes
             sync(path)
         discard(self._folder)
@@ -208,24 +215,40 @@ def complete_result(folder: Path, made: Mapping[str, Any], overlay: bool) -> Vid
     Raises:
         AnotherResultError: what is there is damaged, or made from something else; the message says what differs.
     """
-    file = folder / TRACKS_LINES_FILE
-    if not file.exists():
+    file, goes_on = folder / TRACKS_LINES_FILE, (folder / UNFINISHED_FOLDER / _STATE_FILE).exists()
+    if not file.exists() or not (_has_begun(file) or goes_on):
         return None
+    lines: TracksLines | None = None
     try:
-        lines = TracksLines(file)
+        try:
+            lines = TracksLines(file)
+            header = lines.header
+        except ValueError:
+            if not goes_on:
+                raise
+            header = read_header(file)  # what came after the state may be anything, and is written again
     except ValueError as error:
         raise AnotherResultError(f"{file}: {error}; start anew, without --resume") from error
-    found = lines.header.get("made")
-    if others := differences(_content(found if isinstance(found, Mapping) else {}), _content(made)):
+    found = header.get("made")
+    if differing := differences(_content(found if isinstance(found, Mapping) else {}), _content(made)):
         raise AnotherResultError(
-            f"{folder} holds a result of another {', '.join(others[:5])}; give what it began with, write elsewhere, or "
-            "start anew, without --resume"
+            f"{folder} holds a result of another {', '.join(differing[:5])}; give what it began with, write elsewhere, "
+            "or start anew, without --resume"
         )
+    if lines is None or not lines.complete:
+        return None
     others = [TRACKS_FILE] * (len(lines.frames) <= MOST_JSON_FRAMES) + [OVERLAY_FILE] * overlay
-    if not lines.complete or not all((folder / name).exists() for name in others):
+    if not all((folder / name).exists() for name in others):
         return None
     discard(folder)
     return VideoSegmentation.load(file)
+
+
+def _has_begun(file: Path) -> bool:
+    """Whether a file of tracks has a line: a run that was stopped at once, or had no room, leaves one that has none."""
+    check_regular(file)
+    with file.open("rb") as content:
+        return any(b"\n" in part for part in iter(lambda: content.read(1 << 20), b""))
 
 
 def discard(folder: Path) -> None:
@@ -238,7 +261,7 @@ def discard(folder: Path) -> None:
 
 def _parts(stream: VideoStream, folder: Path, closed: int = 0) -> VideoParts:
     reader = stream.video.reader
-    rate = max(reader.fps / (reader.frame_index(1) - reader.frame_index(0)), _SLOWEST)
+    rate = max((reader.fps / reader.step).limit_denominator(_LARGEST_DENOMINATOR), _SLOWEST)
     return VideoParts(folder / UNFINISHED_FOLDER / _PARTS_FOLDER, rate, stream.width, stream.height, closed)
 
 

@@ -62,14 +62,15 @@ def segment_to_folder(
         What was written. In windows the masks are in `tracks.jsonl`, which must stay while they are asked for.
 
     Raises:
-        VideoError, ValueError: as `segment_video`; `check_overlay`'s and `check_resume`'s; or another run is at work
-            in the folder.
+        VideoError, ValueError: as `segment_video`; `check_source`'s, `check_overlay`'s and `check_resume`'s; or another
+            run is at work in the folder.
         AnotherResultError: `resume` finds a result of another video, model or options, or one that is damaged.
         OSError: the files cannot be written. Where it has notes (`__notes__`), they say what is final and where.
     """
     chosen, _ = choose_mode(mode, reader.num_frames_hint)
+    check_source(reader, output, overlay=overlay, mode=mode)
     if overlay:
-        check_overlay(reader, output, mode)
+        check_overlay(reader, mode)
     if resume:
         check_resume(reader)
     if chosen == "window":
@@ -100,11 +101,11 @@ def segment_to_folder(
         return segmentation
 
 
-def check_overlay(reader: VideoReader, output: Path, mode: Mode) -> None:
+def check_overlay(reader: VideoReader, mode: Mode) -> None:
     """Fail before the work where an overlay of a video could not be written after it.
 
     Raises:
-        ValueError: it is read once, and not in windows; it is too large; or it is the overlay itself.
+        ValueError: it is read once, and not in windows; or it is too large.
     """
     if reader.read_once and choose_mode(mode, reader.num_frames_hint)[0] != "window":
         raise ValueError("a video that is piped in can be drawn on only in --mode window; give --no-overlay")
@@ -113,7 +114,16 @@ def check_overlay(reader: VideoReader, output: Path, mode: Mode) -> None:
             f"{reader.source} is {reader.width}x{reader.height}, and an overlay has at most {MAX_SIDE} pixels on a "
             "side; give --no-overlay"
         )
-    if not reader.read_once and Path(reader.source).resolve() == (output / OVERLAY_FILE).resolve():
+
+
+def check_source(reader: VideoReader, output: Path, *, overlay: bool, mode: Mode) -> None:
+    """Fail before a video goes with what a folder holds of an earlier result.
+
+    Raises:
+        ValueError: it is the overlay there, which is written, or in windows removed.
+    """
+    goes = overlay or choose_mode(mode, reader.num_frames_hint)[0] == "window"
+    if goes and not reader.read_once and Path(reader.source).resolve() == (output / OVERLAY_FILE).resolve():
         raise ValueError(f"{reader.source} is what --output would overwrite; give --output another folder")
 
 

@@ -99,8 +99,10 @@ def window_features(video: ModelOnVideo, windowing: Windowing, done: int = 0) ->
             video.report("frames", end, video.reader.num_frames_hint)
             continue
         pixels = again + new
-        for start in range(0, len(pixels), video.frames_per_chunk):
-            buffer.append(video.encode(np.stack(pixels[start : start + video.frames_per_chunk])))
+        while pixels:
+            chunk = pixels[: video.frames_per_chunk]  # which is halved where memory does not suffice
+            pixels = pixels[len(chunk) :]
+            buffer.append(video.encode(np.stack(chunk)))
         features = buffer.features()
         if end > done:
             yield WindowFeatures(end - len(features.mask_features), features, new)

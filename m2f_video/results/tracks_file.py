@@ -18,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+from zlib import crc32
 
 from m2f_video.files import check_regular, naming, parse_json
 from m2f_video.results.masks import Rle, check_rle
@@ -159,15 +160,16 @@ class TracksLines:
     def __init__(self, path: Path) -> None:
         check_regular(path)
         self.path, self.length, self.frames_since = path, 0, 0
+        self._file = path.absolute()  # where masks are read from, whatever the working directory is then
         self.header: Row = {}
         self.tracks: list[Row] = []
         self.complete = False
         self.seen = Counter[int]()
         self._places, self._lines, numbers = array("q"), array("q"), array("q")
+        self._sums = array("Q")
         self._last: tuple[int, dict[int, Rle]] = (-1, {})
         with path.open("rb") as file:
-            self._identity = os.fstat(file.fileno()).st_ino
-            for line, (place, row) in enumerate(_rows(file), 1):
+            for line, (place, content, row) in enumerate(_rows(file), 1):
                 try:
                     if line == 1:
                         self.header = _check_header(row)
@@ -178,6 +180,7 @@ class TracksLines:
                         self.seen.update(_masks(row).keys())
                         self._places.append(place)
                         self._lines.append(line)
+                        self._sums.append(crc32(content))
                         self.frames_since += 1
                     else:
                         self.tracks, self.complete, self.frames_since = _get_list(row, "tracks"), _complete(row), 0
@@ -199,17 +202,12 @@ class TracksLines:
         """
         last, masks = self._last
         if last != position:
-            with self.path.open("rb") as file:
+            with self._file.open("rb") as file:
                 file.seek(self._places[position])
-                same = os.fstat(file.fileno()).st_ino == self._identity
-                line = file.readline(_LONGEST_LINE) if same else b""
-            try:
-                row = _parse(line)
-                if not same or row.get("frame") != self.frames[position]:
-                    raise ValueError("another frame")
-                masks = _masks(row)
-            except ValueError as error:
-                raise ValueError(f"{self.path} has changed since it was loaded; load it again") from error
+                line = file.readline(_LONGEST_LINE)
+            if crc32(line) != self._sums[position]:  # another file may be the same one to the system, an inode later
+                raise ValueError(f"{self.path} has changed since it was loaded; load it again")
+            masks = _masks(_parse(line))
             self._last = position, masks
         return masks
 
@@ -263,21 +261,33 @@ class FrameMasks(Sequence[Rle | None]):
         return f"<masks {self._key} of {len(self)} frames in {self._of.path}>"
 
 
+def read_header(path: Path) -> Row:
+    """The first line of a file of tracks, whatever the others are.
+
+    Raises:
+        ValueError: it is none.
+    """
+    with path.open("rb") as file:
+        for _, _, row in _rows(file):
+            return _check_header(row)
+    raise ValueError("line 1: the header is missing or cut off")
+
+
 def header_of(video: Row, labels: Sequence[str], made: Mapping[str, Any]) -> Row:
     """The first line of a file of tracks."""
     categories = [{"id": index + 1, "name": name} for index, name in enumerate(labels)]
     return {"format": FORMAT, "version": VERSION, "video": video, "categories": categories, "made": dict(made)}
 
 
-def _rows(file: Any) -> Iterator[tuple[int, Row]]:
-    """The whole lines of a file, each with its place; a last one without its end is none."""
+def _rows(file: Any) -> Iterator[tuple[int, bytes, Row]]:
+    """The whole lines of a file, each with its place and what it says; a last one without its end is none."""
     place, number = 0, 1
     while (line := file.readline(_LONGEST_LINE)).endswith(b"\n"):
         try:
             row = _parse(line)
         except ValueError as error:
             raise ValueError(f"line {number}: {error}") from error
-        yield place, row
+        yield place, line, row
         place, number = place + len(line), number + 1
     if len(line) == _LONGEST_LINE:
         raise ValueError(f"line {number}: it is longer than any")

@@ -68,6 +68,8 @@ class VideoReader(ABC):
         fps: average frame rate of the source, before a step skips frames.
         num_frames_hint: how many frames iterating should yield, None where a video file does not say; what a file
             says may be off by a few, and by more when it is cut off.
+        start: number in the source, from 0, of the first frame selected.
+        step: from one frame selected to the next.
         read_once: whether it can be iterated once only: an open file, a pipe, an iterator.
     """
 
@@ -87,6 +89,7 @@ class VideoReader(ABC):
         self.fps = fps
         self.num_frames_hint = None if count is None else len(range(*frames.indices(count)))
         self._frames, self._strict = frames, strict
+        self.start, self.step = frames.start or 0, frames.step or 1
         self._left_out: list[int] = []  # of each selected frame that did not decode, the position of the next
 
     @abstractmethod
@@ -103,7 +106,7 @@ class VideoReader(ABC):
         Of a damaged file it is known once the frame has been yielded: frames that do not decode are counted.
         """
         ordinal = position + bisect_right(self._left_out, position)
-        return (self._frames.start or 0) + ordinal * (self._frames.step or 1)
+        return self.start + ordinal * self.step
 
     def frame_indices(self, count: int) -> tuple[int, ...]:
         """Source indices (0 is the first frame of the source) of the first `count` frames yielded."""

@@ -323,6 +323,41 @@ def test_a_video_that_was_stopped_goes_on_unless_it_has_changed(tiny_model, vide
     assert len(encoded) - 3 == (3 if changed else 1)
 
 
+class Counting:
+    """A linker that keeps something: how often it was asked."""
+
+    threshold, memory, every_query = 0.4, 0, False
+    calls = 0
+
+    def similarity(self, tracks, window, missed):
+        self.calls += 1
+        return torch.full((len(tracks), len(window.queries)), float(self.calls == 1))
+
+    def state_dict(self):
+        return {"calls": torch.tensor(self.calls)}
+
+    def load_state_dict(self, state):
+        self.calls = int(state["calls"])
+
+
+def test_a_linker_keeps_nothing_of_other_videos(tiny_model, videos, tmp_path):
+    for name in "ab":
+        shutil.copy(videos / "a.mp4", tmp_path / f"{name}.mp4")
+    segment_many(
+        tiny_model,
+        tmp_path,
+        tmp_path / "out",
+        mode="window",
+        window=1,
+        linker=Counting(),
+        overlay=False,
+        max_overlap=1.0,
+    )
+    ours, theirs = (VideoSegmentation.load(tmp_path / "out" / name) for name in "ab")
+    assert ours.tracks == theirs.tracks
+    assert any(track.num_frames_visible == 2 for track in ours.tracks)
+
+
 def test_processes_share_the_videos(tiny_model, videos, single, tmp_path):
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=segment_many, args=(tiny_model, videos, tmp_path / "out")) for _ in range(2)]

@@ -74,7 +74,20 @@ def test_what_is_no_manifest_is_left_alone(tmp_path, content):
     assert (tmp_path / "manifest.jsonl").read_bytes() == content
 
 
-@pytest.mark.parametrize("line", [b"\xff\n", b"[]\n", b'{"video": 3, "state": "done"}\n', b'{"video": "b"}\n'])
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"\xff\n",
+        b"[]\n",
+        b'{"video": 3, "state": "done"}\n',
+        b'{"video": "b"}\n',
+        b'{"video": "b", "state": "done", "source": null}\n',
+        b'{"video": "b", "state": "done", "source": ["a.mp4"]}\n',
+        b'{"video": "b", "state": "done", "files": 5}\n',
+        b'{"video": "b", "state": "done", "frames": "5"}\n',
+        b'{"video": "b", "state": "failed", "error": 5}\n',
+    ],
+)
 def test_a_damaged_line_is_named(tmp_path, line):
     path = Manifest(tmp_path, MADE_FROM).path
     with path.open("ab") as file:

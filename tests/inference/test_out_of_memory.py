@@ -55,6 +55,15 @@ def test_chunks_are_halved_and_the_result_is_the_same(tiny_model, video, caplog,
     ]
 
 
+@pytest.mark.parametrize("stride", [6, 4])
+def test_a_window_of_many_chunks_has_all_of_its_frames(tiny_model, video, stride):
+    how = {"mode": "window", "window": 6, "stride": stride}
+    expected = segment_video(Limited(tiny_model, MemoryError(), 99), video, frames_per_chunk=1, **how)
+    limited = Limited(tiny_model, MemoryError(), 2)
+    assert segment_video(limited, video, frames_per_chunk=3, **how).tracks == expected.tracks
+    assert limited.tried[:5] == [3, 1, 1, 1, 1]
+
+
 def test_one_frame_that_does_not_fit_is_one_clear_error(tiny_model, video, caplog):
     with pytest.raises(OutOfMemoryError, match=r"<array>: out of memory with one frame at a time; .*--shortest-edge"):
         segment_video(Limited(tiny_model, RuntimeError(ON_A_CPU), 0), video, frames_per_chunk=4)

@@ -6,6 +6,7 @@ import shutil
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,10 @@ from m2f_video.results import tracks as tracks_module
 from m2f_video.results.tracks_file import TracksWriter
 from m2f_video.video import VideoWriter
 from m2f_video.video.parts import VideoParts
+from m2f_video.video.reader import TruncatedVideoWarning
 from tests.conftest import synthetic_frames
+from tests.video.test_read_once import damage_packet
+from tests.video.test_video_io import make_video
 
 T, H, W = 23, 40, 60
 FILES = ["overlay.mp4", "tracks.json", "tracks.jsonl"]
@@ -224,14 +228,16 @@ def test_another_checkpoint_or_video_is_not_gone_on_with(tiny_model, source, sto
             lambda folder: cut(folder / "tracks.jsonl", 3000),
             "is shorter than it was; start anew, without --resume",
         ),
+        (lambda folder: (folder / "tracks.jsonl").unlink(), "tracks.jsonl is missing; start anew, without --resume"),
         (lambda folder: cut(folder / ".unfinished" / "state.safetensors", 1000), "state.safetensors is damaged"),
         (lambda folder: (folder / ".unfinished" / "overlay" / "000000.mp4").unlink(), "000000.mp4 is missing"),
+        (lambda folder: cut(folder / ".unfinished" / "overlay" / "000000.mp4", 500), "is damaged: "),
     ],
 )
 def test_damaged_files_are_not_gone_on_with(tiny_model, source, stopped, tmp_path, damage, named):
     output = shutil.copytree(stopped, tmp_path / "out")
     damage(output)
-    with pytest.raises(ValueError, match=re.escape(named)):
+    with pytest.raises(partial.AnotherResultError, match=re.escape(named)):
         segment(tiny_model, source, output, resume=True)
     assert len(segment(tiny_model, source, output).frames) == T
 
@@ -259,6 +265,53 @@ class CountingKept(Counting):
 
     def load_state_dict(self, state):
         self.calls = state["calls"].clone()
+
+
+def test_what_came_after_the_state_may_be_damaged(tiny_model, source, whole, tmp_path):
+    stride, expected = whole
+    with stopping(10):
+        segment(tiny_model, source, tmp_path, stride=stride)
+    with (tmp_path / "tracks.jsonl").open("ab") as file:
+        file.write(bytes(100) + b'"}}}\n')  # blocks that were not on the disk when the power went
+    segment(tiny_model, source, tmp_path, stride=stride, resume=True)
+    for name in FILES:
+        assert (tmp_path / name).read_bytes() == (expected / name).read_bytes()
+
+
+@pytest.mark.parametrize("left", [b"", b'{"format": "m2f-'])
+def test_a_run_that_was_stopped_at_once_left_nothing_to_go_on_from(tiny_model, source, tmp_path, left):
+    (tmp_path / "tracks.jsonl").write_bytes(left)
+    said = []
+    result = segment(tiny_model, source, tmp_path, window=12, overlay=False, resume=True, say=said.append)
+    assert len(result.frames) == T
+    assert said == [f"{tmp_path}: nothing to go on from; start anew"]
+
+
+@pytest.mark.parametrize(("lost", "frames"), [(1, slice(0, None)), (2, slice(0, None, 2)), (4, slice(4, None))])
+def test_a_frame_that_is_lost_at_the_beginning_keeps_the_time(tiny_model, tmp_path, lost, frames):
+    path = make_video(tmp_path / "a.avi", "mjpeg", "yuvj420p")
+    damage_packet(path, lost)
+    with pytest.warns(TruncatedVideoWarning):
+        segment_to_folder(tiny_model, open_video(path, frames), tmp_path / "out", mode="window", window=4, plain=True)
+    overlay = open_video(tmp_path / "out" / "overlay.mp4")
+    assert overlay.fps == Fraction(25, frames.step or 1)
+    assert len(list(overlay)) == len(range(*frames.indices(12)))
+
+
+@pytest.mark.parametrize("overlay", [True, False])
+def test_a_video_is_not_removed_with_an_earlier_result(tiny_model, source, tmp_path, overlay):
+    video = Path(shutil.copy(source, tmp_path / "overlay.mp4"))
+    with pytest.raises(ValueError, match="is what --output would overwrite"):
+        segment(tiny_model, video, tmp_path, overlay=overlay)
+    assert video.read_bytes() == source.read_bytes()
+    assert names(tmp_path) == ["overlay.mp4"]
+
+
+def test_a_rate_that_no_file_can_state_is_rounded(tiny_model, source, tmp_path):
+    reader = open_video(source, slice(0, None, 7))
+    reader.fps = Fraction(3599 * 90000, 324_000_001)  # of a telephone's hour
+    segment_to_folder(tiny_model, reader, tmp_path / "out", mode="window", plain=True)
+    assert float(open_video(tmp_path / "out" / "overlay.mp4").fps) == pytest.approx(float(reader.fps / 7), rel=1e-6)
 
 
 def test_linkers_of_ones_own(tiny_model, source, tmp_path):

@@ -206,6 +206,36 @@ def test_a_linker_of_ones_own_is_an_argument(tiny_model, long_video):
         assert len({min(position // 4, 2) for position in seen}) <= 1
 
 
+@pytest.mark.parametrize(
+    ("similarity", "named"),
+    [
+        (torch.zeros(2, 1), r"Given.similarity must be a tensor of \(2, 3\) \(tracks, objects\), got \(2, 1\)"),
+        (torch.zeros(3, 2), r"got \(3, 2\)"),
+        (None, "got NoneType"),
+        (torch.full((2, 3), torch.nan), "holds NaN or infinite values"),
+        (torch.full((2, 3), -torch.inf), "holds NaN or infinite values"),
+    ],
+)
+def test_a_similarity_that_is_none_is_told(similarity, named):
+    class Given(NewIds):
+        def similarity(self, tracks, window, missed):
+            return similarity
+
+    tracker = Tracker(Given())
+    tracker.link(a_window([1, 5]))
+    with pytest.raises(ValueError, match=named):
+        tracker.link(a_window([5, 1, 7]))
+
+
+def test_a_similarity_may_be_of_any_type():
+    class Given(NewIds):
+        def similarity(self, tracks, window, missed):
+            return torch.eye(2, dtype=torch.bfloat16)
+
+    tracker = Tracker(Given(threshold=0.5))
+    assert tracker.link(a_window([1, 5])) == tracker.link(a_window([5, 1])) == [1, 2]
+
+
 @pytest.mark.parametrize("linker", list(LINKERS))
 def test_every_linker_runs(tiny_model, long_video, linker):
     result = segment_video(tiny_model, long_video, mode="window", window=4, stride=2, linker=linker)

@@ -191,6 +191,25 @@ def test_a_file_that_was_replaced_is_noticed(file: Path) -> None:
         VideoSegmentation.load(file)
 
 
+def test_a_frame_that_was_rewritten_in_its_place_is_noticed(file: Path) -> None:
+    loaded = VideoSegmentation.load(file)
+    content = file.read_bytes()
+    file.write_bytes(content.replace(b'"masks":{"', b'"masks":{"1', 1))
+    with pytest.raises(ValueError, match="has changed since it was loaded"):
+        loaded.masks(0)
+    file.write_bytes(content)
+    loaded.masks(0)
+
+
+def test_masks_are_read_from_any_working_directory(
+    file: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(file.parent)
+    loaded = VideoSegmentation.load(file.name)
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    assert loaded.masks(1).any()
+
+
 def test_writing_goes_on_where_it_was(tmp_path: Path) -> None:
     write(tmp_path / "whole.jsonl", complete=True)
     whole = (tmp_path / "whole.jsonl").read_bytes()
