@@ -91,7 +91,14 @@ def test_the_backbone_of_a_whole_model(kind: str, tiny_model: VideoMask2Former, 
     assert done.counts("ignored")["transformer_decoder"] > 0
 
 
-@pytest.mark.parametrize("name", ["resnet18", "test_convnext", "convnext_atto", "regnetx_002"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resnet18",
+        "test_convnext",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("convnext_atto", "regnetx_002")),
+    ],
+)
 def test_a_classifier_of_timm(name: str, tmp_path: Path) -> None:
     torch.manual_seed(1)
     classifier = timm.create_model(name, num_classes=5).eval()
@@ -106,7 +113,14 @@ def test_a_classifier_of_timm(name: str, tmp_path: Path) -> None:
         assert_close(model.backbone(pixels)[-1], expected[-1])
 
 
-@pytest.mark.parametrize("format", ["detectron2", "detectron2_resnet", "hf", "timm_resnet", "native"])
+@pytest.mark.parametrize(
+    "format",
+    [
+        "detectron2_resnet",
+        "hf",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("detectron2", "timm_resnet", "native")),
+    ],
+)
 def test_a_resnet_by_whatever_names(format: str, tmp_path: Path) -> None:
     other = build("timm:resnet18")
     with torch.no_grad():

@@ -325,7 +325,14 @@ CHANGES: dict[str, Callable[[VideoMask2Former], object]] = {
 }
 
 
-@pytest.mark.parametrize("how", [how for how in CHANGES if how != "parametrized"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        pytest.param(how, marks=() if i % 2 == 0 else pytest.mark.slow)
+        for i, how in enumerate(CHANGES)
+        if how != "parametrized"
+    ],
+)
 def test_a_changed_part_counts(how: str, model: VideoMask2Former, build: Build) -> None:
     with torch.no_grad():
         check(model, CHANGES[how], build)

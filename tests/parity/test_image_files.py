@@ -51,7 +51,7 @@ def segments(result: dict[str, Any]) -> list[tuple[int, float, Any]]:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if i % 2 == 0 else pytest.mark.slow) for i, name in enumerate(SIZES)]
+    "name", [pytest.param(name, marks=() if i % 4 == 0 else pytest.mark.slow) for i, name in enumerate(SIZES)]
 )
 def test_files_to_segments_equal_transformers(image_folder: Path, files: dict[str, Path], name: str) -> None:
     reference = transformers.Mask2FormerForUniversalSegmentation.from_pretrained(image_folder).eval()

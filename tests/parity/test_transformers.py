@@ -103,13 +103,13 @@ def test_every_stage_agrees_with_a_resnet(name: str, size: tuple[int, int], dtyp
     ("parameter", "stage"),
     [
         ("backbone.stages.0.blocks.1.attn.relative_position_bias_table", "backbone stride 4"),
-        ("backbone.out_norms.3.weight", "backbone stride 32"),
-        ("pixel_decoder.level_embed", "pixel decoder layer 0"),
+        pytest.param("backbone.out_norms.3.weight", "backbone stride 32", marks=pytest.mark.slow),
+        pytest.param("pixel_decoder.level_embed", "pixel decoder layer 0", marks=pytest.mark.slow),
         ("pixel_decoder.layers.1.self_attn.sampling_offsets.bias", "pixel decoder layer 1"),
         ("pixel_decoder.mask_projection.bias", "mask features"),
-        ("transformer_decoder.class_head.bias", "decoder 0 class logits"),
+        pytest.param("transformer_decoder.class_head.bias", "decoder 0 class logits", marks=pytest.mark.slow),
         ("transformer_decoder.layers.3.cross_attn.out_proj.bias", "decoder 4 class logits"),
-        ("transformer_decoder.level_embed.weight", "decoder 1 class logits"),
+        pytest.param("transformer_decoder.level_embed.weight", "decoder 1 class logits", marks=pytest.mark.slow),
     ],
 )
 def test_one_wrong_parameter_is_found_at_its_stage(parameter: str, stage: str) -> None:
@@ -162,7 +162,7 @@ def shift_masks(module: CrossAttention, arguments: tuple[Any, ...]) -> tuple[Any
 
 
 @pytest.mark.parametrize("plain", [True, False])
-@pytest.mark.parametrize("edit", ["attention_mask", "hook", "forward"])
+@pytest.mark.parametrize("edit", ["attention_mask", "hook", pytest.param("forward", marks=pytest.mark.slow)])
 def test_an_edit_of_what_is_masked_is_found(edit: str, plain: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_model(IN_LANES, 1)
     attention = model.transformer_decoder.layers[1].cross_attn
