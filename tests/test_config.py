@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -138,6 +139,11 @@ PARTS = {
 }
 
 
+@functools.cache
+def kept(effect: Callable[[VideoMask2FormerConfig], object], config: VideoMask2FormerConfig) -> object:
+    return effect(config)
+
+
 @pytest.mark.parametrize(("cls", "name"), [(cls, name) for cls, cases in CASES.items() for name in cases])
 def test_every_field_has_an_effect(cls: type, name: str) -> None:
     value, effect = CASES[cls][name]
@@ -150,8 +156,8 @@ def test_every_field_has_an_effect(cls: type, name: str) -> None:
         if name == "kind":
             base = base.replace(pixel_decoder=PixelDecoderConfig(hidden_dim=32, mask_dim=16))
         changed = base.replace(**{part: dataclasses.replace(getattr(base, part), **{name: value})})
-    assert effect(base) == effect(base)
-    assert effect(changed) != effect(base)
+    assert effect(base) == kept(effect, base)
+    assert effect(changed) != kept(effect, base)
 
 
 def test_every_field_has_a_case() -> None:

@@ -29,5 +29,5 @@ def test_its_name_loads_model_and_processor(tmp_path: Path, monkeypatch: pytest.
 
 def test_it_finds_shapes_it_was_not_trained_on() -> None:
     model = VideoMask2Former.from_pretrained("demo")
-    videos = SyntheticVideos(8, STANDARD_SPLITS["test"]["seed"], "easy", num_frames=4)
+    videos = SyntheticVideos(4, STANDARD_SPLITS["test"]["seed"], "easy", num_frames=4)
     assert evaluate_model(model, videos).stats["AP50"] > 0.6
