@@ -21,8 +21,9 @@ from m2f_video.modeling.feature_pyramids import (
     SemanticFeaturePyramid,
     WeightedFusion,
 )
+from m2f_video.modeling.maps import GroupNorm
 from m2f_video.modeling.ms_deform_attn import MSDeformAttn
-from m2f_video.modeling.pixel_decoder import DeformableEncoderLayer, GroupNorm, MSDeformAttnPixelDecoder
+from m2f_video.modeling.pixel_decoder import DeformableEncoderLayer, MSDeformAttnPixelDecoder
 from m2f_video.modeling.swin import (
     Mlp,
     PatchEmbedding,

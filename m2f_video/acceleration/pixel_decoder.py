@@ -11,13 +11,9 @@ from m2f_video.acceleration.kernels import PackedLinear
 from m2f_video.acceleration.layers import FusedPointwiseConv, WinogradConv
 from m2f_video.acceleration.swap import Fused, are_values
 from m2f_video.acceleration.winograd import pack_weight
+from m2f_video.modeling.maps import GroupNorm
 from m2f_video.modeling.ms_deform_attn import MSDeformAttn
-from m2f_video.modeling.pixel_decoder import (
-    DeformableEncoderLayer,
-    GroupNorm,
-    MSDeformAttnPixelDecoder,
-    PixelDecoderOutput,
-)
+from m2f_video.modeling.pixel_decoder import DeformableEncoderLayer, MSDeformAttnPixelDecoder, PixelDecoderOutput
 from m2f_video.ops import BACKEND_VARIABLE, Shapes
 
 BLOCK = 32

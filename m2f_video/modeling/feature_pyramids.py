@@ -14,14 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import DeformConv2d, deform_conv2d
 
-from m2f_video.modeling.pixel_decoder import (
-    Maps,
-    PixelDecoderOutput,
-    conv_norm,
-    mask_projection,
-    output_conv,
-    resize,
-)
+from m2f_video.modeling.maps import conv_norm, mask_projection, output_conv, resize
+from m2f_video.modeling.pixel_decoder import Maps, PixelDecoderOutput
 from m2f_video.modeling.position_encoding import position_dtype
 
 NUM_LEVELS = 4

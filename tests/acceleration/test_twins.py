@@ -13,12 +13,9 @@ from m2f_video.acceleration import cpu_kernels
 from m2f_video.acceleration.swap import Fused, fuse
 from m2f_video.acceleration.twins import TWINS
 from m2f_video.modeling.cross_attention import CrossAttention, Level
+from m2f_video.modeling.maps import GroupNorm
 from m2f_video.modeling.ms_deform_attn import MSDeformAttn
-from m2f_video.modeling.pixel_decoder import (
-    DeformableEncoderLayer,
-    GroupNorm,
-    MSDeformAttnPixelDecoder,
-)
+from m2f_video.modeling.pixel_decoder import DeformableEncoderLayer, MSDeformAttnPixelDecoder
 from m2f_video.modeling.position_encoding import pixel_centres
 from m2f_video.modeling.swin import Mlp, PatchMerging, SwinBlock
 from m2f_video.modeling.transformer_decoder import DecoderLayer, MaskProduct

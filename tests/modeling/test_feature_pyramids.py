@@ -21,7 +21,8 @@ from m2f_video.modeling.feature_pyramids import (
     FeatureSelection,
     WeightedFusion,
 )
-from m2f_video.modeling.pixel_decoder import PixelDecoderOutput, resize
+from m2f_video.modeling.maps import resize
+from m2f_video.modeling.pixel_decoder import PixelDecoderOutput
 from m2f_video.parity import random_model
 from tests.acceleration.conftest import IN_LANES, clip, of_kind
 from tests.modeling.test_pixel_decoder import CHANNELS, maps
