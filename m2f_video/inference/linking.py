@@ -319,6 +319,12 @@ class Tracker:
         summed = self._summed()
         return summed / summed.new_tensor([[track.seen] for track in self.tracks.values()])
 
+    def likeliest(self, id_: int) -> tuple[float, int]:
+        """How certain the likeliest class of a track is, and which."""
+        track = self.tracks[id_]
+        largest, label_id = track.probabilities[:-1].max(0)
+        return float(largest) / track.seen, int(label_id)
+
     def _summed(self) -> Tensor:
         return torch.stack([track.probabilities for track in self.tracks.values()])[:, :-1]
 

@@ -79,7 +79,6 @@ class VideoStream:
         self.video, self.windowing = video, windowing
         self.plain, self._begun = plain, False
         self._best: list[TrackScore] = []
-        self._likeliest: list[TrackScore] = []  # of each track its likeliest class, by id
         self._scored = 0  # after so many windows
         self._tracker = Tracker(windowing.linker)
         reader = video.reader
@@ -150,29 +149,20 @@ class VideoStream:
             ValueError: a threshold out of its range.
         """
         check_thresholds(score_threshold=score_threshold)
-        self._score()
+        if self._scored != self._tracker.windows:
+            self._best, self._scored = self._best_pairs(), self._tracker.windows
         return [score for score in self._best if score.certainty >= score_threshold]
 
-    def _score(self) -> None:
-        """Once a window."""
-        if self._scored == self._tracker.windows:
-            return
-        self._scored = self._tracker.windows
+    def _best_pairs(self) -> list[TrackScore]:
         if not self._tracker.tracks:
-            return
+            return []
         scores, certainties = self._tracker.scores(), self._tracker.certainties()  # (R, K)
-
-        def of(pairs: Tensor) -> list[TrackScore]:
-            values = (of_all.flatten()[pairs].tolist() for of_all in (scores, certainties))
-            rows, columns = (pairs // scores.shape[1]).tolist(), (pairs % scores.shape[1]).tolist()
-            return [
-                TrackScore(id=row + 1, label_id=column, score=score, certainty=certainty)
-                for row, column, score, certainty in zip(rows, columns, *values, strict=True)
-            ]
-
-        self._best = of(scores.flatten().topk(min(self.windowing.top_k, scores.numel()))[1])
-        rows = torch.arange(len(scores), device=scores.device)
-        self._likeliest = of(rows * scores.shape[1] + scores.argmax(1))
+        best, pairs = scores.flatten().topk(min(self.windowing.top_k, scores.numel()))
+        values = (best, certainties.flatten()[pairs], pairs // scores.shape[1], pairs % scores.shape[1])
+        return [
+            TrackScore(id=row + 1, label_id=column, score=score, certainty=certainty)
+            for score, certainty, row, column in zip(*(each.tolist() for each in values), strict=True)
+        ]
 
     def draw(self, result: FrameResult, score_threshold: float = 0.0) -> np.ndarray:
         """A frame with the tracks that are seen in it, the most certain on top, each as its likeliest class so far.
@@ -184,14 +174,14 @@ class VideoStream:
             ValueError: a threshold out of its range.
         """
         check_thresholds(score_threshold=score_threshold)
-        self._score()
-        seen = [track for id_ in result.masks if (track := self._likeliest[id_ - 1]).certainty >= score_threshold]
-        seen = sorted(seen, key=lambda track: -track.certainty)[: self.windowing.top_k]
+        likeliest = [(*self._tracker.likeliest(id_), id_) for id_ in result.masks]  # certainty, class, track
+        seen = sorted((track for track in likeliest if track[0] >= score_threshold), key=lambda track: -track[0])
+        seen = seen[: self.windowing.top_k]
         return draw_tracks(
             result.image,
-            (decode_mask(result.masks[track.id]) for track in seen),
-            track_colors([track.id for track in seen]),
-            [f"{self.labels[track.label_id]} {track.certainty:.2f}" for track in seen],
+            (decode_mask(result.masks[id_]) for *_, id_ in seen),
+            track_colors([id_ for *_, id_ in seen]),
+            [f"{self.labels[label_id]} {certainty:.2f}" for certainty, label_id, _ in seen],
         )
 
 

@@ -39,7 +39,7 @@ def segment_to_folder(
     """Segment a video and write `tracks.jsonl`, `tracks.json` and, with `overlay`, `overlay.mp4`.
 
     In windows, `tracks.jsonl` is written as frames become final, in memory that does not grow with the video but for a
-    few kB a track, and the overlay by the scores of that moment. What there was of an earlier result goes when the
+    few kB a track, and the overlay by what is known at that moment. What there was of an earlier result goes when the
     first frames are final. A run that is stopped leaves `tracks.jsonl`, which `VideoSegmentation.load` reads, and the
     folder `.unfinished`, from which `resume` goes on: the result is that of a run that was not stopped, byte by byte,
     but for what depends on the machine (another device is refused, another processor is not noticed).

@@ -32,7 +32,7 @@ CHUNK = 8
 END = 64
 """Frames that are looked at where the video begins, is cut, and ends: a multiple of a window's."""
 
-pytestmark = pytest.mark.slow  # twenty minutes
+pytestmark = pytest.mark.slow  # ten minutes
 
 
 def numbered(picture: np.ndarray, number: int) -> np.ndarray:

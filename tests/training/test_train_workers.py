@@ -103,11 +103,7 @@ def test_weights_that_no_prediction_depends_on_are_expected(kind: Any, layers: i
         assert trainer._may_idle(model.config) or not idle
 
 
-@pytest.fixture(
-    scope="module",
-    params=[("whole",), pytest.param(("parts", "others", "idle", "given"), marks=pytest.mark.slow)],
-    ids="-".join,
-)
+@pytest.fixture(scope="module")
 def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The same runs by one process and by two."""
     one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
@@ -120,18 +116,31 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return one, two
 
 
-def of(name: str, runs: tuple[Path, Path]) -> list[Path]:
-    folders = [folder / name for folder in runs]
-    if not folders[0].exists():
-        pytest.skip("among the other runs")
-    return folders
+WHOLE = ("whole",)
+OTHERS = tuple(name for name in CONFIGS if name != "whole")
+
+
+def of(*names: str) -> pytest.MarkDecorator:
+    """Runs of these configs, of which the whole ones are done by default."""
+    return pytest.mark.parametrize(
+        ("name", "runs"),
+        [
+            pytest.param(name, WHOLE if name == "whole" else OTHERS, marks=() if name == "whole" else pytest.mark.slow)
+            for name in names
+        ],
+        indirect=["runs"],
+        ids=names,
+    )
+
+
+of_whole = pytest.mark.parametrize("runs", [WHOLE], indirect=True, ids=["whole"])
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="PyTorch without torch.distributed")
 class TestTwoWorkers:
-    @pytest.mark.parametrize("name", ["whole", "parts", "given"])
+    @of("whole", "parts", "given")
     def test_they_learn_what_one_does(self, name: str, runs: tuple[Path, Path]) -> None:
-        one, two = of(name, runs)
+        one, two = (folder / name for folder in runs)
         for number in ("loss", "loss_ce", "loss_mask", "loss_dice", "grad_norm"):
             assert column(two, number) == pytest.approx(
                 column(one, number), rel=1e-3 if number == "grad_norm" else 1e-5
@@ -142,20 +151,22 @@ class TestTwoWorkers:
         assert largest_difference(first, second) == 0
         assert largest_difference(first, alone) < 1e-6
 
-    @pytest.mark.parametrize("name", CONFIGS)
+    @of(*CONFIGS)
     def test_they_evaluate_the_same_weights_together(self, name: str, runs: tuple[Path, Path]) -> None:
-        _, two = of(name, runs)
+        _, two = (folder / name for folder in runs)
         first, second = ((two / f"evaluated-{rank}").read_text() for rank in range(2))
         assert first == second
 
+    @of_whole
     def test_they_measure_what_one_does(self, runs: tuple[Path, Path]) -> None:
-        one, two = (rows(folder, "evaluation.csv") for folder in of("whole", runs))
+        one, two = (rows(folder, "evaluation.csv") for folder in (folder / "whole" for folder in runs))
         assert len(one) == 1
         for name, value in one[0].items():
             assert float(two[0][name]) == pytest.approx(float(value), abs=1e-3)
 
+    @of_whole
     def test_the_first_alone_writes(self, runs: tuple[Path, Path]) -> None:
-        one, two = of("whole", runs)
+        one, two = (folder / "whole" for folder in runs)
         assert [row["step"] for row in rows(two)] == ["1", "2", "3"]
         ours, theirs = (
             sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if "-1" not in file.name)
