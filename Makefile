@@ -22,8 +22,9 @@ install: $(STAMP) ## Make .venv with the package, its tests and the parity check
 demo: $(STAMP) ## Render a synthetic clip and segment it into demo_output/
 	$(BIN)/m2f-video demo --output demo_output
 
+# Bytecode is kept, or each of the many processes that tests start would compile the package anew.
 test: $(STAMP) ## Run the fast test suite in two processes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 lint: $(STAMP) ## Check style and types, change nothing
 	$(BIN)/ruff check

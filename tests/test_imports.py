@@ -3,12 +3,17 @@
 import subprocess
 import sys
 
-HEAVY = ("av", "pycocotools", "scipy", "timm", "torchvision", "transformers", "triton", "PIL", "tyro", "rich")
+HEAVY = ("av", "pycocotools", "scipy", "timm", "torchvision", "transformers", "triton", "PIL", "torch._dynamo", "tyro", "rich")
 
 
 def test_imports_load_nothing_heavy_and_the_converter_nothing_of_the_package() -> None:
     """In one fresh interpreter, as each takes seconds to load PyTorch."""
-    steps = [("weights_convert", (*HEAVY, "m2f_video")), ("m2f_video", HEAVY), ("m2f_video.results.tracks", HEAVY)]
+    steps = [
+        ("weights_convert", (*HEAVY, "m2f_video")),
+        ("m2f_video", HEAVY),
+        ("m2f_video.results.tracks", HEAVY),
+        ("m2f_video.modeling.video_mask2former", HEAVY),
+    ]
     code = f"""
 import importlib, sys
 for module, names in {steps!r}:

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from timm.layers import DropPath
 from torch import Tensor, nn
 
 from m2f_video.acceleration.swap import Fused, are_values, plain_type
@@ -25,6 +24,7 @@ from m2f_video.modeling.maps import GroupNorm
 from m2f_video.modeling.ms_deform_attn import MSDeformAttn
 from m2f_video.modeling.pixel_decoder import DeformableEncoderLayer, MSDeformAttnPixelDecoder
 from m2f_video.modeling.swin import (
+    DropPath,
     Mlp,
     PatchEmbedding,
     PatchMerging,

@@ -3,13 +3,12 @@
 from typing import ClassVar, NamedTuple
 
 import torch
-from timm.layers import DropPath
 from torch import Tensor, nn
 
 from m2f_video.acceleration import kernels
 from m2f_video.acceleration.kernels import LANES, PackedLinear
 from m2f_video.acceleration.swap import Fused
-from m2f_video.modeling.swin import Mlp, PatchMerging, SwinBlock, WindowAttention
+from m2f_video.modeling.swin import DropPath, Mlp, PatchMerging, SwinBlock, WindowAttention
 
 
 class _Block(NamedTuple):

@@ -12,7 +12,6 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import DeformConv2d, deform_conv2d
 
 from m2f_video.modeling.maps import conv_norm, mask_projection, output_conv, resize
 from m2f_video.modeling.pixel_decoder import Maps, PixelDecoderOutput
@@ -111,15 +110,17 @@ class FeatureSelection(nn.Module):
         return x + x * self.importance(x.mean((2, 3), keepdim=True)).sigmoid()
 
 
-class DeformableConv(DeformConv2d):
+class DeformableConv(nn.Conv2d):
     """Torchvision's, 3x3, in float32 at least: positions need the digits, and it has no kernel for bfloat16."""
 
     def __init__(self, *, dim: int) -> None:
         super().__init__(dim, dim, kernel_size=3, padding=1, bias=False)
         nn.init.kaiming_uniform_(self.weight, a=1)
 
-    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:  # without weights of samples
+    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:  # type: ignore[override]
         """(B, C, H, W), by offsets (B, 2*9, H, W) in pixels, y before x -> (B, C, H, W)."""
+        from torchvision.ops import deform_conv2d  # takes as long to load as PyTorch, and no other model needs it
+
         exact = position_dtype(x)
         output = deform_conv2d(x.to(exact), offsets.to(exact), self.weight.to(exact), padding=self.padding)
         return output.to(x.dtype)

@@ -127,6 +127,21 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
+class DropPath(nn.Module):
+    """In training, leaves a branch out for a frame with probability `drop_prob`, else weighs it more (1603.09382)."""
+
+    def __init__(self, drop_prob: float) -> None:
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, ...) -> (B, ...)."""
+        if not (self.training and self.drop_prob):
+            return x
+        kept = 1 - self.drop_prob
+        return x * (x.new_empty(len(x), *[1] * (x.ndim - 1)).bernoulli_(kept) / kept)
+
+
 class SwinBlock(nn.Module):
     """Windowed attention and MLP, both pre-norm and residual (figure 3b).
 
@@ -151,8 +166,6 @@ class SwinBlock(nn.Module):
         qkv_bias: bool = True,
         drop_path: float = 0.0,
     ) -> None:
-        from timm.layers import DropPath
-
         super().__init__()
         self.window_size = window_size
         self.shift = shift
