@@ -21,7 +21,7 @@ from safetensors.torch import save
 
 from m2f_video.files import atomic_path, check_regular, sync
 from m2f_video.inference.fingerprint import differences
-from m2f_video.inference.stream import FrameResult, VideoStream, best_tracks
+from m2f_video.inference.stream import FrameResult, VideoStream, best_tracks, other_tracks
 from m2f_video.results.tracks import MOST_JSON_FRAMES, OVERLAY_FILE, TRACKS_FILE, VideoSegmentation, track_row
 from m2f_video.results.tracks_file import TRACKS_LINES_FILE, Row, TracksLines, TracksWriter, header_of, read_header
 from m2f_video.video.decode import VideoError
@@ -146,7 +146,7 @@ class PartialResult:
                     self._drawn += 1
         is_due = self._stream.num_frames - self._boundary >= KEPT_EVERY
         if is_due or self._lines.frames_since >= TRACKS_EVERY or self._lines.num_frames == len(results):
-            self._lines.tracks(self._rows())
+            self._lines.tracks(track_row(**fields) for fields in best_tracks(self._stream, self._threshold))
         if is_due:
             self._keep()
 
@@ -157,7 +157,9 @@ class PartialResult:
             AnotherResultError: a part of the overlay is damaged.
             OSError: files cannot be written.
         """
-        self._lines.tracks(self._rows(), complete=True)
+        best = best_tracks(self._stream, self._threshold)
+        others = other_tracks(self._stream, best)
+        self._lines.end([track_row(**fields) for fields in best], [track_row(**fields) for fields in others])
         result, written = VideoSegmentation.load(self._lines.path), [self._lines.path]
         if (text := result.to_json()) is not None:
             written.append(self._folder / TRACKS_FILE)
@@ -178,9 +180,6 @@ class PartialResult:
         """What is there when a run is stopped, and how to go on."""
         then = f"goes on after {self.kept} of them" if self.kept else "starts anew"
         return f"{self._lines.num_frames} frames are final and in {self._lines.path}; --resume {then}"
-
-    def _rows(self) -> list[Row]:
-        return [track_row(**fields) for fields in best_tracks(self._stream, self._threshold)]
 
     def _keep(self) -> None:
         if self._parts is not None:

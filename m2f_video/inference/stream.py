@@ -153,15 +153,27 @@ class VideoStream:
             self._best, self._scored = self._best_pairs(), self._tracker.windows
         return [score for score in self._best if score.certainty >= score_threshold]
 
+    def likeliest(self) -> list[TrackScore]:
+        """Every track as its likeliest class so far, by falling score."""
+        if not self._tracker.tracks:
+            return []
+        scores, labels = self._tracker.scores().max(1)
+        rows = scores.argsort(descending=True, stable=True)
+        return self._track_scores(rows, labels[rows])
+
     def _best_pairs(self) -> list[TrackScore]:
         if not self._tracker.tracks:
             return []
+        scores = self._tracker.scores()
+        pairs = scores.flatten().topk(min(self.windowing.top_k, scores.numel())).indices
+        return self._track_scores(pairs // scores.shape[1], pairs % scores.shape[1])
+
+    def _track_scores(self, rows: Tensor, columns: Tensor) -> list[TrackScore]:
         scores, certainties = self._tracker.scores(), self._tracker.certainties()  # (R, K)
-        best, pairs = scores.flatten().topk(min(self.windowing.top_k, scores.numel()))
-        values = (best, certainties.flatten()[pairs], pairs // scores.shape[1], pairs % scores.shape[1])
+        values = (rows, columns, scores[rows, columns], certainties[rows, columns])
         return [
             TrackScore(id=row + 1, label_id=column, score=score, certainty=certainty)
-            for score, certainty, row, column in zip(*(each.tolist() for each in values), strict=True)
+            for row, column, score, certainty in zip(*(each.tolist() for each in values), strict=True)
         ]
 
     def draw(self, result: FrameResult, score_threshold: float = 0.0) -> np.ndarray:
@@ -205,17 +217,26 @@ def best_tracks(stream: VideoStream, score_threshold: float) -> list[dict[str, A
     number of its own, beyond those of all tracks.
     """
     rows, taken = list[dict[str, Any]](), set[int]()
-    others = count(stream.num_tracks + 1)
+    further = count(stream.num_tracks + 1)
     for best in stream.scores(score_threshold):
-        rows.append(
-            {
-                "id": next(others) if best.id in taken else best.id,
-                "label": stream.labels[best.label_id],
-                "label_id": best.label_id,
-                "score": best.score,
-                "certainty": best.certainty,
-                "query_id": best.id,
-            }
-        )
+        rows.append(_fields(stream, best) | ({"id": next(further)} if best.id in taken else {}))
         taken.add(best.id)
     return rows
+
+
+def other_tracks(stream: VideoStream, best: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """As `best_tracks`, which gave these: all the others, each as its likeliest class."""
+    named = {row["query_id"] for row in best}
+    return [_fields(stream, track) for track in stream.likeliest() if track.id not in named]
+
+
+def _fields(stream: VideoStream, track: TrackScore) -> dict[str, Any]:
+    """Of a `Track`."""
+    return {
+        "id": track.id,
+        "label": stream.labels[track.label_id],
+        "label_id": track.label_id,
+        "score": track.score,
+        "certainty": track.certainty,
+        "query_id": track.id,
+    }

@@ -276,10 +276,10 @@ class VideoSegmentation:
                 )
                 for track in self.tracks
             )
-            lines.tracks(rows, complete=True)
+            lines.end(rows)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "VideoSegmentation":
+    def load(cls, path: str | os.PathLike[str], every_track: bool = False) -> "VideoSegmentation":
         """Read a `tracks.json`, or a `tracks.jsonl` in memory that does not grow with it; of a directory that there is.
 
         A `tracks.json` is checked in every part. It does not hold the numbers of queries: tracks with equal masks count
@@ -289,19 +289,29 @@ class VideoSegmentation:
         has left that was stopped holds the frames until there, and the tracks as they were at most a second of video
         before: a warning says so.
 
+        Args:
+            path: of the file, or of the directory.
+            every_track: with the tracks that were left out, as too uncertain or not among the best, each as its
+                likeliest class; the `tracks.jsonl` of a video in windows has them.
+
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: the file is no such result, or of no frame yet; the message names the part that is wrong.
+            ValueError: the file is no such result, or of no frame yet; the message names the part that is wrong. Or
+                every track is asked for, and the file does not say all.
         """
         file = Path(path)
         if file.is_dir():
-            names = (TRACKS_FILE, TRACKS_LINES_FILE)
-            file = next((file / name for name in names if (file / name).exists()), file / TRACKS_FILE)
+            names = (TRACKS_LINES_FILE,) if every_track else (TRACKS_FILE, TRACKS_LINES_FILE)
+            file = next((file / name for name in names if (file / name).exists()), file / names[0])
         check_regular(file)
         if not file.is_file():
             raise FileNotFoundError(f"{file}: there is no such result file")
         try:
-            return cls._from_lines(TracksLines(file)) if file.suffix == ".jsonl" else cls._from_dict(read_json(file))
+            if file.suffix != ".jsonl":
+                if every_track:
+                    raise ValueError(f"the tracks that were left out are in {TRACKS_LINES_FILE} alone")
+                return cls._from_dict(read_json(file))
+            return cls._from_lines(TracksLines(file), every_track)
         except ValueError as error:
             raise ValueError(f"{file}: not a result of this program: {str(error).removeprefix(f'{file}: ')}") from error
 
@@ -327,11 +337,13 @@ class VideoSegmentation:
         return cls(**fields, frames=tuple(frames), tracks=tuple(tracks))
 
     @classmethod
-    def _from_lines(cls, lines: TracksLines) -> "VideoSegmentation":
+    def _from_lines(cls, lines: TracksLines, every_track: bool) -> "VideoSegmentation":
         if not lines.frames:
             raise ValueError("there is no frame in it yet")
+        if every_track and lines.others is None:
+            raise ValueError("it does not say which tracks were left out: a complete one in windows does")
         fields, tracks = _fields(lines.header), []
-        for index, row in enumerate(lines.tracks):
+        for index, row in enumerate(lines.tracks + (lines.others or []) if every_track else lines.tracks):
             where = f"track {index} of the last line of tracks"
             key = _get(row, "masks", int, where)
             tracks.append(_track(row, where, _get(row, "id", int, where), key, FrameMasks(lines, key)))

@@ -5,8 +5,9 @@ The first line is a header, `{"format": "m2f-video tracks", "version": 1, "video
 "masks": {key: run lengths}}`. Between frames, about every second of video, and at the end are the tracks so far, by
 falling score: `{"tracks": [{id, masks, category_id, category, score, certainty, frames}], "complete": false}`, where
 `masks` is the key of their masks, which two tracks share where one object has two likely classes, and `frames` how many
-have one. The last line is the one that is `complete`: a file without it is what a run has left that was stopped, or is
-at work, and good as far as it goes; a line without its end is none.
+have one. The last line is the one that is `complete`. Of a video in windows it has such rows of all `others` too, the
+tracks that were left out as too uncertain or not among the best, each as its likeliest class. A file without that line
+is what a run has left that was stopped, or is at work, and good as far as it goes; a line without its end is none.
 """
 
 import json
@@ -110,19 +111,34 @@ class TracksWriter:
         self.num_frames += 1
         self.frames_since += 1
 
-    def tracks(self, rows: Iterable[Row], complete: bool = False) -> None:
-        """Append the tracks so far, or, at the end, `complete`.
+    def tracks(self, rows: Iterable[Row]) -> None:
+        """Append the tracks so far.
 
         Args:
             rows: as in the file, without `frames`.
-            complete: whether nothing will follow.
 
         Raises:
             OSError: see `frame`.
         """
-        counted = [{**row, "frames": self._seen[row["masks"]]} for row in rows]
-        self._append({"tracks": counted, "complete": complete})
+        self._append({"tracks": self._counted(rows), "complete": False})
         self.frames_since = 0
+
+    def end(self, rows: Iterable[Row], others: Iterable[Row] | None = None) -> None:
+        """Append the line after which nothing comes.
+
+        Args:
+            rows: of the tracks; see `tracks`.
+            others: of those that were left out; None where nobody knows.
+
+        Raises:
+            OSError: see `frame`.
+        """
+        left_out = {} if others is None else {"others": self._counted(others)}
+        self._append({"tracks": self._counted(rows), **left_out, "complete": True})
+        self.frames_since = 0
+
+    def _counted(self, rows: Iterable[Row]) -> list[Row]:
+        return [{**row, "frames": self._seen[row["masks"]]} for row in rows]
 
     def _append(self, row: Row) -> None:
         left = memoryview((json.dumps(row, allow_nan=False, separators=(",", ":")) + "\n").encode())
@@ -147,6 +163,7 @@ class TracksLines:
         header: its first line.
         frames: numbers of the frames in the source.
         tracks: rows of the last line of tracks; empty before the first.
+        others: rows of the tracks that were left out; None where the file does not say.
         complete: whether it is the last of all.
         seen: in how many frames each key has a mask.
         frames_since: how many frames come after the last line of tracks.
@@ -163,6 +180,7 @@ class TracksLines:
         self._file = path.absolute()  # where masks are read from, whatever the working directory is then
         self.header: Row = {}
         self.tracks: list[Row] = []
+        self.others: list[Row] | None = None
         self.complete = False
         self.seen = Counter[int]()
         self._places, self._lines, numbers = array("q"), array("q"), array("q")
@@ -184,6 +202,7 @@ class TracksLines:
                         self.frames_since += 1
                     else:
                         self.tracks, self.complete, self.frames_since = _get_list(row, "tracks"), _complete(row), 0
+                        self.others = _get_list(row, "others") if "others" in row else None
                 except ValueError as error:
                     raise ValueError(f"line {line}: {error}") from error
                 self.length = file.tell()

@@ -429,3 +429,23 @@ def test_masks_of_all_frames_are_not_in_memory(tiny_model, source, tmp_path, mon
     segment(tiny_model, source, tmp_path, overlay=False)
     assert len(most) == 6
     assert max(most[2:]) <= 2 * max(most[:2])  # of two windows, however many there are
+
+
+def test_the_last_line_names_every_track(tiny_model, source, tmp_path):
+    everything = segment(tiny_model, source, tmp_path / "all", top_k=50)
+    best = segment(tiny_model, source, tmp_path / "best", top_k=1)
+    loaded = VideoSegmentation.load(tmp_path / "best", every_track=True)
+    likeliest = {}
+    for track in everything.tracks:  # of one with several classes the best is first
+        likeliest.setdefault(track.query_id, track)
+    others = [likeliest[id_] for id_ in likeliest if id_ not in {track.query_id for track in best.tracks}]
+    assert others  # or this would test nothing
+    assert {track.query_id for track in loaded.tracks} == set(likeliest)
+    assert list(loaded.tracks) == [*best.tracks, *others]
+    assert VideoSegmentation.load(tmp_path / "best" / "tracks.jsonl").tracks == best.tracks
+    with pytest.raises(ValueError, match=r"left out are in tracks\.jsonl alone"):
+        VideoSegmentation.load(tmp_path / "best" / "tracks.json", every_track=True)
+    lines = (tmp_path / "best" / "tracks.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "cut.jsonl").write_bytes(b"".join(lines[:-1]))
+    with pytest.raises(ValueError, match="does not say which tracks were left out"):
+        VideoSegmentation.load(tmp_path / "cut.jsonl", every_track=True)

@@ -116,7 +116,7 @@ def write(path: Path, complete: bool = False) -> None:
             if number == 2:
                 lines.tracks([row])
         if complete:
-            lines.tracks([row | {"score": 0.7}], complete=True)
+            lines.end([row | {"score": 0.7}])
 
 
 def test_every_cut_is_readable_as_far_as_it_goes(tmp_path: Path) -> None:
@@ -224,7 +224,7 @@ def test_writing_goes_on_where_it_was(tmp_path: Path) -> None:
         writer.tracks([row])
         for number in (6, 8, 10):
             writer.frame(number, {4: rle})
-        writer.tracks([row | {"score": 0.7}], complete=True)
+        writer.end([row | {"score": 0.7}])
     assert path.read_bytes() == whole
     for bad, message in ((length + 1, "does not end with a line"), (10**6, "shorter than it was")):
         path.write_bytes(whole)
