@@ -140,9 +140,10 @@ def segment_many(
     videos, folder = list_videos(sources), Path(output)
     processor = processor or VideoProcessor.from_config(model.config)
     about: dict[str, Any] = {"frames": frames, "strict": strict, "overlay": overlay, "linker": named_linker(linker)}
+    fingerprint = model_fingerprint(model)
     made_from = {
         "checkpoint": checkpoint,
-        "model": model_fingerprint(model),
+        "model": fingerprint,
         "options": options_fingerprint(options | about),
         "preprocessing": options_fingerprint(asdict(processor.config)),
     }
@@ -159,6 +160,7 @@ def segment_many(
             frames_per_chunk=frames_per_chunk,
             plain=plain,
             progress=progress,
+            fingerprint=fingerprint,
         )
         try:
             segmentation = write(resume=is_resumable(about["linker"]), **_of_one_video(options))

@@ -67,6 +67,7 @@ class TrackState:
     mask_logits: Tensor
 
 
+@runtime_checkable
 class Linker(Protocol):
     """How alike tracks and the objects of the next window are.
 
@@ -215,10 +216,13 @@ def named_linker(linker: LinkerName | Linker) -> Linker:
     Raises:
         ValueError: there is none of that name.
     """
-    if not isinstance(linker, str):
+    if isinstance(linker, Linker):
         return linker
-    if linker not in LINKERS:
-        raise ValueError(f"linker must be one of {', '.join(LINKERS)}, or one of your own, got {linker!r:.60}")
+    if not isinstance(linker, str) or linker not in LINKERS:
+        raise ValueError(
+            f"linker must be one of {', '.join(LINKERS)}, or one of your own with threshold, memory, every_query and "
+            f"similarity, got {linker!r:.60}"
+        )
     return LINKERS[linker]()
 
 

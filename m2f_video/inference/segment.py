@@ -12,6 +12,7 @@ from m2f_video.inference.linking import Linker, LinkerName, named_linker
 from m2f_video.inference.on_video import ModelOnVideo, Progress
 from m2f_video.inference.postprocess import select_top_k
 from m2f_video.inference.processor import VideoProcessor
+from m2f_video.inference.segments import check_count
 from m2f_video.inference.stream import VideoStream, segment_windows
 from m2f_video.inference.streamed import segment_streamed
 from m2f_video.inference.whole import segment_whole
@@ -223,7 +224,10 @@ def _on_video(
         raise ValueError("frames cannot be chosen for an open reader; give them to open_video")
     reader = source if isinstance(source, VideoReader) else open_video(source, frames, strict=strict)
     chunk_size = _chunk_size(model, frames_per_chunk)
-    return ModelOnVideo(model, reader, processor or VideoProcessor.from_config(model.config), chunk_size, progress)
+    processor = processor or VideoProcessor.from_config(model.config)
+    if not isinstance(processor, VideoProcessor):
+        raise TypeError(f"processor must be a VideoProcessor, got {type(processor).__name__}")
+    return ModelOnVideo(model, reader, processor, chunk_size, progress)
 
 
 def check_options(
@@ -265,8 +269,7 @@ def _check_model(model: ClipModel) -> None:
 
 def _chunk_size(model: ClipModel, frames_per_chunk: int | None) -> int:
     chunk_size = (1 if model.device.type == "cpu" else 8) if frames_per_chunk is None else frames_per_chunk
-    if not 1 <= chunk_size < 2**31:
-        raise ValueError(f"frames_per_chunk must be at least 1 and below {2**31}, got {frames_per_chunk!s:.30}")
+    check_count("frames_per_chunk", chunk_size)
     return chunk_size
 
 
@@ -284,6 +287,7 @@ def _windowing(
 
 def _check_selection(model: ClipModel, top_k: int, score_threshold: float) -> None:
     """Fail before the work rather than after it."""
+    check_count("top_k", top_k)
     config = model.config
     blank = torch.zeros(config.transformer_decoder.num_queries, config.num_labels + 1)
     select_top_k(blank, top_k, score_threshold)

@@ -5,6 +5,7 @@ Shape letters: B batch, Q queries, K classes, N selected queries, T frames, h w 
 
 from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
+from numbers import Integral, Real
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -118,8 +119,14 @@ def geometries(
 def check_thresholds(**thresholds: float) -> None:
     """Raise ValueError unless each is in [0, 1]; the message has its keyword."""
     for name, value in thresholds.items():
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name} must be between 0 and 1, got {value}")
+        if not isinstance(value, Real) or not 0 <= value <= 1:
+            raise ValueError(f"{name} must be between 0 and 1, got {value!r:.30}")
+
+
+def check_count(name: str, value: int, most: int = 2**31 - 1) -> None:
+    """Raise ValueError unless it is a whole number from 1 to `most`; the message has the name."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or not 1 <= value <= most:
+        raise ValueError(f"{name} must be a whole number from 1 to {most}, got {value!r:.30}")
 
 
 def check_finite(mask_logits: Tensor) -> None:

@@ -7,6 +7,8 @@ from dataclasses import is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from m2f_video.files import locked, made_directory
 from m2f_video.inference.clip_model import ClipModel
 from m2f_video.inference.fingerprint import model_fingerprint, options_fingerprint, source_fingerprint
@@ -34,6 +36,7 @@ def segment_to_folder(
     resume: bool = False,
     progress: Progress | None = None,
     say: Callable[[str], None] | None = None,
+    fingerprint: str | None = None,
     **options: Any,
 ) -> VideoSegmentation:
     """Segment a video and write `tracks.jsonl`, `tracks.json` and, with `overlay`, `overlay.mp4`.
@@ -56,6 +59,7 @@ def segment_to_folder(
             none of this video, or nothing to go on from, as in other modes, start anew.
         progress: see `Progress`; the stages are those of `segment_video`, and "overlay" where it is drawn at the end.
         say: called with a line on what `resume` found.
+        fingerprint: of the model, where `model_fingerprint` has been asked for it.
         options: others of `segment_video`.
 
     Returns:
@@ -75,10 +79,11 @@ def segment_to_folder(
         check_resume(reader)
     if chosen == "window":
         stream = stream_video(model, reader, progress=progress, **options)
-        made = _made_from(model, reader, {"mode": chosen, **_options_of(stream)}, overlay, score_threshold)
+        how = _options_of(stream)
     else:
         how = {name: value for name, value in options.items() if name not in ("window", "stride", "linker")}
-        made = _made_from(model, reader, {"mode": chosen, **how}, overlay, score_threshold)
+    how |= {"mode": chosen, "score_threshold": score_threshold, "overlay": overlay}
+    made = _made_from(model, fingerprint, reader, how)
     with _held(output) as folder:
         if resume and (found := complete_result(folder, made, overlay)) is not None:
             _say(say, f"{output}: it is complete already, nothing is to be done")
@@ -201,16 +206,12 @@ def _options_of(stream: VideoStream) -> dict[str, Any]:
     }
 
 
-def _made_from(
-    model: ClipModel, reader: VideoReader, how: dict[str, Any], overlay: bool, score_threshold: float
-) -> dict[str, Any]:
+def _made_from(model: ClipModel, checkpoint: str | None, reader: VideoReader, how: dict[str, Any]) -> dict[str, Any]:
     """All that a result depends on, in what JSON takes."""
     processor = how.pop("processor", None) or VideoProcessor.from_config(model.config)
-    how |= {"score_threshold": score_threshold, "overlay": overlay, "device": model.device.type}
-    try:
+    how["device"] = model.device.type
+    if checkpoint is None and isinstance(model, torch.nn.Module):  # else a stand-in, whose weights nobody sees
         checkpoint = model_fingerprint(model)
-    except TypeError:  # a stand-in, whose weights nobody sees
-        checkpoint = None
     return {
         "source": source_fingerprint(reader.source) if os.path.exists(reader.source) else None,
         "frames": reader.selected,

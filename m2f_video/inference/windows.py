@@ -18,7 +18,7 @@ from m2f_video.inference.features import FeatureBuffer
 from m2f_video.inference.linking import Linker, MaskProductFunction, Window
 from m2f_video.inference.on_video import ModelOnVideo
 from m2f_video.inference.postprocess import select_top_k
-from m2f_video.inference.segments import check_thresholds, class_probabilities
+from m2f_video.inference.segments import check_count, check_thresholds, class_probabilities
 from m2f_video.modeling.video_mask2former import FrameFeatures
 
 MAX_OVERLAP = 0.5
@@ -64,10 +64,8 @@ class Windowing:
     top_k: int
 
     def __post_init__(self) -> None:
-        if not 1 <= self.window <= MOST_WINDOW:
-            raise ValueError(f"window must be 1 to {MOST_WINDOW} frames, got {self.window!s:.30}")
-        if not 1 <= self.stride <= self.window:
-            raise ValueError(f"stride must be 1 to window={self.window} frames, got {self.stride!s:.30}")
+        check_count("window", self.window, MOST_WINDOW)
+        check_count("stride", self.stride, self.window)
         check_thresholds(max_overlap=self.max_overlap)
 
 

@@ -320,6 +320,14 @@ def test_auto_is_whole_for_short_videos():
         ({"linker": "magic"}, "linker"),
         ({"max_overlap": 1.5}, "max_overlap"),
         ({"max_overlap": math.nan}, "max_overlap"),
+        ({"window": 2.5}, "window must be a whole number"),
+        ({"window": True}, "window must be a whole number"),
+        ({"stride": "2"}, "stride must be a whole number"),
+        ({"top_k": 2.5}, "top_k must be a whole number"),
+        ({"frames_per_chunk": 1.5}, "frames_per_chunk must be a whole number"),
+        ({"max_overlap": "0.5"}, "max_overlap must be between"),
+        ({"score_threshold": None}, "score_threshold must be between"),
+        ({"linker": 3}, "one of your own with threshold"),
     ],
 )
 def test_bad_options_are_named_before_the_work(tiny_model, long_video, options, named):
