@@ -136,7 +136,7 @@ def _draw_tags(
     draw = ImageDraw.Draw(canvas)
     taken: list[Box] = []
     for top_of_mask, color, text in zip(tops, colors.tolist(), texts, strict=True):
-        text = _shorten(" ".join(text.split()), font, width - 2 * padding)
+        text = "" if top_of_mask is None else _shorten(" ".join(text.split()), font, width - 2 * padding)
         if top_of_mask is None or not text:
             continue
         tag = round(font.getlength(text)) + 2 * padding, size + padding
@@ -173,11 +173,12 @@ def _place(
 def _nearest_free(wanted: tuple[int, int], tag: tuple[int, int], last: tuple[int, int], taken: list[Box]) -> Box | None:
     """The free place for a tag (width, height) that is nearest to a wanted corner (x, y); `last` is the last corner.
 
-    It is at the wanted row, at an edge of the frame, or touches a tag that is there already.
+    It is at the wanted row or column, or touches a tag that is there already.
     """
-    (width, height), edges = tag, {y for box in taken for y in (box[1] - height, box[3]) if 0 <= y <= last[1]}
+    width, height = tag
+    rows = {y for box in taken for y in (box[1] - height, box[3]) if 0 <= y <= last[1]}
     nearest: tuple[int, int, int] | None = None  # distance, x, y
-    for y in sorted({wanted[1], 0, last[1]} | edges, key=lambda y: (abs(y - wanted[1]), y)):
+    for y in sorted({wanted[1]} | rows, key=lambda y: (abs(y - wanted[1]), y)):
         down = abs(y - wanted[1])
         if nearest is not None and down >= nearest[0]:
             break
