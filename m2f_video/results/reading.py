@@ -3,7 +3,7 @@
 import math
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,6 +13,7 @@ from m2f_video.results.track import Track, show_few
 from m2f_video.results.tracks_file import TRACKS_LINES_FILE, FrameMasks, TracksLines
 
 TRACKS_FILE = "tracks.json"
+_MOST_MASKS = 2**27  # 1 GiB, were all of them None
 
 Result = TypeVar("Result")
 
@@ -85,6 +86,17 @@ def number_queries(tracks: Sequence[Sequence[Rle | None]]) -> list[int]:
     return [first.setdefault(key, index) for index, key in enumerate(keys)]
 
 
+def spread_masks(seen: Mapping[int, Mapping[int, Rle]], num_frames: int) -> dict[int, tuple[Rle | None, ...]]:
+    """One mask, or None, for every frame, of tracks whose masks are known by track and frame.
+
+    Raises:
+        ValueError: there are more tracks and frames than fit into memory.
+    """
+    if len(seen) * num_frames > _MOST_MASKS:
+        raise ValueError(f"{len(seen)} tracks in {num_frames} frames are too many for a result in memory")
+    return {id_: tuple(masks.get(frame) for frame in range(num_frames)) for id_, masks in seen.items()}
+
+
 def get_value(data: Any, key: str, kind: type | tuple[type, ...], where: str) -> Any:
     """A value of parsed JSON.
 
@@ -101,7 +113,7 @@ def get_value(data: Any, key: str, kind: type | tuple[type, ...], where: str) ->
 
 def _whole(data: Any) -> dict[str, Any]:
     """Fields of a result from a parsed `tracks.json`."""
-    fields = _fields(data)
+    fields = read_fields(data)
     rows = get_value(data, "results", list, "the file")
     masks = [
         check_masks(get_value(row, "segmentations", list, f"result {index}"), fields, f"result {index}")
@@ -143,7 +155,7 @@ def _by_line(lines: TracksLines, every_track: bool) -> dict[str, Any]:
         raise ValueError("there is no frame in it yet")
     if every_track and lines.others is None:
         raise ValueError("it does not say which tracks were left out: a complete one in windows does")
-    fields, tracks = _fields(lines.header), []
+    fields, tracks = read_fields(lines.header), []
     for index, row in enumerate(lines.tracks + (lines.others or []) if every_track else lines.tracks):
         where = f"track {index} of the last line of tracks"
         key = get_value(row, "masks", int, where)
@@ -152,8 +164,15 @@ def _by_line(lines: TracksLines, every_track: bool) -> dict[str, Any]:
     return {**fields, "frames": lines.frames, "tracks": tuple(tracks), "made": made}
 
 
-def _fields(data: Any) -> dict[str, Any]:
-    """Of a result, what both kinds of file say of the video and of the classes."""
+def read_fields(data: Any) -> dict[str, Any]:
+    """Of a result, what files say of the video and of the classes.
+
+    Args:
+        data: parsed JSON, with `video` and `categories`.
+
+    Raises:
+        ValueError: a part is missing or wrong; the message says which.
+    """
     video = get_value(data, "video", dict, "the file")
     height, width = get_value(video, "height", int, "video"), get_value(video, "width", int, "video")
     check_picture_size(height, width)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from m2f_video.results.masks import Rle, decode_mask, mask_area, plain_rle
+from m2f_video.results.masks import Rle, decode_mask, mask_area, mask_box, plain_rle
 from m2f_video.results.tracks_file import FrameMasks
 
 
@@ -85,6 +85,23 @@ class Track:
         """Number of pixels of the mask in a frame; `frame` as in `mask`."""
         rle = self._at(frame)
         return 0 if rle is None else mask_area(rle)
+
+    def box(self, frame: int) -> tuple[int, int, int, int] | None:
+        """Smallest box around the mask in a frame: x, y, width and height in pixels; None where the object is absent.
+
+        The box covers columns x to x + width - 1. `frame` as in `mask`.
+        """
+        rle = self._at(frame)
+        return None if rle is None else mask_box(rle)
+
+    @property
+    def boxes(self) -> tuple[tuple[int, int, int, int] | None, ...]:
+        """`box` in every frame."""
+        return tuple(None if rle is None else mask_box(rle) for rle in self.segmentations)
+
+    def __repr__(self) -> str:
+        seen = f"{self.num_frames_visible} of {len(self.segmentations)} frames"
+        return f"<Track {self.id}: {self.label!r:.60}, score {self.score:.3f}, {seen}>"
 
     def _at(self, frame: int) -> Rle | None:
         return self.segmentations[check_position(frame, len(self.segmentations))]
