@@ -9,10 +9,10 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from m2f_video.files import atomic_path, read_json
-from m2f_video.results.formats.table import Progress
+from m2f_video.results.formats.methods import Formats, Progress
 from m2f_video.results.masks import (
     Rle,
     check_picture_size,
@@ -24,20 +24,17 @@ from m2f_video.results.reading import Result, get_value, make_track, number_quer
 from m2f_video.results.track import check_position
 from m2f_video.results.tracks_file import categories_of
 
-if TYPE_CHECKING:
-    from m2f_video.results.tracks import VideoSegmentation
-
 Row = dict[str, Any]
 
 
-def coco_dict(result: "VideoSegmentation", frame: int | None = None) -> Row:
+def coco_dict(result: Formats, frame: int | None = None) -> Row:
     """See `VideoSegmentation.to_coco`."""
     count = len(result.frames)
     frames = range(count) if frame is None else (check_position(frame, count),)
     return _head(result) | {"images": list(_images(result, frames)), "annotations": list(_annotations(result, frames))}
 
 
-def write_coco(result: "VideoSegmentation", path: str | os.PathLike[str], progress: Progress | None = None) -> None:
+def write_coco(result: Formats, path: str | os.PathLike[str], progress: Progress | None = None) -> None:
     """Write what `coco_dict` gives of all frames to a JSON file, with one frame in memory at a time.
 
     Args:
@@ -66,7 +63,7 @@ def write_coco(result: "VideoSegmentation", path: str | os.PathLike[str], progre
         file.write("}\n")
 
 
-def _head(result: "VideoSegmentation") -> Row:
+def _head(result: Formats) -> Row:
     size = {"width": result.width, "height": result.height}
     return {
         "videos": [{"id": 1, "name": result.source, **size, "fps": result.fps, "length": len(result.frames)}],
@@ -84,7 +81,7 @@ def _head(result: "VideoSegmentation") -> Row:
     }
 
 
-def _images(result: "VideoSegmentation", frames: Iterable[int]) -> Iterator[Row]:
+def _images(result: Formats, frames: Iterable[int]) -> Iterator[Row]:
     for frame in frames:
         number = result.frames[frame]
         yield {
@@ -97,7 +94,7 @@ def _images(result: "VideoSegmentation", frames: Iterable[int]) -> Iterator[Row]
         }
 
 
-def _annotations(result: "VideoSegmentation", frames: Iterable[int]) -> Iterator[Row]:
+def _annotations(result: Formats, frames: Iterable[int]) -> Iterator[Row]:
     ids = count(1)
     for frame in frames:
         for track in result.tracks:

@@ -4,15 +4,13 @@ Shape letters: N detections, H height, W width.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from m2f_video.results.formats.methods import Formats
 from m2f_video.results.formats.table import optional
 from m2f_video.results.masks import decode_mask, mask_box
-
-if TYPE_CHECKING:
-    from m2f_video.results.tracks import VideoSegmentation
 
 
 class FrameDetections(Sequence[Any]):
@@ -25,7 +23,7 @@ class FrameDetections(Sequence[Any]):
         ImportError: supervision is not installed.
     """
 
-    def __init__(self, result: "VideoSegmentation") -> None:
+    def __init__(self, result: Formats) -> None:
         self._result, self._supervision = result, optional("supervision", "to_supervision")
 
     def __len__(self) -> int:

@@ -7,23 +7,19 @@ frame do not overlap.
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from m2f_video.files import atomic_path, check_regular
+from m2f_video.results.formats.methods import Formats, Progress
 from m2f_video.results.formats.one_id import own_masks
-from m2f_video.results.formats.table import Progress
 from m2f_video.results.masks import Rle, check_rle
 from m2f_video.results.reading import Result, number_queries, spread_masks
 from m2f_video.results.track import Track
-
-if TYPE_CHECKING:
-    from m2f_video.results.tracks import VideoSegmentation
 
 _IGNORED = 10000  # id of what a dataset leaves out
 _MOST_FRAMES = 2**24
 
 
-def write_mots(result: "VideoSegmentation", path: str | os.PathLike[str], progress: Progress | None = None) -> None:
+def write_mots(result: Formats, path: str | os.PathLike[str], progress: Progress | None = None) -> None:
     """See `VideoSegmentation.to_mots`."""
     with atomic_path(path) as temporary, temporary.open("w", encoding="ascii", newline="\n") as file:
         for position, number in enumerate(result.frames):

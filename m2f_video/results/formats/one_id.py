@@ -4,18 +4,15 @@ Shape letters: H height, W width.
 """
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from m2f_video.results.formats.methods import Formats
 from m2f_video.results.masks import Rle, decode_mask, encode_mask
 from m2f_video.results.track import Track, check_position
 
-if TYPE_CHECKING:
-    from m2f_video.results.tracks import VideoSegmentation
 
-
-def owner_map(result: "VideoSegmentation", frame: int) -> np.ndarray:
+def owner_map(result: Formats, frame: int) -> np.ndarray:
     """Whose each pixel is: place in `result.tracks`, from 1, and 0 for nobody's; unsigned (H, W).
 
     Raises:
@@ -30,17 +27,17 @@ def owner_map(result: "VideoSegmentation", frame: int) -> np.ndarray:
     return owner
 
 
-def instance_map(result: "VideoSegmentation", frame: int) -> np.ndarray:
+def instance_map(result: Formats, frame: int) -> np.ndarray:
     """See `VideoSegmentation.instance_map`."""
     return np.array([0, *(track.id for track in result.tracks)], np.int64)[owner_map(result, frame)]
 
 
-def semantic_map(result: "VideoSegmentation", frame: int) -> np.ndarray:
+def semantic_map(result: Formats, frame: int) -> np.ndarray:
     """See `VideoSegmentation.semantic_map`."""
     return np.array([0, *(track.label_id + 1 for track in result.tracks)], np.int32)[owner_map(result, frame)]
 
 
-def own_masks(result: "VideoSegmentation", frame: int) -> Iterator[tuple[Track, Rle]]:
+def own_masks(result: Formats, frame: int) -> Iterator[tuple[Track, Rle]]:
     """The tracks that own a pixel of a frame, each with what it owns."""
     owner = owner_map(result, frame)
     for place in np.unique(owner).tolist():

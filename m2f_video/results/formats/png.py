@@ -7,19 +7,16 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from m2f_video.files import new_folder, read_json
+from m2f_video.results.formats.methods import Formats, Progress
 from m2f_video.results.formats.one_id import owner_map
-from m2f_video.results.formats.table import Progress
 from m2f_video.results.masks import Rle, check_picture_size, encode_mask
 from m2f_video.results.reading import Result, get_value, make_track, number_queries, read_fields, spread_masks
 from m2f_video.results.tracks_file import categories_of
-
-if TYPE_CHECKING:
-    from m2f_video.results.tracks import VideoSegmentation
 
 IDS_FILE = "ids.json"
 _LARGEST, _VOID = 255, 255
@@ -36,7 +33,7 @@ def davis_palette() -> np.ndarray:
     return np.stack([shifted[:, channel::3].sum(1) for channel in range(3)], 1).astype(np.uint8)
 
 
-def write_png(result: "VideoSegmentation", folder: str | os.PathLike[str], progress: Progress | None = None) -> None:
+def write_png(result: Formats, folder: str | os.PathLike[str], progress: Progress | None = None) -> None:
     """See `VideoSegmentation.to_png`."""
     from PIL import Image
 
@@ -117,9 +114,7 @@ def _stated(data: Any) -> dict[str, Any]:
     for index, row in enumerate(get_value(data, "tracks", list, IDS_FILE)):
         value = get_value(row, "value", int, f"{IDS_FILE}, track {index}")
         if value in rows or not 1 <= value <= _LARGEST:
-            raise ValueError(
-                f"{IDS_FILE}, track {index}: a value is from 1 to {_LARGEST}, and one track's, got {value}"
-            )
+            raise ValueError(f"{IDS_FILE}, track {index}: a value is one track's, from 1 to {_LARGEST}, got {value}")
         rows[value] = row
     return {**read_fields(data), "rows": rows}
 

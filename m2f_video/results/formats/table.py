@@ -2,18 +2,13 @@
 
 import csv
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from m2f_video.files import atomic_path
+from m2f_video.results.formats.methods import Formats, Progress
 from m2f_video.results.masks import mask_area, mask_box
-
-if TYPE_CHECKING:
-    from m2f_video.results.tracks import VideoSegmentation
-
-Progress = Callable[[int, int], None]
-"""Called with (frames done, frames in all) after each frame."""
 
 COLUMNS: dict[str, type] = {
     "frame": int,
@@ -44,7 +39,7 @@ def optional(name: str, what: str) -> Any:
         raise ImportError(f"{what} needs {name}: pip install 'm2f-video[results]' ({error})") from error
 
 
-def table_rows(result: "VideoSegmentation", frame: int) -> Iterator[tuple[Any, ...]]:
+def table_rows(result: Formats, frame: int) -> Iterator[tuple[Any, ...]]:
     """Rows of a frame, in the order of the tracks, with values as `COLUMNS` has them."""
     number = result.frames[frame]
     for track in result.tracks:
@@ -54,7 +49,7 @@ def table_rows(result: "VideoSegmentation", frame: int) -> Iterator[tuple[Any, .
             yield (number, number / result.fps, *of_track, *box, mask_area(rle))
 
 
-def write_csv(result: "VideoSegmentation", path: str | os.PathLike[str], progress: Progress | None = None) -> None:
+def write_csv(result: Formats, path: str | os.PathLike[str], progress: Progress | None = None) -> None:
     """See `VideoSegmentation.to_csv`."""
     with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
@@ -65,7 +60,7 @@ def write_csv(result: "VideoSegmentation", path: str | os.PathLike[str], progres
                 progress(frame + 1, len(result.frames))
 
 
-def data_frame(result: "VideoSegmentation") -> Any:
+def data_frame(result: Formats) -> Any:
     """See `VideoSegmentation.to_dataframe`."""
     pandas = optional("pandas", "to_dataframe")
     rows = [row for frame in range(len(result.frames)) for row in table_rows(result, frame)]

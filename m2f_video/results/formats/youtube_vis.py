@@ -7,24 +7,30 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from m2f_video.files import atomic_path, read_json
-from m2f_video.results.formats.table import Progress
+from m2f_video.results.formats.methods import Formats, Progress
 from m2f_video.results.masks import check_picture_size, plain_rle
 from m2f_video.results.reading import Result, check_masks, get_value, make_track, number_queries
-
-if TYPE_CHECKING:
-    from m2f_video.results.track import Track
-    from m2f_video.results.tracks import VideoSegmentation
+from m2f_video.results.track import Track
 
 Row = dict[str, Any]
 
 _AT_ONCE = 64  # tracks, with a temporary file each
 
 
+def youtube_vis_rows(result: Formats, video_id: int) -> list[Row]:
+    """See `VideoSegmentation.to_youtube_vis`."""
+    rows = [submission_row(track, video_id) | {"segmentations": []} for track in result.tracks]
+    for frame in range(len(result.frames)):  # frame by frame, as they are read
+        for row, track in zip(rows, result.tracks, strict=True):
+            row["segmentations"].append(track.segmentations[frame])
+    return rows
+
+
 def write_youtube_vis(
-    result: "VideoSegmentation", path: str | os.PathLike[str], video_id: int = 1, progress: Progress | None = None
+    result: Formats, path: str | os.PathLike[str], video_id: int = 1, progress: Progress | None = None
 ) -> None:
     """Write what `VideoSegmentation.to_youtube_vis` gives to a JSON file, with one frame in memory at a time.
 
@@ -59,8 +65,8 @@ def write_youtube_vis(
         file.write("]\n")
 
 
-def submission_row(track: "Track", video_id: int) -> Row:
-    """The row of a track, without its masks; `id`, `category` and `certainty` are added, which evaluators leave alone."""
+def submission_row(track: Track, video_id: int) -> Row:
+    """The row of a track, without its masks, with `id`, `category` and `certainty` added."""
     return {
         "video_id": video_id,
         "id": track.id,
