@@ -136,8 +136,7 @@ def _draw_tags(
     draw = ImageDraw.Draw(canvas)
     taken: list[Box] = []
     for top_of_mask, color, text in zip(tops, colors.tolist(), texts, strict=True):
-        text = "" if top_of_mask is None else _shorten(" ".join(text.split()), font, width - 2 * padding)
-        if top_of_mask is None or not text:
+        if top_of_mask is None or not (text := _shorten(" ".join(text.split()), font, width - 2 * padding)):
             continue
         tag = round(font.getlength(text)) + 2 * padding, size + padding
         place = _place(top_of_mask, tag, (width, height), taken)
