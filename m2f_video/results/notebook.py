@@ -31,7 +31,7 @@ def notebook_html(result: "VideoSegmentation") -> str:
     positions, frames, note = _pictures_of(result)
     drawn = "".join(_figure(result, *each) for each in zip(positions, frames, strict=True))
     return (
-        f"<div><p><b>{escape(result.source)}</b>: {len(result.frames)} frames, {result.width}x{result.height}, "
+        f"<div><p><b>{escape(result.source[:200])}</b>: {len(result.frames)} frames, {result.width}x{result.height}, "
         f'{len(result.tracks)} tracks{escape(note)}</p><div style="display:flex;flex-wrap:wrap;gap:6px">{drawn}</div>'
         f"{_table(result)}</div>"
     )

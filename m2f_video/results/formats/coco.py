@@ -132,7 +132,10 @@ def _fields(data: Any, name: str) -> Row:
     height, width = images[0]["height"], images[0]["width"]
     category_ids, labels = _read_categories(get_value(data, "categories", list, "the file"))
     places = {image["id"]: place for place, image in enumerate(images)}
-    tracks = {_id(row, f"track {place}"): dict(row) for place, row in enumerate(_rows(data, "tracks"))}
+    stated = _rows(data, "tracks")
+    tracks = {_id(row, f"track {place}"): dict(row) for place, row in enumerate(stated)}
+    if len(tracks) != len(stated):
+        raise ValueError("two tracks have the same id")
     seen: dict[int, dict[int, Rle]] = {id_: {} for id_ in tracks}
     for place, row in enumerate(get_value(data, "annotations", list, "the file")):
         where = f"annotation {row['id'] if isinstance(row, dict) and type(row.get('id')) is int else place}"

@@ -109,7 +109,7 @@ def _fields(
 ) -> Row:
     """Of a result."""
     numbered = _of_video(rows, video_id)
-    masks = [get_value(row, "segmentations", list, f"row {number}") for number, row in numbered]
+    masks = [get_value(row, "segmentations", (list, tuple), f"row {number}") for number, row in numbered]
     size = size or _size(masks)
     check_picture_size(*size)
     sizes = {"height": size[0], "width": size[1]}
@@ -140,7 +140,7 @@ def _of_video(rows: list[Any], video_id: int | None) -> list[tuple[int, Row]]:
     return of_video.get(video_id, [])
 
 
-def _size(masks: Iterable[list[Any]]) -> tuple[int, int]:
+def _size(masks: Iterable[Sequence[Any]]) -> tuple[int, int]:
     """That the first mask states."""
     stated: Iterator[Any] = (plain_rle(rle) for each in masks for rle in each if rle is not None)
     for rle in stated:
