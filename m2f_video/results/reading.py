@@ -79,6 +79,17 @@ def make_track(row: Any, where: str, id_: int, query_id: int, segmentations: Seq
     )
 
 
+def row_of(track: Track) -> dict[str, Any]:
+    """What files say of a track beside its masks; `make_track` reads it."""
+    return {
+        "id": track.id,
+        "category_id": track.label_id + 1,
+        "category": track.label,
+        "score": track.score,
+        "certainty": track.certainty,
+    }
+
+
 def number_queries(tracks: Sequence[Sequence[Rle | None]]) -> list[int]:
     """For the masks of each track the number, from 0, of the first track that has the same ones."""
     first: dict[tuple[str | None, ...], int] = {}

@@ -13,14 +13,8 @@ from typing import Any
 
 from m2f_video.files import atomic_path, read_json
 from m2f_video.results.formats.methods import Formats, Progress
-from m2f_video.results.masks import (
-    Rle,
-    check_picture_size,
-    compress_segmentation,
-    mask_area,
-    mask_box,
-)
-from m2f_video.results.reading import Result, get_value, make_track, number_queries, spread_masks
+from m2f_video.results.masks import Rle, check_picture_size, compress_segmentation, mask_area, mask_box
+from m2f_video.results.reading import Result, get_value, make_track, number_queries, row_of, spread_masks
 from m2f_video.results.track import check_position
 from m2f_video.results.tracks_file import categories_of
 
@@ -29,8 +23,8 @@ Row = dict[str, Any]
 
 def coco_dict(result: Formats, frame: int | None = None) -> Row:
     """See `VideoSegmentation.to_coco`."""
-    count = len(result.frames)
-    frames = range(count) if frame is None else (check_position(frame, count),)
+    length = len(result.frames)
+    frames = range(length) if frame is None else (check_position(frame, length),)
     return _head(result) | {"images": list(_images(result, frames)), "annotations": list(_annotations(result, frames))}
 
 
@@ -68,16 +62,7 @@ def _head(result: Formats) -> Row:
     return {
         "videos": [{"id": 1, "name": result.source, **size, "fps": result.fps, "length": len(result.frames)}],
         "categories": categories_of(result.labels),
-        "tracks": [
-            {
-                "id": track.id,
-                "video_id": 1,
-                "category_id": track.label_id + 1,
-                "score": track.score,
-                "certainty": track.certainty,
-            }
-            for track in result.tracks
-        ],
+        "tracks": [{"video_id": 1, **row_of(track)} for track in result.tracks],
     }
 
 

@@ -15,7 +15,7 @@ from m2f_video.files import new_folder, read_json
 from m2f_video.results.formats.methods import Formats, Progress
 from m2f_video.results.formats.one_id import owner_map
 from m2f_video.results.masks import Rle, check_picture_size, encode_mask
-from m2f_video.results.reading import Result, get_value, make_track, number_queries, read_fields, spread_masks
+from m2f_video.results.reading import Result, get_value, make_track, number_queries, read_fields, row_of, spread_masks
 from m2f_video.results.tracks_file import categories_of
 
 IDS_FILE = "ids.json"
@@ -50,17 +50,7 @@ def write_png(result: Formats, folder: str | os.PathLike[str], progress: Progres
         said = {
             "video": {"source": result.source, **size, "fps": result.fps},
             "categories": categories_of(result.labels),
-            "tracks": [
-                {
-                    "value": value,
-                    "id": track.id,
-                    "category_id": track.label_id + 1,
-                    "category": track.label,
-                    "score": track.score,
-                    "certainty": track.certainty,
-                }
-                for value, track in zip(values, result.tracks, strict=True)
-            ],
+            "tracks": [{"value": value, **row_of(track)} for value, track in zip(values, result.tracks, strict=True)],
         }
         (temporary / IDS_FILE).write_text(json.dumps(said, allow_nan=False), encoding="utf-8")
 

@@ -12,8 +12,7 @@ from typing import Any
 from m2f_video.files import atomic_path, read_json
 from m2f_video.results.formats.methods import Formats, Progress
 from m2f_video.results.masks import check_picture_size, plain_rle
-from m2f_video.results.reading import Result, check_masks, get_value, make_track, number_queries
-from m2f_video.results.track import Track
+from m2f_video.results.reading import Result, check_masks, get_value, make_track, number_queries, row_of
 
 Row = dict[str, Any]
 
@@ -22,7 +21,7 @@ _AT_ONCE = 64  # tracks, with a temporary file each
 
 def youtube_vis_rows(result: Formats, video_id: int) -> list[Row]:
     """See `VideoSegmentation.to_youtube_vis`."""
-    rows = [submission_row(track, video_id) | {"segmentations": []} for track in result.tracks]
+    rows: list[Row] = [{"video_id": video_id, **row_of(track), "segmentations": []} for track in result.tracks]
     for frame in range(len(result.frames)):  # frame by frame, as they are read
         for row, track in zip(rows, result.tracks, strict=True):
             row["segmentations"].append(track.segmentations[frame])
@@ -57,24 +56,12 @@ def write_youtube_vis(
                     if progress is not None:
                         progress(frame + 1, len(result.frames))
                 for place, (track, column) in enumerate(zip(tracks, columns, strict=True), first):
-                    row = json.dumps(submission_row(track, video_id), allow_nan=False).removesuffix("}")
+                    row = json.dumps({"video_id": video_id, **row_of(track)}, allow_nan=False).removesuffix("}")
                     file.write((",\n" if place else "\n") + row + ', "segmentations": [')
                     column.seek(0)
                     shutil.copyfileobj(column, file)
                     file.write("]}")
         file.write("]\n")
-
-
-def submission_row(track: Track, video_id: int) -> Row:
-    """The row of a track, without its masks, with `id`, `category` and `certainty` added."""
-    return {
-        "video_id": video_id,
-        "id": track.id,
-        "category_id": track.label_id + 1,
-        "category": track.label,
-        "score": track.score,
-        "certainty": track.certainty,
-    }
 
 
 def read_youtube_vis(
