@@ -336,7 +336,7 @@ DELETE = object()
         (("annotations", 0, "segmentation"), DELETE, "annotation 1 has no 'segmentation'"),
         (("annotations", 0, "segmentation", "counts"), "zz", "annotation 1: the run lengths are damaged"),
         (("annotations", 0, "score"), "high", "annotation 1: 'score' has the wrong type"),
-        (("annotations", 1, "image_id"), 2, "is there twice in image 2"),
+        (("annotations", 0, "image_id"), 2, "annotation 2: track 1 is there twice in image 2"),
         (("tracks", 0, "category_id"), 9, "category_id 9"),
         (("tracks", 0, "id"), 5, "two tracks have the same id"),
         (("tracks", 0), [], "'tracks' holds something that is no object"),

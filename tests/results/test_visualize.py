@@ -197,16 +197,17 @@ def test_a_tag_goes_aside_where_its_column_is_full() -> None:
     assert place[1] == 26
 
 
-def test_a_tag_of_several_lines_is_one(tmp_path: Path) -> None:
+def test_a_tag_of_several_lines_is_one() -> None:
     one, several = (draw_tracks(FRAME, box_mask(40, 40)[None], COLORS[:1], [text]) for text in ("a b", "a\n\t b"))
     np.testing.assert_array_equal(one, several)
 
 
-def test_many_tags_on_a_small_frame_are_fewer(tmp_path: Path) -> None:
+def test_many_tags_on_a_small_frame_are_fewer() -> None:
     masks = np.stack([box_mask(30, 30)] * 80)
-    image = draw_tracks(FRAME, masks, track_colors(range(80)), [f"class{n} 0.90" for n in range(80)])
+    image = draw_tracks(FRAME, masks, track_colors(range(80)), [f"c{n}" for n in range(80)])
     shown = [n for n, color in enumerate(track_colors(range(80))[1:60], 1) if (image == color).all(-1).sum() > 100]
-    assert 5 < len(shown) < 30  # one over the other all the same would show far fewer, and parts of them
+    assert 20 < len(shown) < 50  # one over the other would show parts of them
+    assert shown == list(range(1, len(shown) + 1))
 
 
 def test_a_hidden_track_keeps_its_tag() -> None:
