@@ -5,6 +5,8 @@ import dataclasses
 import importlib
 import json
 import sys
+import tempfile
+import tracemalloc
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -13,18 +15,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
 from pycocotools.coco import COCO
 
+from m2f_video.evaluation.annotations import GroundTruth, load_results
 from m2f_video.results.formats.coco import write_coco
 from m2f_video.results.formats.png import davis_palette
 from m2f_video.results.formats.table import COLUMNS
 from m2f_video.results.formats.youtube_vis import write_youtube_vis
 from m2f_video.results.masks import decode_mask, encode_mask
-from m2f_video.results.tracks import VideoSegmentation
+from m2f_video.results.tracks import Track, VideoSegmentation
 from m2f_video.results.tracks_file import TracksLines
 from m2f_video.video.reader import VideoReader
 from tests.results.test_results import LABELS, H, T, W, box_mask, make_segmentation, make_track
@@ -269,6 +272,35 @@ def test_a_result_without_tracks(tmp_path: Path) -> None:
     assert empty._repr_html_().count("<img ") == T
 
 
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 3), st.integers(0, 5), st.integers(1, 40), st.integers(1, 40))
+def test_any_result_without_overlaps_comes_back(seed: int, length: int, count: int, height: int, width: int) -> None:
+    rng = np.random.default_rng(seed)
+    owners = rng.integers(0, count + 1, (length, height, width)) * (rng.random((length, 1, 1)) < 0.8)
+    scores = np.sort(rng.random((2, count)))[:, ::-1]
+    tracks = [
+        make_track(
+            id=int(id_), query_id=place, score=float(scores[0, place]), certainty=float(scores[1, place]),
+            segmentations=tuple(encode_mask(owner == place + 1) for owner in owners),
+        )
+        for place, id_ in enumerate(rng.permutation(200)[:count] + 1)
+    ]  # fmt: skip
+    tracks = [dataclasses.replace(t, query_id=n) for t, n in zip(tracks, _queries(tracks), strict=True)]
+    frames = np.sort(rng.permutation(10**6)[:length]).tolist()
+    result = make_segmentation(width=width, height=height, tracks=tracks, frames=frames, video=None)
+    for way in (by_coco, by_png):
+        with tempfile.TemporaryDirectory() as folder:
+            assert way(result, Path(folder)) == result
+    for position in range(length):
+        expected = np.array([0, *(track.id for track in tracks)])[owners[position]]
+        np.testing.assert_array_equal(result.instance_map(position), expected)
+
+
+def _queries(tracks: list[Track]) -> list[int]:
+    """Tracks that are never seen have equal masks, and count as one query's when they come back."""
+    return [next(n for n, other in enumerate(tracks) if other.segmentations == t.segmentations) for t in tracks]
+
+
 # --- coco
 
 
@@ -415,6 +447,12 @@ def test_one_of_several_videos(apart: VideoSegmentation) -> None:
     assert len(VideoSegmentation.from_youtube_vis(rows, LABELS, video_id=2).tracks) == 2
     with pytest.raises(ValueError, match="no mask"):
         VideoSegmentation.from_youtube_vis(rows, LABELS, video_id=3)
+
+
+def test_the_evaluator_takes_the_rows(apart: VideoSegmentation) -> None:
+    truth = GroundTruth(source="a", sizes={4: (H, W, T)}, categories={1: "a", 2: "b", 3: "c"}, tracks=())
+    tracks = load_results(apart.to_youtube_vis(4), truth)
+    assert [(track.category_id, track.score) for track in tracks] == [(3, 0.95), (2, 0.9), (1, 0.1)]
 
 
 def test_many_tracks_pass_in_groups(tmp_path: Path) -> None:
@@ -660,6 +698,20 @@ def test_a_line_of_a_long_result_is_read_once(
     WRITERS[name](lines, tmp_path / "out", progress=lambda done, total: calls.append((done, total)))
     assert read == list(range(T))
     assert calls == [(n, T) for n in range(1, T + 1)]
+
+
+def test_memory_does_not_grow_with_the_video(tmp_path: Path) -> None:
+    noise = encode_mask(np.random.default_rng(0).random((120, 160)) < 0.5)
+    size = {"width": 160, "height": 120, "frames": range(250)}
+    result = make_segmentation(**size, tracks=[make_track(segmentations=(noise,) * 250)], video=None)
+    lines = as_lines(result, tmp_path / "result")
+    assert (tmp_path / "result" / "tracks.jsonl").stat().st_size > 2 * 2**20
+    for name in ("coco", "youtube-vis"):  # as for the others, a whole frame is in memory anyway
+        tracemalloc.start()
+        WRITERS[name](lines, tmp_path / name)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 2**20
 
 
 @pytest.mark.parametrize("name", WRITERS)
