@@ -17,6 +17,7 @@ from tyro.conf import subcommand
 from m2f_video.acceleration.cpu_kernels import KernelError
 from m2f_video.cli.benchmark import benchmark
 from m2f_video.cli.console import one_line
+from m2f_video.cli.convert_results import convert_results
 from m2f_video.cli.data import DATA_COMMANDS
 from m2f_video.cli.demo import demo
 from m2f_video.cli.evaluate import eval_results
@@ -38,6 +39,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "benchmark": benchmark,
     "eval": eval_results,
     "inspect": inspect,
+    "convert-results": convert_results,
     "info": info,
 }
 

@@ -3,31 +3,25 @@
 Shape letters: N tracks, H height, W width. Frames are RGB, uint8, (H, W, 3).
 """
 
-import colorsys
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels; right and bottom lie outside
+from m2f_video.results.palette import palette
 
-_GOLDEN_RATIO = (5**0.5 - 1) / 2
-_TONES = ((0.80, 1.00), (0.55, 1.00), (0.85, 0.82))  # saturation and value: vivid, light, deep
+Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels; right and bottom lie outside
 
 
 def track_colors(numbers: Iterable[int]) -> np.ndarray:
-    """The colours of these numbers, uint8 RGB (N, 3): bright, and each clearly unlike that of the next numbers.
+    """The colours of these numbers, uint8 RGB (N, 3).
 
-    Hues advance by the golden ratio, which spreads any run of them evenly over the circle, and saturation and
-    brightness alternate.
+    Each depends on its number alone, and is clearly unlike those of the 29 numbers before and after it, also to eyes
+    without long or medium cones (`m2f_video.results.palette`). They come again after 60 numbers.
     """
-    colors = []
-    for number in numbers:
-        saturation, value = _TONES[number % len(_TONES)]
-        rgb = colorsys.hsv_to_rgb((0.56 + number * _GOLDEN_RATIO) % 1.0, saturation, value)
-        colors.append([round(255 * channel) for channel in rgb])
-    return np.array(colors, np.uint8).reshape(-1, 3)
+    colors = palette()
+    return colors[[(number - 1) % len(colors) for number in numbers]].reshape(-1, 3)
 
 
 def draw_tracks(
@@ -39,7 +33,7 @@ def draw_tracks(
         frame: uint8 RGB (H, W, 3); not changed.
         masks: N of bool (H, W), one in memory at a time if they come so; an empty one draws nothing.
         colors: uint8 RGB (N, 3).
-        texts: what the N tags say; an empty one draws no tag.
+        texts: what the N tags say; an empty one draws no tag, nor does one for which the frame has no place left.
         alpha: opacity of the fill, from 0 to 1.
 
     Returns:
@@ -132,7 +126,7 @@ def _edges(owner: np.ndarray, distance: int) -> np.ndarray:
 def _draw_tags(
     image: np.ndarray, tops: list[tuple[int, int, int] | None], colors: np.ndarray, texts: Sequence[str]
 ) -> np.ndarray:
-    """Draw the tags; the first has the choice of place, and lies on top where there is no free place."""
+    """Draw the tags, none over another: the first has the choice of place, and one without a free place is left out."""
     from PIL import Image, ImageDraw
 
     height, width = image.shape[:2]
@@ -141,36 +135,61 @@ def _draw_tags(
     canvas = Image.fromarray(image)
     draw = ImageDraw.Draw(canvas)
     taken: list[Box] = []
-    tags: list[tuple[Box, str, tuple[int, ...]]] = []
     for top_of_mask, color, text in zip(tops, colors.tolist(), texts, strict=True):
-        text = _shorten(text, font, width - 2 * padding)
-        if top_of_mask is None or not text:
+        if top_of_mask is None or not (text := _shorten(" ".join(text.split()), font, width - 2 * padding)):
             continue
         tag = round(font.getlength(text)) + 2 * padding, size + padding
         place = _place(top_of_mask, tag, (width, height), taken)
+        if place is None:
+            continue
         taken.append(place)
-        tags.append((place, text, tuple(color)))
-    for (left, top, right, bottom), text, color in reversed(tags):
-        draw.rounded_rectangle((left, top, right - 1, bottom - 1), radius=padding, fill=color)
+        left, top, right, bottom = place
+        draw.rounded_rectangle((left, top, right - 1, bottom - 1), radius=padding, fill=tuple(color))
         dark = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2] > 120  # ITU-R BT.601 luma
         ink = (16, 16, 16) if dark else (255, 255, 255)
         draw.text(((left + right) / 2, (top + bottom) / 2), text, fill=ink, font=font, anchor="mm")
     return np.asarray(canvas)
 
 
-def _place(top_of_mask: tuple[int, int, int], tag: tuple[int, int], frame: tuple[int, int], taken: list[Box]) -> Box:
-    """A place in the frame for a tag (width, height): above its mask, else inside at the top, below, or the nearest."""
+def _place(
+    top_of_mask: tuple[int, int, int], tag: tuple[int, int], frame: tuple[int, int], taken: list[Box]
+) -> Box | None:
+    """A free place in the frame for a tag (width, height); None where there is none.
+
+    Above its mask, else inside at the top, or below, else the nearest to the first of these.
+    """
     (x, top, bottom), (width, height) = top_of_mask, tag
-    left = min(max(0, x - width // 2), max(0, frame[0] - width))
-    lowest = max(0, frame[1] - height)
-    choices = [top - height - 2, top + 2, bottom + 2]
-    choices += [top + sign * step for step in range(height // 2, frame[1], max(1, height // 2)) for sign in (1, -1)]
-    places = [(left, y, left + width, y + height) for y in choices if 0 <= y <= lowest]
-    for place in places:
-        if not any(_overlap(place, other) for other in taken):
-            return place
-    y = min(max(0, top - height - 2), lowest)
-    return left, y, left + width, y + height
+    rightmost, lowest = frame[0] - width, frame[1] - height
+    if rightmost < 0 or lowest < 0:
+        return None
+    left = min(max(0, x - width // 2), rightmost)
+    for y in (top - height - 2, top + 2, bottom + 2):
+        if 0 <= y <= lowest and not any(_overlap((left, y, left + width, y + height), other) for other in taken):
+            return left, y, left + width, y + height
+    return _nearest_free((left, min(max(0, top - height - 2), lowest)), tag, (rightmost, lowest), taken)
+
+
+def _nearest_free(wanted: tuple[int, int], tag: tuple[int, int], last: tuple[int, int], taken: list[Box]) -> Box | None:
+    """The free place for a tag (width, height) that is nearest to a wanted corner (x, y); `last` is the last corner.
+
+    It is at the wanted row or column, or touches a tag that is there already.
+    """
+    width, height = tag
+    rows = {y for box in taken for y in (box[1] - height, box[3]) if 0 <= y <= last[1]}
+    nearest: tuple[int, int, int] | None = None  # distance, x, y
+    for y in sorted({wanted[1]} | rows, key=lambda y: (abs(y - wanted[1]), y)):
+        down = abs(y - wanted[1])
+        if nearest is not None and down >= nearest[0]:
+            break
+        beside = [box for box in taken if box[1] < y + height and y < box[3]]
+        columns = (wanted[0], *(x for box in beside for x in (box[0] - width, box[2])))
+        free = [
+            (down + abs(x - wanted[0]), x, y)
+            for x in columns
+            if 0 <= x <= last[0] and not any(box[0] < x + width and x < box[2] for box in beside)
+        ]
+        nearest = min([*free, *([] if nearest is None else [nearest])], default=None)
+    return None if nearest is None else (nearest[1], nearest[2], nearest[1] + width, nearest[2] + height)
 
 
 def _overlap(a: Box, b: Box) -> bool:

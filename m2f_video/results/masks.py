@@ -51,6 +51,14 @@ def mask_area(rle: Rle) -> int:
     return int(coco.area(rle))
 
 
+def mask_box(rle: Rle) -> tuple[int, int, int, int] | None:
+    """Smallest box around a well-formed encoding, x, y, width and height in pixels; None where it has no pixel."""
+    from pycocotools import mask as coco
+
+    x, y, width, height = map(int, coco.toBbox(rle))
+    return (x, y, width, height) if width and height else None
+
+
 def check_picture_size(height: int, width: int) -> None:
     """Refuse what no picture has: memory is taken by the size that a file states.
 

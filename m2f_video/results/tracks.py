@@ -6,8 +6,7 @@ Shape letters: T frames of the result, N tracks, H height, W width.
 import json
 import math
 import os
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -16,100 +15,25 @@ from typing import Any
 
 import numpy as np
 
-from m2f_video.files import atomic_path, check_regular, made_directory, read_json
+from m2f_video.files import atomic_path, made_directory
 from m2f_video.results.drawing import track_colors
-from m2f_video.results.masks import Rle, check_picture_size, check_rle, decode_mask, mask_area, plain_rle
+from m2f_video.results.formats.methods import Formats
+from m2f_video.results.masks import Rle, decode_mask
 from m2f_video.results.overlay import write_overlay
-from m2f_video.results.tracks_file import TRACKS_LINES_FILE, FrameMasks, Row, TracksLines, TracksWriter, header_of
+from m2f_video.results.reading import TRACKS_FILE as TRACKS_FILE
+from m2f_video.results.reading import read_result
+from m2f_video.results.track import Track as Track
+from m2f_video.results.track import check_position, show_few
+from m2f_video.results.tracks_file import TRACKS_LINES_FILE, FrameMasks, Row, TracksWriter, categories_of, header_of
 from m2f_video.video.reader import VideoReader, VideoSource
 
-TRACKS_FILE = "tracks.json"
 OVERLAY_FILE = "overlay.mp4"
 MOST_JSON_FRAMES = 5000
 """Of the longest video of which there is a `tracks.json`, which is read as a whole."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Track:
-    """One object through a video.
-
-    Attributes:
-        id: number of the track, from 1, unique in its result.
-        label: name of its class.
-        label_id: class of the model, from 0.
-        score: confidence in [0, 1], by which tracks are ranked; in windows averaged over all windows of the video, also
-            where the object is not seen.
-        certainty: how sure the model is of the class where it sees the object, in [0, 1], by which tracks are left out
-            and drawn; by default the score.
-        query_id: the model's query whose masks these are; a query with two likely classes gives two tracks.
-        segmentations: one COCO run-length encoded mask per frame of the result, None where the object is absent. Of a
-            result that was read from a `tracks.jsonl` they are read from it when they are asked for.
-
-    Raises:
-        ValueError: the score is no finite number, or a segmentation is not what is described above.
-    """
-
-    id: int
-    label: str
-    label_id: int
-    score: float
-    certainty: float = math.nan
-    query_id: int
-    segmentations: Sequence[Rle | None]
-
-    def __post_init__(self) -> None:
-        if math.isnan(self.certainty):
-            object.__setattr__(self, "certainty", self.score)
-        for name in ("score", "certainty"):
-            if not math.isfinite(getattr(self, name)):
-                raise ValueError(f"track {self.id}: the {name} must be a finite number, got {getattr(self, name)}")
-        if isinstance(self.segmentations, FrameMasks):  # which looks at each when it is asked for
-            return
-        segmentations = []
-        for position, rle in enumerate(self.segmentations):
-            if rle is not None and (rle := plain_rle(rle)) is None:
-                raise ValueError(
-                    f"track {self.id}, frame {position}: a segmentation is None or a compressed COCO encoding, "
-                    '{"size": [H, W], "counts": str}'
-                )
-            segmentations.append(rle)
-        object.__setattr__(self, "segmentations", tuple(segmentations))
-
-    @property
-    def num_frames_visible(self) -> int:
-        """Number of frames with a mask."""
-        if isinstance(self.segmentations, FrameMasks):
-            return self.segmentations.num_visible
-        return sum(rle is not None for rle in self.segmentations)
-
-    def mask(self, frame: int) -> np.ndarray:
-        """Mask in a frame, bool (H, W); all False where the object is absent.
-
-        Args:
-            frame: position in the result, from 0; not the frame's number in the source.
-
-        Raises:
-            IndexError: there is no such frame.
-            ValueError: no frame has a mask, so that its size is unknown here (`VideoSegmentation.masks` knows it).
-        """
-        if (rle := self._at(frame)) is not None:
-            return decode_mask(rle)
-        size = next((other["size"] for other in self.segmentations if other is not None), None)
-        if size is None:
-            raise ValueError(f"track {self.id} has no mask in any frame; use VideoSegmentation.masks({frame})")
-        return np.zeros(size, bool)
-
-    def area(self, frame: int) -> int:
-        """Number of pixels of the mask in a frame; `frame` as in `mask`."""
-        rle = self._at(frame)
-        return 0 if rle is None else mask_area(rle)
-
-    def _at(self, frame: int) -> Rle | None:
-        return self.segmentations[_check_position(frame, len(self.segmentations))]
-
-
-@dataclass(frozen=True, kw_only=True)
-class VideoSegmentation:
+class VideoSegmentation(Formats):
     """The tracks found in a video.
 
     Attributes:
@@ -147,11 +71,23 @@ class VideoSegmentation:
                 f"width, height and fps must be positive, got {self.width}x{self.height} at {self.fps} fps"
             )
         if not self.frames or self.frames[0] < 0 or any(b <= a for a, b in pairwise(self.frames)):
-            raise ValueError(f"frames must be rising numbers from 0, at least one, got {_shorten(self.frames)}")
+            raise ValueError(f"frames must be rising numbers from 0, at least one, got {show_few(self.frames)}")
         if len({track.id for track in self.tracks}) != len(self.tracks):
-            raise ValueError(f"track ids must differ, got {_shorten(sorted(track.id for track in self.tracks))}")
+            raise ValueError(f"track ids must differ, got {show_few(sorted(track.id for track in self.tracks))}")
         for track in self.tracks:
             self._check(track)
+
+    def __repr__(self) -> str:
+        best = ", ".join(f"{track.label:.40} {track.score:.2f}" for track in self.tracks[:5])
+        more = ", ..." if len(self.tracks) > 5 else ""
+        count = f"{len(self.frames)} frames of {self.width}x{self.height}, {len(self.tracks)} tracks"
+        return f"<VideoSegmentation of {self.source!r:.200}: {count}{f' ({best}{more})' if best else ''}>"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: some frames with the tracks drawn in, and a table."""
+        from m2f_video.results.notebook import notebook_html
+
+        return notebook_html(self)
 
     def masks(self, frame: int) -> np.ndarray:
         """Masks of all tracks in a frame, bool (N, H, W), in the order of `tracks`.
@@ -162,7 +98,7 @@ class VideoSegmentation:
         Raises:
             IndexError: there is no such frame.
         """
-        _check_position(frame, len(self.frames))
+        check_position(frame, len(self.frames))
         masks = np.zeros((len(self.tracks), self.height, self.width), bool)
         for mask, decoded in zip(masks, self._each_mask(frame), strict=True):
             mask[:] = decoded
@@ -231,25 +167,10 @@ class VideoSegmentation:
 
     def to_dict(self) -> dict[str, Any]:
         """What `tracks.json` holds; `results` are rows of a YouTubeVIS submission with `id` and `category` added."""
-        masks: list[list[Rle | None]] = [[] for _ in self.tracks]
-        for position in range(len(self.frames)):  # frame by frame, as they are read
-            for column, track in zip(masks, self.tracks, strict=True):
-                column.append(track.segmentations[position])
         return {
             "video": {**self._video(), "frames": list(self.frames)},
-            "categories": [{"id": index + 1, "name": name} for index, name in enumerate(self.labels)],
-            "results": [
-                {
-                    "video_id": 1,
-                    "id": track.id,
-                    "category_id": track.label_id + 1,
-                    "category": track.label,
-                    "score": track.score,
-                    "certainty": track.certainty,
-                    "segmentations": segmentations,
-                }
-                for track, segmentations in zip(self.tracks, masks, strict=True)
-            ],
+            "categories": categories_of(self.labels),
+            "results": self.to_youtube_vis(),
         }
 
     def _video(self) -> Row:
@@ -299,63 +220,7 @@ class VideoSegmentation:
             ValueError: the file is no such result, or of no frame yet; the message names the part that is wrong. Or
                 every track is asked for, and the file does not say all.
         """
-        file = Path(path)
-        if file.is_dir():
-            names = (TRACKS_LINES_FILE,) if every_track else (TRACKS_FILE, TRACKS_LINES_FILE)
-            file = next((file / name for name in names if (file / name).exists()), file / names[0])
-        check_regular(file)
-        if not file.is_file():
-            raise FileNotFoundError(f"{file}: there is no such result file")
-        try:
-            if file.suffix != ".jsonl":
-                if every_track:
-                    raise ValueError(f"the tracks that were left out are in {TRACKS_LINES_FILE} alone")
-                return cls._from_dict(read_json(file))
-            return cls._from_lines(TracksLines(file), every_track)
-        except ValueError as error:
-            raise ValueError(f"{file}: not a result of this program: {str(error).removeprefix(f'{file}: ')}") from error
-
-    @classmethod
-    def _from_dict(cls, data: Any) -> "VideoSegmentation":
-        fields = _fields(data)
-        tracks: list[Track] = []
-        query_of: dict[tuple[str | None, ...], int] = {}  # by the masks' run lengths
-        for index, row in enumerate(_get(data, "results", list, "the file")):
-            where = f"result {index}"
-            segmentations: list[Rle | None] = []
-            for position, rle in enumerate(_get(row, "segmentations", list, where)):
-                try:
-                    segmentations.append(None if rle is None else check_rle(rle, fields["height"], fields["width"]))
-                except ValueError as error:
-                    raise ValueError(f"{where}, frame {position}: {error}") from error
-            counts = tuple(None if rle is None else rle["counts"] for rle in segmentations)
-            id_ = _get(row, "id", int, where) if "id" in row else index + 1
-            tracks.append(_track(row, where, id_, query_of.setdefault(counts, index), tuple(segmentations)))
-        frames = _get(data["video"], "frames", list, "video")
-        if any(type(frame) is not int for frame in frames):
-            raise ValueError(f"video: frames must be whole numbers, got {_shorten(frames)}")
-        return cls(**fields, frames=tuple(frames), tracks=tuple(tracks))
-
-    @classmethod
-    def _from_lines(cls, lines: TracksLines, every_track: bool) -> "VideoSegmentation":
-        if not lines.frames:
-            raise ValueError("there is no frame in it yet")
-        if every_track and lines.others is None:
-            raise ValueError("it does not say which tracks were left out: a complete one in windows does")
-        fields, tracks = _fields(lines.header), []
-        for index, row in enumerate(lines.tracks + (lines.others or []) if every_track else lines.tracks):
-            where = f"track {index} of the last line of tracks"
-            key = _get(row, "masks", int, where)
-            tracks.append(_track(row, where, _get(row, "id", int, where), key, FrameMasks(lines, key)))
-        made = _get(lines.header, "made", dict, "the header")
-        result = cls(**fields, frames=lines.frames, tracks=tuple(tracks), made=made)
-        if not lines.complete:
-            warnings.warn(
-                f"{lines.path} is of a run that was stopped or is at work: {len(lines.frames)} frames, and the tracks "
-                f"as they were {lines.frames_since} frames before",
-                stacklevel=3,
-            )
-        return result
+        return read_result(cls, path, every_track)
 
     def _tracks_to_draw(self, min_score: float) -> tuple[Track, ...]:
         """Tracks of at least `min_score`, best first, one per query."""
@@ -395,55 +260,3 @@ def track_row(*, id: int, label: str, label_id: int, score: float, certainty: fl
         "score": score,
         "certainty": certainty,
     }
-
-
-def _fields(data: Any) -> dict[str, Any]:
-    """Of a result, what both kinds of file say of the video and of the classes."""
-    video = _get(data, "video", dict, "the file")
-    height, width = _get(video, "height", int, "video"), _get(video, "width", int, "video")
-    check_picture_size(height, width)
-    labels = []
-    for index, category in enumerate(_get(data, "categories", list, "the file")):
-        if _get(category, "id", int, f"category {index}") != index + 1:
-            raise ValueError(f"category {index}: ids must count from 1, got {category['id']}")
-        labels.append(_get(category, "name", str, f"category {index}"))
-    return {
-        "source": _get(video, "source", str, "video"),
-        "width": width,
-        "height": height,
-        "fps": _get(video, "fps", (int, float), "video"),
-        "labels": tuple(labels),
-    }
-
-
-def _track(row: Any, where: str, id_: int, query_id: int, segmentations: Sequence[Rle | None]) -> Track:
-    return Track(
-        id=id_,
-        label=_get(row, "category", str, where),
-        label_id=_get(row, "category_id", int, where) - 1,
-        score=_get(row, "score", (int, float), where),
-        certainty=_get({"certainty": math.nan} | row, "certainty", (int, float), where),  # older files have none
-        query_id=query_id,
-        segmentations=segmentations,
-    )
-
-
-def _get(data: Any, key: str, kind: type | tuple[type, ...], where: str) -> Any:
-    """A value of parsed JSON, or an error that says where it is missing or of the wrong type."""
-    if not isinstance(data, dict) or key not in data:
-        raise ValueError(f"{where} has no {key!r}")
-    value = data[key]
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise ValueError(f"{where}: {key!r} has the wrong type, {type(value).__name__}")
-    return value
-
-
-def _check_position(frame: int, count: int) -> int:
-    if not 0 <= frame < count:
-        raise IndexError(f"frame {frame}: the result has {count} frames, counted from 0 whatever their source numbers")
-    return frame
-
-
-def _shorten(values: Sequence[Any]) -> str:
-    shown = ", ".join(f"{value!s:.20}" for value in values[:8])
-    return f"({shown}{', ...' if len(values) > 8 else ''})"

@@ -294,8 +294,13 @@ def read_header(path: Path) -> Row:
 
 def header_of(video: Row, labels: Sequence[str], made: Mapping[str, Any]) -> Row:
     """The first line of a file of tracks."""
-    categories = [{"id": index + 1, "name": name} for index, name in enumerate(labels)]
+    categories = categories_of(labels)
     return {"format": FORMAT, "version": VERSION, "video": video, "categories": categories, "made": dict(made)}
+
+
+def categories_of(labels: Sequence[str]) -> list[Row]:
+    """Classes as files name them, counted from 1."""
+    return [{"id": index + 1, "name": name} for index, name in enumerate(labels)]
 
 
 def _rows(file: Any) -> Iterator[tuple[int, bytes, Row]]:

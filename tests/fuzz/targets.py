@@ -195,6 +195,41 @@ def results(folder: Path, rng: random.Random) -> Mutants:
             yield _reading("tracks.jsonl", _mutated_line(lines, rng), read_lines)
 
 
+def formats(folder: Path, rng: random.Random) -> Mutants:
+    (folder / "tracks.json").write_text(json.dumps(_tracks()))
+    result, labels = VideoSegmentation.load(folder), ("a", "b")
+    result.to_mots(folder / "mots.txt")
+    result.to_png(folder / "maps")
+    mots, maps = ((folder / name).read_bytes() for name in ("mots.txt", "maps/00000.png"))
+    ids = (folder / "maps" / "ids.json").read_bytes()
+
+    def read_map(path: Path) -> VideoSegmentation:
+        return VideoSegmentation.from_png(path.parent)
+
+    def read_ids(path: Path) -> VideoSegmentation:
+        (path.parent / "00000.png").write_bytes(maps)
+        return VideoSegmentation.from_png(path.parent)
+
+    def read_rows(path: Path) -> VideoSegmentation:
+        return VideoSegmentation.from_youtube_vis(path, labels)
+
+    def read_mots(path: Path) -> VideoSegmentation:
+        return VideoSegmentation.from_mots(path, labels)
+
+    while True:
+        kind = rng.randrange(5)
+        if kind == 0:
+            yield _reading("coco.json", mutate_json(result.to_coco(), rng), VideoSegmentation.from_coco)
+        elif kind == 1:
+            yield _reading("rows.json", mutate_json(result.to_youtube_vis(), rng), read_rows)
+        elif kind == 2:
+            yield _reading("mots.txt", mutate_bytes(mots, rng), read_mots)
+        elif kind == 3:
+            yield _reading("00000.png", mutate_bytes(maps, rng), read_map)
+        else:
+            yield _reading("ids.json", mutate_json(json.loads(ids), rng), read_ids)
+
+
 def journals(folder: Path, rng: random.Random) -> Mutants:
     made_from = {"model": "abc", "dataset": "def", "preprocessing": {"shortest_edge": 32}, "top_k": 10}
     journal = Journal(folder / "journal.jsonl", made_from)
@@ -225,7 +260,7 @@ def runs(folder: Path, rng: random.Random) -> Mutants:
 
 TARGETS: dict[str, Callable[[Path, random.Random], Mutants]] = {
     target.__name__: target
-    for target in (videos, frames, configs, weights, pickles, annotations, coco, results, journals, runs)
+    for target in (videos, frames, configs, weights, pickles, annotations, coco, results, formats, journals, runs)
 }
 
 

@@ -9,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from m2f_video.results import drawing
 from m2f_video.results.drawing import draw_tracks, track_colors
 from m2f_video.results.masks import encode_mask
+from m2f_video.results.palette import derive_palette, palette, seen_colors
 from m2f_video.results.tracks import OVERLAY_FILE, Track, VideoSegmentation
 from m2f_video.video import VideoError, VideoWriter, open_video, read_video
 
@@ -42,16 +44,43 @@ def test_colours_depend_on_their_number_alone() -> None:
     np.testing.assert_array_equal(track_colors([9, 3, 10**12])[1], track_colors(range(4))[3])
     assert track_colors(range(50)).dtype == np.uint8
     assert track_colors([]).shape == (0, 3)
+    assert len(np.unique(track_colors(range(60)), axis=0)) == 60
 
 
-def test_colours_are_bright_and_near_ones_unlike() -> None:
-    colors = track_colors(range(200))
-    assert len(np.unique(colors, axis=0)) == 200
-    assert colors.max(1).min() >= 200
-    for step in (1, 2, 3):
-        assert min(distance(a, b) for a, b in zip(colors, colors[step:], strict=False)) > 80
-    first = colors[:10]
-    assert min(distance(first[i], first[j]) for i in range(10) for j in range(i)) > 50
+def between(colors: np.ndarray) -> np.ndarray:
+    """Distances of colours in OKLab, times 100, with none of a colour from itself."""
+    return np.linalg.norm(colors[:, None] - colors[None], axis=2) + 1e9 * np.eye(len(colors))
+
+
+@pytest.mark.parametrize(
+    ("eyes", "of_thirty", "of_ten"), [("normal", 10, 20), ("protanopia", 5.2, 11.9), ("deuteranopia", 5.2, 11.9)]
+)
+def test_any_thirty_tracks_in_a_row_have_colours_apart(eyes: str, of_thirty: float, of_ten: float) -> None:
+    seen = seen_colors(track_colors(range(1, 121)))[eyes]
+    for first in range(91):
+        assert between(seen[first : first + 30]).min() > of_thirty  # 2 is what an eye just tells apart
+    assert between(seen[:10]).min() > of_ten
+
+
+def test_colours_are_neither_black_nor_white_nor_grey() -> None:
+    light, a, b = seen_colors(track_colors(range(60)))["normal"].T
+    assert light.min() > 40
+    assert light.max() < 97
+    assert np.hypot(a, b).min() > 4.9
+
+
+def test_the_palette_is_what_its_rule_gives() -> None:
+    np.testing.assert_array_equal(derive_palette(60), palette())
+
+
+def test_colour_blind_eyes_are_simulated() -> None:
+    views = seen_colors(np.array([[255, 0, 0], [0, 160, 0], [255, 255, 255], [0, 0, 255], [120, 120, 120]]))
+    for name in ("protanopia", "deuteranopia"):
+        for same in (2, 3, 4):  # white, blue and grey look as they are
+            np.testing.assert_allclose(views[name][same], views["normal"][same], atol=0.3)
+        hue = np.abs(views[name][:2] - views["normal"][:2])[:, 1:].max(1)
+        assert hue.min() > 5  # red and green do not
+        assert abs(views[name][0, 1] - views[name][1, 1]) < abs(views["normal"][0, 1] - views["normal"][1, 1]) / 5
 
 
 # --- drawing
@@ -132,6 +161,53 @@ def test_tags_of_touching_tracks_do_not_cover_each_other() -> None:
     alone = [tag_pixels(masks[:1], ["dog 0.9"]).sum(), tag_pixels(masks[1:], ["cat 0.8"]).sum()]
     both = tag_pixels(masks, ["dog 0.9", "cat 0.8"]).sum()
     assert both == pytest.approx(sum(alone), rel=0.05)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 40), st.tuples(st.integers(8, 90), st.integers(8, 160)))
+def test_tags_neither_cover_each_other_nor_leave_the_frame(seed: int, count: int, size: tuple[int, int]) -> None:
+    rng, (height, width) = np.random.default_rng(seed), size
+    taken: list[drawing.Box] = []
+    for _ in range(count):
+        tag = int(rng.integers(10, 60)), 14
+        top = int(rng.integers(0, height))
+        mask = int(rng.integers(0, width)), top, int(rng.integers(top, height)) + 1
+        place = drawing._place(mask, tag, (width, height), taken)
+        if place is None:  # only where there is none: looked for everywhere
+            assert not any(
+                not any(drawing._overlap((x, y, x + tag[0], y + tag[1]), other) for other in taken)
+                for y in range(height - tag[1] + 1)
+                for x in range(width - tag[0] + 1)
+            )
+            continue
+        left, top, right, bottom = place
+        assert (right - left, bottom - top) == tag
+        assert min(left, top) >= 0
+        assert right <= width
+        assert bottom <= height
+        assert not any(drawing._overlap(place, other) for other in taken)
+        taken.append(place)
+
+
+def test_a_tag_goes_aside_where_its_column_is_full() -> None:
+    taken = [(40, y, 80, y + 12) for y in range(0, 96, 12)]
+    place = drawing._place((60, 40, 60), (40, 12), (W, H), taken)
+    assert place is not None
+    assert place[0] in (0, 80)
+    assert place[1] == 26
+
+
+def test_a_tag_of_several_lines_is_one() -> None:
+    one, several = (draw_tracks(FRAME, box_mask(40, 40)[None], COLORS[:1], [text]) for text in ("a b", "a\n\t b"))
+    np.testing.assert_array_equal(one, several)
+
+
+def test_many_tags_on_a_small_frame_are_fewer() -> None:
+    masks = np.stack([box_mask(30, 30)] * 80)
+    image = draw_tracks(FRAME, masks, track_colors(range(80)), [f"c{n}" for n in range(80)])
+    shown = [n for n, color in enumerate(track_colors(range(80))[1:60], 1) if (image == color).all(-1).sum() > 100]
+    assert 20 < len(shown) < 50  # one over the other would show parts of them
+    assert shown == list(range(1, len(shown) + 1))
 
 
 def test_a_hidden_track_keeps_its_tag() -> None:
