@@ -167,7 +167,7 @@ def cases() -> list[Any]:
 
 
 def marks(kind: type[nn.Module], fast: bool) -> Any:
-    return () if fast and kind.__module__ != feature_pyramids.__name__ else pytest.mark.slow
+    return () if fast and kind not in VARIANTS else pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

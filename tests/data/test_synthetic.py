@@ -217,12 +217,14 @@ def test_the_changes_below_cover_all_fields():
     assert set(CHANGES) == set(Difficulty.__dataclass_fields__)
 
 
+@cache
+def render(difficulty: Difficulty) -> list[bytes]:
+    videos = small(4, seed=1, difficulty=difficulty)
+    return [videos[index].clip(range(6)).frames.numpy().tobytes() for index in range(4)]
+
+
 @pytest.mark.parametrize("field", CHANGES)
 def test_every_field_changes_the_video(field):
-    def render(difficulty: Difficulty) -> list[bytes]:
-        videos = small(4, seed=1, difficulty=difficulty)
-        return [videos[index].clip(range(6)).frames.numpy().tobytes() for index in range(4)]
-
     assert render(BUSY) != render(replace(BUSY, **{field: CHANGES[field]}))
 
 

@@ -57,6 +57,8 @@ IMAGE_CASES = [
     (4, 2, (96, 96), [(700, 300), (64, 64)]),
     (5, 1, (30, 20), [(401, 397)]),
 ]
+IN_TURN = [pytest.param(*case, marks=() if case[0] in (1, 3) else pytest.mark.slow) for case in IMAGE_CASES]
+"""For functions with many options; the others take all."""
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +67,7 @@ def reference() -> Any:
 
 
 @pytest.mark.parametrize("sure", [True, False])
-@pytest.mark.parametrize(("seed", "batch", "size", "targets"), IMAGE_CASES)
+@pytest.mark.parametrize(("seed", "batch", "size", "targets"), IN_TURN)
 @pytest.mark.parametrize(
     "options",
     [
@@ -87,7 +89,7 @@ def test_image_instances_equal_transformers(
 
 
 @pytest.mark.parametrize("sure", [True, False])
-@pytest.mark.parametrize(("seed", "batch", "size", "targets"), IMAGE_CASES)
+@pytest.mark.parametrize(("seed", "batch", "size", "targets"), IN_TURN)
 @pytest.mark.parametrize(
     "options",
     [

@@ -116,7 +116,7 @@ def test_what_is_written_is_what_is_found(tiny_model, source, tmp_path):
     assert (len(list(overlay)), overlay.fps) == (T, 12)
 
 
-@pytest.mark.parametrize("frames", [1, 11, T - 1])
+@pytest.mark.parametrize("frames", [1, pytest.param(11, marks=pytest.mark.slow), T - 1])
 def test_a_run_that_was_stopped_goes_on(tiny_model, source, whole, tmp_path, frames):
     stride, expected = whole
     said: list[str] = []

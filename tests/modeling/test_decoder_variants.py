@@ -252,7 +252,16 @@ def config(name: str) -> VideoMask2FormerConfig:
     return IN_LANES.replace(transformer_decoder=replace(IN_LANES.transformer_decoder, **FIELDS[name]))
 
 
-@pytest.mark.parametrize("name", FIELDS)
+LIKE_OTHERS = (
+    *("cross_attention masked", "layer_order cross_first", "temporal_position sine_3d"),  # what all others have
+    *("single 16", "single 32", "query_features learnable", "concatenated, smca"),
+)
+"""Variants that are built of what others have too."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in LIKE_OTHERS else ()) for name in FIELDS]
+)
 def test_every_variant_runs_prepared_learns_and_is_saved(name: str, tmp_path: Any) -> None:
     model = random_model(config(name), 0)
     assert VideoMask2FormerConfig.from_dict(model.config.to_dict()) == model.config

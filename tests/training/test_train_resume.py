@@ -169,7 +169,13 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-@pytest.mark.parametrize("kind", FOREIGN)
+OF_A_KIND = ("no config", "config's fields", "a weight less", "a weight's type", "average", "best", "moments")
+"""The others are told where one of these is."""
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind in OF_A_KIND else pytest.mark.slow) for kind in FOREIGN]
+)
 def test_a_checkpoint_of_another_form_is_named(kind: str, stopped: Path, tmp_path: Path) -> None:
     spoil, message = FOREIGN[kind]
     file = stopped / "checkpoints" / "step-00000001.pt"

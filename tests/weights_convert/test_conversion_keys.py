@@ -145,7 +145,7 @@ def test_every_rule_is_inverted_by_itself(name):
     assert_same(to_native(foreign, name), native)
 
 
-@pytest.mark.parametrize("name", ["native", "hf", "detectron2"])
+@pytest.mark.parametrize("name", ["native", "hf", pytest.param("detectron2", marks=pytest.mark.slow)])
 def test_every_missing_native_key_is_named(name, original):
     native = to_native(original)
     assert set(whole_model_keys(native)) == set(native)
