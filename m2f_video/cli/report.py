@@ -54,7 +54,7 @@ def report(
         raise ValueError(f"{page}: give --output a page, {' or '.join(_PAGES)}")
     check_writable(page)
     loaded = [VideoSegmentation.load(path) for path in results]
-    selected = _selected(loaded[0], folders[0])
+    selected = _selected(loaded[0], folders[0])  # a tracks.jsonl may be of a run that was stopped: of fewer frames
     reader = _open(loaded[0], folders[0], video, selected)
     with progress_bars() as update:
         write_report(
@@ -63,7 +63,7 @@ def report(
             [str(path) for path in results],
             place="beside" if link else "inside",
             min_score=min_score,
-            exactly=selected is not None,
+            exactly=selected is not None and not loaded[0].made,
             progress=lambda done, total: update("page", done, total),
         )
     others = f", {page.with_suffix('.mp4').name}" if link else ""

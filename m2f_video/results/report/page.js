@@ -40,12 +40,11 @@ let lanes = null;
 // --- which rows are shown
 
 const labelsOf = (row) => [...new Set(row.tracks.filter(Boolean).map((track) => track.label))];
-const nameOf = (row) => {
-  const [first, second] = row.tracks.length === 2 ? row.tracks : [row.tracks[0], null];
-  const track = first ?? second;
-  const other = first && second && second.label !== first.label ? ` \u2192 ${second.label}` : "";
-  return `${track.label}${other} ${track.id}`;
-};
+const labelOf = (row) => labelsOf(row).join(" \u2192 ");
+/** Numbers of tracks: of two results each with its letter, since they are numbered apart. */
+const numberOf = (row) =>
+  PANES === 1 ? String(row.tracks[0].id) : row.tracks.map((track, side) => track && SIDES[side] + track.id).filter(Boolean).join(" ");
+const nameOf = (row) => `${labelOf(row)} ${numberOf(row)}`;
 const certaintyOf = (row) => Math.max(...row.tracks.filter(Boolean).map((track) => track.certainty));
 
 function isListed(row) {
@@ -444,18 +443,17 @@ function makeRow(row, index) {
   const root = $("row-template").content.cloneNode(true);
   const find = (selector) => root.querySelector(selector);
   const view = { item: find(".row"), eye: find(".eye"), solo: find(".solo"), name: find(".name"), lane: find(".lane") };
-  const [first, second] = [row.tracks[0], row.tracks[1] ?? null];
-  const track = first ?? second;
   find(".swatch").style.background = `rgb(${row.color.join(" ")})`;
-  find(".label").textContent = first && second && first.label !== second.label ? `${first.label} \u2192 ${second.label}` : track.label;
-  find(".number").textContent = track.id;
+  find(".label").textContent = labelOf(row);
+  find(".number").textContent = numberOf(row);
   find(".note").textContent = noteOf(row, index);
   find(".numbers").append(...numbersOfRow(row));
-  view.name.title = `${nameOf(row)}: certainty ${row.tracks.filter(Boolean).map((one) => one.certainty.toFixed(3)).join(" and ")}, score ${row.tracks.filter(Boolean).map((one) => one.score.toFixed(3)).join(" and ")}`;
+  const all = (text) => row.tracks.filter(Boolean).map(text).join(" and ");
+  view.name.title = `${nameOf(row)}: certainty ${all((track) => track.certainty.toFixed(3))}, score ${all((track) => track.score.toFixed(3))}`;
   view.name.setAttribute("aria-label", `Highlight ${nameOf(row)}`);
   view.solo.setAttribute("aria-label", `Only ${nameOf(row)}`);
   view.solo.title = "Only this one";
-  view.lane.setAttribute("aria-label", `${nameOf(row)} is in ${row.tracks.filter(Boolean).map((one) => one.seen).join(" and ")} of ${COUNT} frames`);
+  view.lane.setAttribute("aria-label", `${nameOf(row)} is in ${all((track) => track.seen)} of ${COUNT} frames`);
   view.lane.dataset.row = index;
   view.eye.addEventListener("click", () => toggle(index));
   view.solo.addEventListener("click", () => solo(index));
