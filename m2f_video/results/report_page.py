@@ -207,9 +207,7 @@ def _digest(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
-def _rows(
-    text: TextIO, results: "Sequence[VideoSegmentation]", names: Sequence[str], scan: MaskScan
-) -> dict[str, Any]:
+def _rows(text: TextIO, results: "Sequence[VideoSegmentation]", names: Sequence[str], scan: MaskScan) -> dict[str, Any]:
     """The rows of the page, as a part of what it is about, and the numbers of each frame in elements of their own."""
     if len(results) == 2:
         rows, shared = paired_rows(results[0], results[1], scan)

@@ -22,9 +22,9 @@ from m2f_video.results.masks import Rle, decode_mask
 from m2f_video.results.overlay import write_overlay
 from m2f_video.results.reading import TRACKS_FILE as TRACKS_FILE
 from m2f_video.results.reading import read_result
+from m2f_video.results.report_page import MIN_SCORE, VideoPlace, write_report
 from m2f_video.results.track import Track as Track
 from m2f_video.results.track import check_position, show_few
-from m2f_video.results.report_page import MIN_SCORE, VideoPlace, write_report
 from m2f_video.results.tracks_file import TRACKS_LINES_FILE, FrameMasks, Row, TracksWriter, categories_of, header_of
 from m2f_video.video.reader import VideoReader, VideoSource
 

@@ -1,6 +1,7 @@
 """A Chromium or Chrome of this machine, which plays H.264 as users' browsers do, and pages in it."""
 
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,19 @@ def chromium() -> Iterator[Any]:
         browser.close()
 
 
+def until(page: Any, condition: str, seconds: float = 10) -> None:
+    """Wait; Playwright's own way is JavaScript made of text, which the page's policy does not let run."""
+    end = time.monotonic() + seconds
+    while not page.evaluate(condition):
+        assert time.monotonic() < end, condition
+        page.wait_for_timeout(20)
+
+
+def _is_complaint(said: Any) -> bool:
+    # A page draws and never reads; only the tests do.
+    return said.type in ("error", "warning") and "willReadFrequently" not in said.text
+
+
 Opener = Callable[..., Any]
 
 
@@ -38,20 +52,20 @@ def open_page(chromium: Any) -> Iterator[Opener]:
         page = context.new_page()
         page.set_default_timeout(10_000)
         page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("console", lambda said: complaints.append(said.text) if said.type in ("error", "warning") else None)
+        page.on("console", lambda said: complaints.append(said.text) if _is_complaint(said) else None)
         page.on("dialog", lambda dialog: complaints.append(f"dialog: {dialog.message}"))
         page.on(
             "request",
-            lambda request: None
-            if request.url.startswith(("file:", "data:", "blob:"))
-            else complaints.append(f"request: {request.url}"),
+            lambda request: (
+                None
+                if request.url.startswith(("file:", "data:", "blob:"))
+                else complaints.append(f"request: {request.url}")
+            ),
         )
         page.goto(path.absolute().as_uri())
         page.complaints = complaints
         if painted:
-            page.wait_for_function(
-                "document.documentElement.dataset.painted === '0' && !document.querySelector('video').seeking"
-            )
+            until(page, "document.documentElement.dataset.painted === '0' && !document.querySelector('video').seeking")
         return page
 
     yield open_

@@ -9,6 +9,7 @@ import pytest
 from m2f_video.results.drawing import track_colors
 from m2f_video.results.report_page import write_report
 from m2f_video.results.tracks import Track, VideoSegmentation
+from tests.browser.conftest import until
 from tests.report_examples import BITS, CELL, H, T, W, other_result, result
 
 pytestmark = pytest.mark.browser
@@ -42,10 +43,10 @@ def pixels(page: Any, pane: int = 0) -> np.ndarray:
 
 def is_at(page: Any, frame: int) -> None:
     """Wait until video and masks show a frame."""
-    page.wait_for_function(
-        "(frame) => document.documentElement.dataset.painted === String(frame)"
+    until(
+        page,
+        f"document.documentElement.dataset.painted === '{frame}'"
         " && !document.querySelector('video').seeking && document.querySelector('video').paused",
-        arg=frame,
     )
 
 
@@ -190,10 +191,10 @@ def test_keys_step_jump_and_change_the_speed(file: Path, open_page: Any) -> None
 def test_masks_follow_the_video_that_plays(file: Path, open_page: Any) -> None:
     page = open_page(file)
     page.keyboard.press(" ")
-    page.wait_for_function("Number(document.documentElement.dataset.painted) >= 4")
+    until(page, "Number(document.documentElement.dataset.painted) >= 4")
     assert page.get_by_role("button", name="Pause").is_visible()
     page.keyboard.press(" ")
-    page.wait_for_function("document.querySelector('video').paused && !document.querySelector('video').seeking")
+    until(page, "document.querySelector('video').paused && !document.querySelector('video').seeking")
     page.wait_for_timeout(100)
     shown = int(page.evaluate("document.documentElement.dataset.painted"))
     assert page.evaluate(NUMBER_IN_PICTURE) == shown
@@ -268,7 +269,7 @@ def test_light_and_dark(file: Path, open_page: Any) -> None:
     assert luminance(dark) < 50
     dark.keyboard.press("t")
     assert luminance(dark) > 200
-    dark.get_by_role("button", name="Light").click()
+    dark.locator("#theme").click()
     assert luminance(dark) < 50
     assert dark.locator("#theme-name").inner_text() == "Dark"
 
@@ -297,9 +298,24 @@ def test_the_keyboard_reaches_everything_and_everything_has_a_name(file: Path, o
     reached = []
     for _ in range(60):
         page.keyboard.press("Tab")
-        reached.append(page.evaluate("document.activeElement.id || document.activeElement.ariaLabel || "
-                                     "document.activeElement.textContent"))
-    for name in ("theme", "help", "play", "frame", "speed", "loop", "min-score", "opacity", "contours", "names", "ruler"):
+        reached.append(
+            page.evaluate(
+                "document.activeElement.id || document.activeElement.ariaLabel || document.activeElement.textContent"
+            )
+        )
+    for name in (
+        "theme",
+        "help",
+        "play",
+        "frame",
+        "speed",
+        "loop",
+        "min-score",
+        "opacity",
+        "contours",
+        "names",
+        "ruler",
+    ):
         assert name in reached
     assert {"Show dog 3", "Only dog 3", "Highlight dog 3"} <= set(reached)
     unnamed = page.evaluate(
@@ -366,7 +382,7 @@ def test_a_video_beside_the_page(tmp_path: Path, open_page: Any) -> None:
     page.locator("#notice").wait_for()
     assert "a #1?.mp4 is not beside this page" in page.locator("#notice").inner_text()
     page.keyboard.press("End")
-    page.wait_for_function(f"document.documentElement.dataset.painted === '{T - 1}'")
+    until(page, f"document.documentElement.dataset.painted === '{T - 1}'")
     only(page, "dog 3")
     np.testing.assert_array_equal(pixels(page)[..., 3] > 0, result().tracks[0].mask(T - 1))
     page.complaints[:] = [text for text in page.complaints if "ERR_FILE_NOT_FOUND" not in text]
@@ -449,7 +465,7 @@ def test_scale(count: int, size: tuple[int, int], link: bool, tmp_path: Path, op
     segmentation.report(page_file, link=link)
     assert page_file.stat().st_size < 30e6
     page = open_page(page_file, painted=False)
-    page.wait_for_function("document.documentElement.dataset.painted === '0'", timeout=3000)
+    until(page, "document.documentElement.dataset.painted === '0'", 3)
     for frame in (count - 1, count // 2, 1):
         go_to(page, frame)
     slow = page.evaluate(

@@ -121,7 +121,7 @@ class Markup(HTMLParser):
         self.tags.append(tag)
 
 
-HOSTILE = '</script><script>alert(1)</script>"\'<img src=x onerror=alert(1)>&lt;\u2028<!--'
+HOSTILE = "</script><script>alert(1)</script>\"'<img src=x onerror=alert(1)>&lt;\u2028<!--"
 
 
 def test_nothing_of_a_result_is_markup(tmp_path: Path) -> None:
@@ -204,9 +204,7 @@ def test_intersections_are_pixels_of_both() -> None:
     ],
 )
 @pytest.mark.parametrize("link", [False, True])
-def test_what_cannot_be_shown_leaves_nothing(
-    changes: dict[str, Any], message: str, link: bool, tmp_path: Path
-) -> None:
+def test_what_cannot_be_shown_leaves_nothing(changes: dict[str, Any], message: str, link: bool, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         result(**changes).report(tmp_path / "page.html", link=link)
     assert list(tmp_path.iterdir()) == []
@@ -235,10 +233,20 @@ def test_results_of_two_videos_are_refused(tmp_path: Path) -> None:
         frames=range(5), tracks=tuple(replace(t, segmentations=t.segmentations[:5]) for t in result().tracks)
     )
     small = VideoSegmentation(
-        source="x", width=10, height=10, fps=1, frames=range(T), labels=LABELS, tracks=()  # type: ignore[arg-type]
+        source="x",
+        width=10,
+        height=10,
+        fps=1,
+        frames=range(T),
+        labels=LABELS,
+        tracks=(),  # type: ignore[arg-type]
     )
     late = result(frames=range(1, T + 1))
-    for other, message in ((short, "number of frames is 30 and 5"), (small, "size is 95x63 and 10x10"), (late, "frames")):
+    for other, message in (
+        (short, "number of frames is 30 and 5"),
+        (small, "size is 95x63 and 10x10"),
+        (late, "frames"),
+    ):
         with pytest.raises(ValueError, match=f"a and b are of different .*{message}"):
             write_report(tmp_path / "page.html", [result(), other], ["a", "b"])
     with pytest.raises(ValueError, match="one result or two"):

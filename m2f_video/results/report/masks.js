@@ -66,16 +66,20 @@ class MaskStore {
   }
 }
 
+let longest = new Int32Array(0); // of the runs in each column of the mask that is painted
+let topOfLongest = new Int32Array(0);
+
 /**
  * Paint a mask: give its pixels this number.
  *
  * Run lengths are COCO's: numbers of five bits a character from the lowest on, of which the fourth and later ones are
  * differences to the last but one; they go down the columns, from left to right, and begin with background.
  *
- * @returns {{left: number, top: number, right: number, bottom: number}} what the mask lies in
+ * @returns {{x: number, y: number}} where a name belongs: over the middle of its body, whatever specks it has
  */
 function paintMask(counts, owner, width, height, number) {
-  const box = { left: width, top: height, right: 0, bottom: 0 };
+  if (longest.length < width) [longest, topOfLongest] = [new Int32Array(width), new Int32Array(width)];
+  longest.fill(0);
   let place = 0;
   let before = 0; // the run before, and the one before that
   let beforeThat = 0;
@@ -91,22 +95,30 @@ function paintMask(counts, owner, width, height, number) {
     if (code & 16) run |= -1 << shift;
     if (index > 2) run += beforeThat;
     [beforeThat, before] = [before, run];
-    if (index % 2) paintRun(place, place + run, owner, width, height, number, box);
+    if (index % 2) paintRun(place, place + run, owner, width, height, number);
     place += run;
   }
-  return box;
+  let weights = 0;
+  let sum = 0;
+  for (let x = 0; x < width; x++) {
+    weights += longest[x] ** 2;
+    sum += x * longest[x] ** 2;
+  }
+  let x = Math.round(sum / weights);
+  for (let away = 1; !longest[x]; away++) x += away % 2 ? away : -away; // of a mask in two parts the middle is empty
+  return { x, y: topOfLongest[x] };
 }
 
-function paintRun(start, stop, owner, width, height, number, box) {
+function paintRun(start, stop, owner, width, height, number) {
   let x = Math.floor(start / height);
   let y = start - x * height;
   for (let left = stop - start; left > 0; x++, y = 0) {
     const end = Math.min(height, y + left);
     for (let row = y, at = y * width + x; row < end; row++, at += width) owner[at] = number;
-    if (y < box.top) box.top = y;
-    if (end > box.bottom) box.bottom = end;
-    if (x < box.left) box.left = x;
-    if (x >= box.right) box.right = x + 1;
+    if (end - y > longest[x]) {
+      longest[x] = end - y;
+      topOfLongest[x] = y;
+    }
     left -= end - y;
   }
 }

@@ -100,7 +100,7 @@ class Pane {
     this.image = this.context.createImageData(WIDTH, HEIGHT);
     this.pixels = new Uint32Array(this.image.data.buffer);
     this.owner = new Uint16Array(WIDTH * HEIGHT);
-    this.boxes = []; // of rows in the frame, the one on top first
+    this.seen = []; // rows in the frame, the one on top first
     this.tagOf = new Map();
     if (PANES === 2) {
       const caption = this.figure.querySelector("figcaption");
@@ -122,14 +122,14 @@ class Pane {
     this.owner.fill(0);
     const rows = shownIn(this.side);
     const keys = new Set(); // of tracks that share their masks, one has a name
-    this.boxes = [];
+    this.seen = [];
     for (const { index, track } of rows.slice().reverse()) {
       if (counts[track.key]) {
-        const box = paintMask(counts[track.key], this.owner, WIDTH, HEIGHT, index + 1);
-        this.boxes.unshift({ index, track, box });
+        const place = paintMask(counts[track.key], this.owner, WIDTH, HEIGHT, index + 1);
+        this.seen.unshift({ index, track, place });
       }
     }
-    this.boxes = this.boxes.filter(({ track }) => !keys.has(track.key) && keys.add(track.key));
+    this.seen = this.seen.filter(({ track }) => !keys.has(track.key) && keys.add(track.key));
     if (this.side && isVideoThere) this.base.getContext("2d").drawImage(video, 0, 0, WIDTH, HEIGHT, 0, 0, WIDTH, HEIGHT);
   }
 
@@ -138,7 +138,7 @@ class Pane {
     const mark = other ? { owner: other.owner, color: pixelOf(DIFFERENT, 0.85) } : null;
     colorPixels(this.pixels, this.owner, WIDTH, HEIGHT, palette(), THICKNESS, mark);
     this.context.putImageData(this.image, 0, 0);
-    const names = this.boxes.map(({ index }) => nameOf(ROWS[index]));
+    const names = this.seen.map(({ index }) => nameOf(ROWS[index]));
     this.canvas.setAttribute("aria-label", names.length ? `Masks of ${names.join(", ")}` : "No masks in this frame");
     this.#placeTags();
   }
@@ -161,15 +161,15 @@ class Pane {
     const used = new Set();
     const taken = [];
     const { clientWidth: width, clientHeight: height } = this.picture;
-    for (const { index, track, box } of state.names ? this.boxes : []) {
+    for (const { index, track, place } of state.names ? this.seen : []) {
       const tag = this.#tag(index, track);
       used.add(tag);
       tag.hidden = false;
       tag.classList.toggle("faint", hotRow() !== null && hotRow() !== index);
       const size = { width: tag.offsetWidth, height: tag.offsetHeight };
-      const left = clamp(((box.left + box.right) / 2 / WIDTH) * width - size.width / 2, 2, Math.max(2, width - size.width - 2));
-      const above = (box.top / HEIGHT) * height - size.height - 3;
-      let top = above >= 2 ? above : (box.top / HEIGHT) * height + 3;
+      const left = clamp(((place.x + 0.5) / WIDTH) * width - size.width / 2, 2, Math.max(2, width - size.width - 2));
+      const above = (place.y / HEIGHT) * height - size.height - 3;
+      let top = above >= 2 ? above : (place.y / HEIGHT) * height + 3;
       const covers = (other) =>
         left < other.right && other.left < left + size.width && top < other.bottom && other.top < top + size.height;
       for (let other; (other = taken.find(covers)) && other.bottom + size.height < height; ) top = other.bottom + 1;
@@ -283,9 +283,11 @@ function fitPanes() {
 const video = document.createElement("video");
 let isVideoThere = false;
 let wanted = null; // a frame to go to when the video has arrived at another one
+let isPlaying = false; // that it was asked to
+let isLooping = true;
 
 function openVideo() {
-  Object.assign(video, { muted: true, playsInline: true, preload: "auto", loop: true, tabIndex: -1 });
+  Object.assign(video, { muted: true, playsInline: true, preload: "auto", tabIndex: -1 });
   video.setAttribute("aria-label", "The video");
   video.addEventListener("loadeddata", () => {
     isVideoThere = true;
@@ -304,7 +306,13 @@ function openVideo() {
     else if (video.paused) show(frameAt(video.currentTime));
     if (wanted === state.shown) wanted = null;
   });
-  for (const event of ["play", "pause", "ended"]) video.addEventListener(event, tellPlaying);
+  for (const event of ["play", "pause"]) video.addEventListener(event, tellPlaying);
+  // Not by the video's own `loop`, with which Chromium goes to the start also where somebody steps to the last frame.
+  video.addEventListener("ended", () => {
+    if (!isPlaying || !isLooping) return;
+    video.currentTime = 0;
+    play();
+  });
   video.src = about.link ?? URL.createObjectURL(new Blob([bytesOf(dataOf("video-data"))], { type: "video/mp4" }));
   followVideo();
 }
@@ -346,6 +354,8 @@ function seek(frame) {
   placeHead();
   if (!isVideoThere) {
     show(state.frame);
+  } else if (state.frame === state.shown && !video.seeking) {
+    wanted = null;
   } else if (video.seeking) {
     wanted = state.frame;
   } else {
@@ -355,14 +365,22 @@ function seek(frame) {
 }
 
 function step(by) {
-  video.pause();
+  pause();
   seek(state.frame + by);
 }
 
+function play() {
+  isPlaying = true;
+  video.play().catch((error) => isPlaying && say(`The video cannot be played: ${error.message}`));
+}
+
+function pause() {
+  isPlaying = false;
+  video.pause();
+}
+
 function togglePlay() {
-  if (!isVideoThere) return;
-  if (!video.paused) video.pause();
-  else video.play().catch((error) => say(`The video cannot be played: ${error.message}`));
+  if (isVideoThere) (isPlaying && !video.ended ? pause : play)();
 }
 
 function tellPlaying() {
@@ -416,7 +434,7 @@ function tellFrame() {
   });
   if (PANES === 2) $("disagreement-now").textContent = percent(parted[frame]);
   if (!video.paused) return;
-  const names = panes[0].boxes.map(({ index }) => nameOf(ROWS[index]));
+  const names = panes[0].seen.map(({ index }) => nameOf(ROWS[index]));
   $("status").textContent = `Frame ${about.frames[frame]}: ${names.length ? names.join(", ") : "no track"}`;
 }
 
@@ -626,15 +644,15 @@ function listenToControls() {
   $("forward").addEventListener("click", () => step(1));
   $("speed").addEventListener("change", () => setSpeed(Number($("speed").value)));
   $("loop").addEventListener("click", () => {
-    video.loop = !video.loop;
-    $("loop").setAttribute("aria-pressed", String(video.loop));
+    isLooping = !isLooping;
+    $("loop").setAttribute("aria-pressed", String(isLooping));
   });
   $("frame").min = about.frames[0];
   $("frame").max = about.frames.at(-1);
   $("frame").addEventListener("change", () => {
     const number = Number($("frame").value);
     const at = about.frames.findIndex((frame) => frame >= number);
-    video.pause();
+    pause();
     seek(at < 0 ? COUNT - 1 : at);
     $("frame").value = about.frames[state.frame];
   });
@@ -669,11 +687,19 @@ function listenToTimeline() {
   const timeline = $("timeline");
   const isTime = (event) => event.target instanceof Element && event.target.closest(".lane, .ruler") !== null;
   let dragging = null;
+  // A finger that goes up or down scrolls, and one that taps seeks; of what has no listener of its own it would be taken
+  // to mean the button nearby.
+  const tap = (event) => {
+    pause();
+    seek(frameUnder(event));
+  };
+  for (const target of timeline.querySelectorAll(".lane, .ruler")) target.addEventListener("click", tap);
   timeline.addEventListener("pointerdown", (event) => {
-    if (!isTime(event) || event.button !== 0) return;
+    const isScroll = event.pointerType === "touch" && event.target.closest(".ruler") === null;
+    if (!isTime(event) || event.button !== 0 || isScroll) return;
     dragging = event.pointerId;
-    if (event.pointerType !== "touch") timeline.setPointerCapture(event.pointerId);
-    video.pause();
+    timeline.setPointerCapture(event.pointerId);
+    pause();
     seek(frameUnder(event));
     $("ruler").focus({ preventScroll: true, focusVisible: false });
     event.preventDefault();
@@ -746,7 +772,6 @@ async function start() {
   if (PANES === 2) {
     $("disagreement").hidden = $("differences-label").hidden = false;
     lanes.add($("disagreement").querySelector(".lane"));
-    $("disagreement").querySelector(".lane").setAttribute("aria-label", "Share of pixels that only one result has, by frame");
   } else {
     $("keys-differences").hidden = true;
   }
