@@ -54,7 +54,9 @@ def report(
         raise ValueError(f"{page}: give --output a page, {' or '.join(_PAGES)}")
     check_writable(page)
     loaded = [VideoSegmentation.load(path) for path in results]
-    selected = _selected(loaded[0], folders[0])  # a tracks.jsonl may be of a run that was stopped: of fewer frames
+    is_whole = not loaded[0].made  # while a tracks.jsonl may be of a run that was stopped: of fewer frames
+    loaded = [_with_made(result, folder) for result, folder in zip(loaded, folders, strict=True)]
+    selected = _selected(loaded[0])
     reader = _open(loaded[0], folders[0], video, selected)
     with progress_bars() as update:
         write_report(
@@ -63,7 +65,7 @@ def report(
             [str(path) for path in results],
             place="beside" if link else "inside",
             min_score=min_score,
-            exactly=selected is not None and not loaded[0].made,
+            exactly=selected is not None and is_whole,
             progress=lambda done, total: update("page", done, total),
         )
     others = f", {page.with_suffix('.mp4').name}" if link else ""
@@ -71,14 +73,18 @@ def report(
     return 0
 
 
-def _selected(result: VideoSegmentation, folder: Path) -> slice | None:
-    """Which frames of the video were asked for; None where neither the result nor the file beside it says so."""
+def _with_made(result: VideoSegmentation, folder: Path) -> VideoSegmentation:
+    """With how it was made, which a `tracks.json` leaves to the file beside it to say."""
+    lines = folder / TRACKS_LINES_FILE
+    made = read_header(lines).get("made") if not result.made and lines.is_file() else None
+    return replace(result, made=made) if isinstance(made, dict) else result
+
+
+def _selected(result: VideoSegmentation) -> slice | None:
+    """Which frames of the video were asked for; None where nothing says so."""
     from m2f_video.video.reader import parse_frames
 
-    made: Any = result.made
-    if not made and (folder / TRACKS_LINES_FILE).is_file():
-        made = read_header(folder / TRACKS_LINES_FILE).get("made")
-    text = made.get("frames") if isinstance(made, dict) else None
+    text = result.made.get("frames")
     # Numbers that count from the end, which Python can ask for, are taken as those they turned out to be.
     return parse_frames(text) if isinstance(text, str) and "-" not in text else None
 

@@ -413,7 +413,7 @@ def test_two_results_side_by_side(tmp_path: Path, open_page: Any) -> None:
     different = owners[0] != owners[1]
     assert different.any()
     for pane in (0, 1):
-        marked = (drawn[pane][..., 3] == round(0.85 * 255)) & (drawn[pane][..., 0] > 250)
+        marked = (drawn[pane][..., 3] == round(0.65 * 255)) & (drawn[pane][..., 0] > 250)
         np.testing.assert_array_equal(marked, different)
         np.testing.assert_array_equal(drawn[pane][..., 3] > 0, different | (owners[pane] > 0))
     page.keyboard.press("d")

@@ -131,17 +131,21 @@ function paintRun(start, stop, owner, width, height, number) {
  * @param {{fill: Uint32Array, edge: Uint32Array}} palette - by number
  * @param {number} thickness - of the line along the inner edge, in pixels
  * @param {{owner: Uint16Array, color: number} | null} other - what differs from it has this colour
+ * @returns {Uint32Array} how many pixels of each number are seen
  */
 function colorPixels(pixels, owner, width, height, palette, thickness, other) {
   const { fill, edge } = palette;
+  const seen = new Uint32Array(fill.length);
   for (let y = 0, at = 0; y < height; y++) {
     for (let x = 0; x < width; x++, at++) {
       const number = owner[at];
+      seen[number]++;
       if (other !== null && other.owner[at] !== number) pixels[at] = other.color;
       else if (number === 0) pixels[at] = 0;
       else pixels[at] = isEdge(owner, at, x, y, width, height, number, thickness) ? edge[number] : fill[number];
     }
   }
+  return seen;
 }
 
 function isEdge(owner, at, x, y, width, height, number, thickness) {

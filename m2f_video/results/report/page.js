@@ -7,6 +7,8 @@ const RATE = about.rate[0] / about.rate[1];
 const PANES = about.results.length;
 const SIDES = ["A", "B"];
 const DIFFERENT = [255, 45, 149];
+const MARKED = 0.65; // opacity of what differs
+const NAMED_FROM = 0.1; // share of a mask that others leave, from which it has a name
 const PARTS_FROM = 0.1; // share of pixels from which results are said to part
 const SPEEDS = [0.1, 0.25, 0.5, 1, 1.5, 2, 4];
 const THICKNESS = Math.min(3, Math.max(1, Math.round(Math.min(WIDTH, HEIGHT) / 360))); // as in the overlay
@@ -135,8 +137,8 @@ class Pane {
 
   color() {
     const other = state.differences ? panes[1 - this.side] : undefined;
-    const mark = other ? { owner: other.owner, color: pixelOf(DIFFERENT, 0.85) } : null;
-    colorPixels(this.pixels, this.owner, WIDTH, HEIGHT, palette(), THICKNESS, mark);
+    const mark = other ? { owner: other.owner, color: pixelOf(DIFFERENT, MARKED) } : null;
+    this.left = colorPixels(this.pixels, this.owner, WIDTH, HEIGHT, palette(), THICKNESS, mark);
     this.context.putImageData(this.image, 0, 0);
     const names = this.seen.map(({ index }) => nameOf(ROWS[index]));
     this.canvas.setAttribute("aria-label", names.length ? `Masks of ${names.join(", ")}` : "No masks in this frame");
@@ -162,6 +164,8 @@ class Pane {
     const taken = [];
     const { clientWidth: width, clientHeight: height } = this.picture;
     for (const { index, track, place } of state.names ? this.seen : []) {
+      const area = areas[this.side][track.key][state.shown];
+      if (this.left[index + 1] < NAMED_FROM * area && hotRow() !== index) continue;
       const tag = this.#tag(index, track);
       used.add(tag);
       tag.hidden = false;
@@ -482,6 +486,10 @@ function makeRow(row, index) {
   return view;
 }
 
+function spanOf(text, name = "") {
+  return Object.assign(document.createElement("span"), { textContent: text, className: name });
+}
+
 function noteOf(row, index) {
   if (PANES === 2 && row.tracks.includes(null)) return row.tracks[1] ? "only B" : "only A";
   const same = ROWS.findIndex((other) => PANES === 1 && other.tracks[0].key === row.tracks[0].key);
@@ -490,12 +498,12 @@ function noteOf(row, index) {
 
 function numbersOfRow(row) {
   const texts = row.tracks.map((track) => track?.certainty.toFixed(2) ?? "\u2013");
-  if (PANES === 2) texts.push(row.iou === null ? "\u2013" : row.iou.toFixed(2));
-  return texts.map((text) => {
-    const span = document.createElement("span");
-    span.textContent = text;
-    return span;
-  });
+  if (PANES === 2) return [...texts, row.iou?.toFixed(2) ?? "\u2013"].map((text) => spanOf(text));
+  const [track] = row.tracks;
+  const meter = spanOf("", "meter");
+  meter.append(spanOf(""));
+  meter.firstChild.style.width = `${100 * clamp(track.certainty, 0, 1)}%`;
+  return [spanOf(`${track.seen}`, "muted"), meter, spanOf(texts[0])];
 }
 
 function drawLane(lane) {
@@ -596,10 +604,8 @@ function makeClasses() {
   for (const row of ROWS) for (const label of labelsOf(row)) counts.set(label, (counts.get(label) ?? 0) + 1);
   for (const [label, count] of [...counts].sort((a, b) => b[1] - a[1] || a[0].localeCompare(b[0]))) {
     const chip = document.createElement("button");
-    const number = document.createElement("span");
-    number.textContent = count;
     Object.assign(chip, { type: "button", className: "chip" });
-    chip.append(label, number);
+    chip.append(label, spanOf(count));
     chip.dataset.label = label;
     chip.addEventListener("click", () => {
       if (!state.classes.delete(label)) state.classes.add(label);
@@ -617,9 +623,9 @@ function makeFacts() {
   const frames = COUNT === 1 ? "1 frame" : `${COUNT.toLocaleString("en")} frames`;
   const tracks = PANES === 2 ? "two results" : ROWS.length === 1 ? "1 track" : `${ROWS.length} tracks`;
   const facts = [`${WIDTH} \u00d7 ${HEIGHT}`, frames, `${Number(about.fps.toFixed(3))} fps`, tracks];
-  $("facts").append(...facts.map((fact) => Object.assign(document.createElement("span"), { textContent: fact })));
+  $("facts").append(...facts.map((fact) => spanOf(fact)));
   $("of").textContent = `of ${about.frames.at(-1)}`;
-  $("columns").append(...(PANES === 2 ? ["A", "B", "IoU"] : ["Certainty"]).map((text) => Object.assign(document.createElement("span"), { textContent: text })));
+  $("columns").append(...(PANES === 2 ? ["A", "B", "IoU"] : ["Frames", "Certainty"]).map((text) => spanOf(text)));
   const keys = [...new Set(about.results.flatMap(({ made }) => made.map(([key]) => key)))];
   $("made").hidden = keys.length === 0;
   for (const key of keys) {
