@@ -42,7 +42,7 @@ LARGEST_INSIDE = 300 << 20
 VideoPlace = Literal["inside", "beside"]
 """Where the video of a page is."""
 
-_SCRIPTS = ("masks.js", "lanes.js", "page.js")
+_SCRIPTS = ("masks.js", "lanes.js", "state.js", "panes.js", "player.js", "rows.js", "page.js")
 _SLOWEST = Fraction(1)  # frames a second; a browser plays pictures that were taken once an hour, too
 _LARGEST_DENOMINATOR = 1001
 _CRF, _KEYFRAMES = 23, 24
@@ -110,8 +110,8 @@ def write_report(
                 report(done)
         if place == "inside" and movie.stat().st_size > LARGEST_INSIDE:
             raise ValueError(
-                f"{page}: the video has {movie.stat().st_size >> 20} MB, too many to be inside a page; let it be beside "
-                "it (--report-link, or --link of m2f-video report)"
+                f"{page}: the video has {movie.stat().st_size >> 20} MB, too many to be inside a page; let it be "
+                "beside it (--report-link, or --link of m2f-video report)"
             )
         with file.open("w", encoding="utf-8", newline="\n") as text:
             head, tail = _frame_of_page(place)

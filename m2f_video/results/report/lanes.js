@@ -23,12 +23,12 @@ function sharpCanvas(canvas) {
  * @param {number} band - opacity of the band
  */
 function drawBars(sharp, values, most, color, place, band) {
-  const { context, width, height } = sharp;
+  const { context, width, height, scale } = sharp;
   const count = values.length;
   const bars = Math.min(count, width);
   const top = place.top * height;
   const full = place.height * height;
-  const gap = width / bars >= 5 ? 1 : 0;
+  const gap = width / bars >= 12 * scale ? scale : 0;
   context.fillStyle = `rgb(${color.join(" ")})`;
   for (let bar = 0; bar < bars; bar++) {
     const first = Math.floor((bar * count) / bars);
@@ -36,8 +36,8 @@ function drawBars(sharp, values, most, color, place, band) {
     let value = 0;
     for (let frame = first; frame < last; frame++) value = Math.max(value, values[frame]);
     if (!value) continue;
-    const x = (bar * width) / bars;
-    const size = Math.max(1, (width / bars) - gap);
+    const x = Math.round((bar * width) / bars);
+    const size = Math.max(1, Math.round(((bar + 1) * width) / bars) - x - gap); // whole pixels: no seams
     const filled = Math.max(full * 0.14, (full * value) / most);
     context.globalAlpha = band;
     context.fillRect(x, top, size, full);
