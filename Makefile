@@ -6,6 +6,7 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+BROWSER_STAMP := $(VENV)/.installed-browser
 CONSTRAINTS := .ci/constraints.txt
 
 .DEFAULT_GOAL := help
@@ -26,7 +27,7 @@ demo: $(STAMP) ## Render a synthetic clip and segment it into demo_output/
 test: $(STAMP) ## Run the fast test suite in two processes
 	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
-browser: $(STAMP) ## Look at report pages with the machine's Chromium or Chrome
+browser: $(BROWSER_STAMP) ## Test report pages in the Chromium or Chrome of this machine
 	$(BIN)/python -m pytest -m browser tests/browser $(ARGS)
 
 lint: $(STAMP) ## Check style and types, change nothing
@@ -61,4 +62,8 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 		exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -c $(CONSTRAINTS) -e '.[test,parity]'
+	@touch $@
+
+$(BROWSER_STAMP): $(STAMP)
+	$(BIN)/python -m pip install -c $(CONSTRAINTS) -e '.[browser]'
 	@touch $@

@@ -46,7 +46,7 @@ def open_page(chromium: Any) -> Iterator[Opener]:
     complaints: list[str] = []
     contexts: list[Any] = []
 
-    def open_(path: Path, painted: bool = True, **options: Any) -> Any:
+    def open_(path: Path, painted: bool = True, script: str = "", **options: Any) -> Any:
         context = chromium.new_context(**({"viewport": {"width": 1280, "height": 800}} | options))
         contexts.append(context)
         page = context.new_page()
@@ -62,6 +62,7 @@ def open_page(chromium: Any) -> Iterator[Opener]:
                 else complaints.append(f"request: {request.url}")
             ),
         )
+        page.add_init_script(script)
         page.goto(path.absolute().as_uri())
         page.complaints = complaints
         if painted:
