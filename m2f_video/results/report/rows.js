@@ -6,7 +6,7 @@ function makeRow(row, index) {
   const root = $("row-template").content.cloneNode(true);
   const find = (selector) => root.querySelector(selector);
   const view = { item: find(".row"), eye: find(".eye"), solo: find(".solo"), name: find(".name"), lane: find(".lane") };
-  find(".swatch").style.background = `rgb(${row.color.join(" ")})`;
+  find(".swatch").style.setProperty("--color", `rgb(${row.color.join(" ")})`);
   find(".label").textContent = labelOf(row);
   find(".number").textContent = numberOf(row);
   find(".note").textContent = noteOf(row, index);
