@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import tyro
 
 from m2f_video.cli.console import one_line, progress_bars
-from m2f_video.results.report_page import MIN_SCORE, REPORT_FILE, write_report
+from m2f_video.results.report_page import REPORT_FILE, shown_from, write_report
 from m2f_video.results.tracks import VideoSegmentation
 from m2f_video.results.tracks_file import TRACKS_LINES_FILE, read_header
 
@@ -24,7 +24,7 @@ def report(
     output: Path | None = None,
     video: str | None = None,
     link: bool = False,
-    min_score: float = MIN_SCORE,
+    min_score: float | None = None,
 ) -> int:
     """Write a page that shows a result in a browser, or two results of one video side by side.
 
@@ -42,7 +42,8 @@ def report(
             first of two.
         video: the video that was segmented, where it is not at the place that the result names.
         link: write the video beside the page, with its name and the ending .mp4, instead of inside it.
-        min_score: certainty from which tracks are shown at first; the page has a control for it.
+        min_score: certainty from which tracks are shown at first, for which the page has a control; by default the
+            --score-threshold of the result, or 0.3 where it had none.
     """
     from m2f_video.evaluation.report import check_writable
 
@@ -64,7 +65,7 @@ def report(
             [replace(result, video=reader) for result in loaded],
             [str(path) for path in results],
             place="beside" if link else "inside",
-            min_score=min_score,
+            min_score=min(map(shown_from, loaded)) if min_score is None else min_score,
             exactly=selected is not None and is_whole,
             progress=lambda done, total: update("page", done, total),
         )

@@ -18,7 +18,14 @@ from m2f_video.inference.partial import PartialResult, complete_result, discard
 from m2f_video.inference.processor import VideoProcessor
 from m2f_video.inference.segment import Mode, choose_mode, segment_video, stream_video
 from m2f_video.inference.stream import VideoStream
-from m2f_video.results.report_page import REPORT_FILE, REPORT_VIDEO_FILE, VideoPlace, check_shown, write_report
+from m2f_video.results.report_page import (
+    REPORT_FILE,
+    REPORT_VIDEO_FILE,
+    VideoPlace,
+    check_shown,
+    shown_from,
+    write_report,
+)
 from m2f_video.results.tracks import OVERLAY_FILE, VideoSegmentation
 from m2f_video.video.reader import VideoReader
 from m2f_video.video.writer import MAX_SIDE
@@ -113,7 +120,13 @@ def segment_to_folder(
     with _held(output) as folder:
         segmentation = written(folder)
         if page is not None:
-            write_report(folder / REPORT_FILE, [segmentation], place=page, progress=_stage(progress, "page"))
+            write_report(
+                folder / REPORT_FILE,
+                [segmentation],
+                place=page,
+                min_score=shown_from(segmentation),
+                progress=_stage(progress, "page"),
+            )
         return segmentation
 
 

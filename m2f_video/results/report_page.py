@@ -140,6 +140,12 @@ def write_report(
             text.write(tail)
 
 
+def shown_from(result: "VideoSegmentation") -> float:
+    """Certainty from which to show tracks at first: that from which they were kept, where somebody chose one."""
+    threshold = result.made.get("score_threshold")
+    return threshold if isinstance(threshold, int | float) and 0 < threshold <= 1 else MIN_SCORE
+
+
 def check_shown(width: int, height: int, frames: int | None) -> None:
     """Fail before the work where a page could not show a video after it.
 

@@ -10,7 +10,7 @@ from m2f_video.results.drawing import track_colors
 from m2f_video.results.report_page import write_report
 from m2f_video.results.tracks import Track, VideoSegmentation
 from tests.browser.conftest import until
-from tests.report_examples import BITS, CELL, H, T, W, other_result, result
+from tests.report_examples import BITS, CELL, H, T, W, numbered_frames, other_result, result
 
 pytestmark = pytest.mark.browser
 
@@ -146,6 +146,40 @@ def test_every_frame_is_found_and_shown(file: Path, open_page: Any) -> None:
         go_to(page, frame)
         assert page.evaluate(NUMBER_IN_PICTURE) == frame
         assert page.locator("#ruler").get_attribute("aria-valuenow") == str(frame)
+
+
+@pytest.mark.parametrize(
+    ("fps", "count", "step"), [(30000 / 1001, 200, 1), (59.94, 97, 7), (1 / 3600, 4, 1), (25, 1, 1)]
+)
+def test_frames_are_found_at_any_rate(fps: float, count: int, step: int, tmp_path: Path, open_page: Any) -> None:
+    frames = range(0, count, step)
+    result(tracks=(), fps=fps, frames=frames, video=numbered_frames(count)).report(tmp_path / "report.html")
+    page = open_page(tmp_path / "report.html")
+    for position in {len(frames) - 1, len(frames) // 2, len(frames) // 3, 0}:
+        page.fill("#frame", str(frames[position]))
+        page.press("#frame", "Enter")
+        is_at(page, position)
+        assert page.evaluate(NUMBER_IN_PICTURE) == frames[position]
+
+
+def test_the_playhead_is_there_for_every_track(tmp_path: Path, open_page: Any) -> None:
+    first = result().tracks[0]
+    tracks = tuple(
+        Track(id=n + 1, label="dog", label_id=1, score=0.9, query_id=n, segmentations=first.segmentations)
+        for n in range(40)
+    )
+    result(tracks=tracks).report(tmp_path / "report.html")
+    page = open_page(tmp_path / "report.html")
+    row = page.locator("#rows .row").last
+    row.scroll_into_view_if_needed()
+    box, head = row.bounding_box(), page.locator("#playhead").bounding_box()
+    assert box["y"] + box["height"] <= 800
+    assert head["y"] + head["height"] >= box["y"] + box["height"]
+    assert page.locator("#ruler").bounding_box()["y"] < box["y"]
+    drawn = row.locator(".lane").evaluate(
+        "(lane) => lane.getContext('2d').getImageData(3, lane.height - 2, 1, 1).data[3]"
+    )
+    assert drawn == 255
 
 
 def test_the_timeline_seeks(file: Path, open_page: Any) -> None:
@@ -446,7 +480,7 @@ def test_masks_of_long_videos_are_inflated_when_they_are_needed(
     count: int, size: tuple[int, int], link: bool, tmp_path: Path, open_page: Any
 ) -> None:
     from m2f_video.results.masks import encode_mask
-    from tests.report_examples import blob, numbered_frames
+    from tests.report_examples import blob
 
     height, width = size
     unit = height / 36
