@@ -6,10 +6,11 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+BROWSER_STAMP := $(VENV)/.installed-browser
 CONSTRAINTS := .ci/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format parity bench gpu clean
+.PHONY: help install demo test browser lint format parity bench gpu clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -25,6 +26,9 @@ demo: $(STAMP) ## Render a synthetic clip and segment it into demo_output/
 # Bytecode is kept, or each of the many processes that tests start would compile the package anew.
 test: $(STAMP) ## Run the fast test suite in two processes
 	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+browser: $(BROWSER_STAMP) ## Test report pages in the Chromium or Chrome of this machine
+	$(BIN)/python -m pytest -m browser tests/browser $(ARGS)
 
 lint: $(STAMP) ## Check style and types, change nothing
 	$(BIN)/ruff check
@@ -58,4 +62,8 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 		exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -c $(CONSTRAINTS) -e '.[test,parity]'
+	@touch $@
+
+$(BROWSER_STAMP): $(STAMP)
+	$(BIN)/python -m pip install -c $(CONSTRAINTS) -e '.[browser]'
 	@touch $@

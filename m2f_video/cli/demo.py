@@ -3,11 +3,12 @@
 from pathlib import Path
 from typing import Literal
 
-from m2f_video.cli.console import progress_bars
+from m2f_video.cli.console import one_line, progress_bars
 from m2f_video.cli.outputs import check_output, print_tracks, print_written
 from m2f_video.files import made_directory
 from m2f_video.hub import load_config
 from m2f_video.modeling.video_mask2former import VideoMask2Former
+from m2f_video.results.report_page import REPORT_FILE
 from m2f_video.results.tracks import OVERLAY_FILE, TRACKS_FILE
 from m2f_video.results.tracks_file import TRACKS_LINES_FILE
 
@@ -22,7 +23,8 @@ def demo(
 ) -> int:
     """Render a video of the synthetic benchmark, segment the file, and measure the result by the known truth.
 
-    Writes OUTPUT/video.mp4, OUTPUT/tracks.jsonl, OUTPUT/tracks.json and OUTPUT/overlay.mp4. The model is a small one
+    Writes OUTPUT/video.mp4, OUTPUT/tracks.jsonl, OUTPUT/tracks.json, OUTPUT/overlay.mp4 and OUTPUT/report.html, a page
+    to look at it all. The model is a small one
     inside the package, trained on videos of seed 0. What it reaches on 100 videos: m2f-video eval --data synthetic
     --checkpoint demo
 
@@ -32,7 +34,8 @@ def demo(
         difficulty: how hard to segment and follow the objects are.
         seed: of the video; by default the first after 2000, the seed of the test videos, whose medium video has at
             least four objects, each of which covers at least 1 % of every frame, so that there is something to see.
-        score_threshold: the table and the overlay leave out what is less certain; the other files and AP take all.
+        score_threshold: the table and the overlay leave out what is less certain, and the page does at first; the other
+            files and AP take all.
         plain: run the model as it is written, without the accelerated twins of its modules.
     """
     from m2f_video.data import SyntheticVideos
@@ -41,7 +44,7 @@ def demo(
     from m2f_video.video import VideoWriter
 
     file = output / "video.mp4"
-    check_output(output, file.name, TRACKS_LINES_FILE, TRACKS_FILE, OVERLAY_FILE)
+    check_output(output, file.name, TRACKS_LINES_FILE, TRACKS_FILE, OVERLAY_FILE, REPORT_FILE)
     videos = SyntheticVideos(1, seed, difficulty)
     video = videos[0]
     if (labels := load_config(checkpoint).labels) != videos.labels:
@@ -55,6 +58,11 @@ def demo(
         segmentation.save(
             output, min_score=score_threshold, progress=lambda done, total: update("overlay", done, total)
         )
+        segmentation.report(
+            output / REPORT_FILE,
+            min_score=score_threshold,
+            progress=lambda done, total: update("page", done, total),
+        )
     truth = prepare_ground_truth(videos)
     print_tracks(segmentation, score_threshold)
     if truth is not None:
@@ -65,4 +73,5 @@ def demo(
             f"AP {100 * stats['AP']:.1f}, AP50 {100 * stats['AP50']:.1f}"
         )
     print_written(output, video.num_frames, OVERLAY_FILE, file.name)
+    print(one_line(f"the page: {output / REPORT_FILE}"))
     return 0

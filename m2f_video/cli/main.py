@@ -24,6 +24,7 @@ from m2f_video.cli.evaluate import eval_results
 from m2f_video.cli.info import info
 from m2f_video.cli.inspect import inspect
 from m2f_video.cli.parity import parity
+from m2f_video.cli.report import report
 from m2f_video.cli.segment import segment
 from m2f_video.cli.train import train_command
 from m2f_video.files import naming
@@ -38,6 +39,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "parity": parity,
     "benchmark": benchmark,
     "eval": eval_results,
+    "report": report,
     "inspect": inspect,
     "convert-results": convert_results,
     "info": info,

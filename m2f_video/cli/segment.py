@@ -21,8 +21,9 @@ from m2f_video.hub import load_config
 from m2f_video.inference.linking import LinkerName
 from m2f_video.inference.listing import is_list
 from m2f_video.inference.segment import WINDOW, Mode, choose_mode
-from m2f_video.inference.to_folder import check_overlay, check_resume, check_source, segment_to_folder
+from m2f_video.inference.to_folder import check_overlay, check_page, check_resume, check_source, segment_to_folder
 from m2f_video.modeling.video_mask2former import VideoMask2Former
+from m2f_video.results.report_page import REPORT_FILE, REPORT_VIDEO_FILE, VideoPlace
 from m2f_video.results.tracks import OVERLAY_FILE, TRACKS_FILE
 from m2f_video.results.tracks_file import TRACKS_LINES_FILE
 
@@ -50,6 +51,8 @@ def segment(
     plain: bool = False,
     strict: bool = False,
     overlay: bool = True,
+    report: bool = False,
+    report_link: bool = False,
     resume: bool = False,
 ) -> int:
     """Segment and track the objects of a video, or of many; write tracks.jsonl, tracks.json and overlay.mp4.
@@ -106,16 +109,21 @@ def segment(
         plain: run the model as it is written, without the accelerated twins of its modules; for those who doubt them.
         strict: fail on a video that is damaged or changes its size, instead of segmenting what comes before.
         overlay: write overlay.mp4. In windows it is drawn as frames come, by what is known at that moment.
+        report: write report.html too, a page that shows the video and its tracks in any browser and needs nothing else.
+        report_link: write report.html with its video beside it, report.mp4, instead of inside it, as long videos need.
         resume: go on with a run in windows that was stopped, of the same video, checkpoint and options: the result is
             that of one run. One that is complete stays; where there is nothing to go on from, the run starts anew. Not
             for what is piped in.
     """
     from m2f_video.video.reader import open_video, parse_frames
 
+    page: VideoPlace | None = "beside" if report_link else "inside" if report else None
+    pages = [REPORT_FILE] * (page is not None) + [REPORT_VIDEO_FILE] * (page == "beside")
     selected = None if frames is None else parse_frames(frames)
     load = partial(_load, checkpoint, config=config, temporal=temporal, revision=revision, dtype=dtype)
     how: dict[str, Any] = {
         "overlay": overlay,
+        "page": page,
         "window": window,
         "stride": stride,
         "linker": linker,
@@ -128,12 +136,14 @@ def segment(
     if source != "-" and is_list(source):
         about = {"checkpoint": checkpoint, "frames": selected, "strict": strict, "mode": mode}
         return segment_videos(source, output, load, device=device, shortest_edge=shortest_edge, **about, **how)
-    check_output(output, TRACKS_LINES_FILE, TRACKS_FILE, *([OVERLAY_FILE] if overlay else []))
+    check_output(output, TRACKS_LINES_FILE, TRACKS_FILE, *([OVERLAY_FILE] if overlay else []), *pages)
     reader = open_video(standard_input() if source == "-" else source, selected, strict=strict)
     chosen, why = choose_mode(mode, reader.num_frames_hint)
     check_source(reader, output, overlay=overlay, mode=mode)
     if overlay:
         check_overlay(reader, mode)
+    if page is not None:
+        check_page(reader, output, page)
     if resume:
         check_resume(reader)
     model = load(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -153,7 +163,7 @@ def segment(
             **how,
         )
     print_tracks(segmentation)
-    print_written(output, len(segmentation.frames), *([OVERLAY_FILE] if overlay else []))
+    print_written(output, len(segmentation.frames), *([OVERLAY_FILE] if overlay else []), *pages)
     return 0
 
 

@@ -30,6 +30,7 @@ from m2f_video.inference.partial import AnotherResultError
 from m2f_video.inference.processor import VideoProcessor
 from m2f_video.inference.segment import WINDOW, Mode, check_options, choose_mode
 from m2f_video.inference.to_folder import segment_to_folder
+from m2f_video.results.report_page import VideoPlace
 from m2f_video.video.reader import open_video
 
 POLL_SECONDS = 1.0
@@ -74,6 +75,7 @@ def segment_many(
     frames: slice | None = None,
     strict: bool = False,
     overlay: bool = True,
+    page: VideoPlace | None = None,
     mode: Mode = "auto",
     window: int = WINDOW,
     stride: int | None = None,
@@ -106,6 +108,7 @@ def segment_many(
         frames: which frames of each video.
         strict: take a video that is damaged for one that cannot be segmented.
         overlay: see `segment_to_folder`.
+        page: see `segment_to_folder`; a video that is done already gets none.
         mode: of each video.
         window: frames W of a window.
         stride: frames S from the beginning of one window to that of the next.
@@ -156,6 +159,7 @@ def segment_many(
             reader,
             folder / video.name,
             overlay=overlay,
+            page=page,
             processor=processor,
             frames_per_chunk=frames_per_chunk,
             plain=plain,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from m2f_video.files import check_regular
 from m2f_video.inference.manifest import MANIFEST_FILE
+from m2f_video.results.report_page import REPORT_VIDEO_FILE
 from m2f_video.results.tracks import OVERLAY_FILE, TRACKS_FILE
 from m2f_video.video.pictures import OTHER_SUFFIXES, PICTURE_SUFFIXES
 
@@ -113,8 +114,8 @@ def _videos_in(folder: Path) -> list[Path]:
 def _is_video(path: Path) -> bool:
     if os.path.isdir(path):  # False for links that go in circles
         return os.access(path, os.R_OK) and _has_frames(path)
-    is_overlay = path.name == OVERLAY_FILE and path.with_name(TRACKS_FILE).exists()
-    return path.suffix.lower() in VIDEO_SUFFIXES and not is_overlay
+    is_ours = path.name in (OVERLAY_FILE, REPORT_VIDEO_FILE) and path.with_name(TRACKS_FILE).exists()
+    return path.suffix.lower() in VIDEO_SUFFIXES and not is_ours
 
 
 def _has_frames(folder: Path) -> bool:

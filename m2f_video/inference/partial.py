@@ -22,6 +22,7 @@ from safetensors.torch import save
 from m2f_video.files import atomic_path, check_regular, sync
 from m2f_video.inference.fingerprint import differences
 from m2f_video.inference.stream import FrameResult, VideoStream, best_tracks, other_tracks
+from m2f_video.results.report_page import REPORT_FILE, REPORT_VIDEO_FILE
 from m2f_video.results.tracks import MOST_JSON_FRAMES, OVERLAY_FILE, TRACKS_FILE, VideoSegmentation, track_row
 from m2f_video.results.tracks_file import TRACKS_LINES_FILE, Row, TracksLines, TracksWriter, header_of, read_header
 from m2f_video.video.decode import VideoError
@@ -81,7 +82,7 @@ class PartialResult:
             OSError: files cannot be written.
         """
         discard(folder)
-        for name in (TRACKS_LINES_FILE, TRACKS_FILE, OVERLAY_FILE):
+        for name in (TRACKS_LINES_FILE, TRACKS_FILE, OVERLAY_FILE, REPORT_FILE, REPORT_VIDEO_FILE):
             (folder / name).unlink(missing_ok=True)
         lines = TracksWriter.begin(folder / TRACKS_LINES_FILE, _header(stream, made))
         return cls(stream, folder, lines, _parts(stream, folder) if overlay else None, score_threshold)

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import is_dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,14 @@ from m2f_video.inference.partial import PartialResult, complete_result, discard
 from m2f_video.inference.processor import VideoProcessor
 from m2f_video.inference.segment import Mode, choose_mode, segment_video, stream_video
 from m2f_video.inference.stream import VideoStream
+from m2f_video.results.report_page import (
+    REPORT_FILE,
+    REPORT_VIDEO_FILE,
+    VideoPlace,
+    check_shown,
+    shown_from,
+    write_report,
+)
 from m2f_video.results.tracks import OVERLAY_FILE, VideoSegmentation
 from m2f_video.video.reader import VideoReader
 from m2f_video.video.writer import MAX_SIDE
@@ -32,6 +41,7 @@ def segment_to_folder(
     *,
     overlay: bool = True,
     mode: Mode = "auto",
+    page: VideoPlace | None = None,
     score_threshold: float = 0.0,
     resume: bool = False,
     progress: Progress | None = None,
@@ -40,6 +50,8 @@ def segment_to_folder(
     **options: Any,
 ) -> VideoSegmentation:
     """Segment a video and write `tracks.jsonl`, `tracks.json` and, with `overlay`, `overlay.mp4`.
+
+    With `page`, `report.html` is written when they are complete, of the result as it is then.
 
     In windows, `tracks.jsonl` is written as frames become final, in memory that does not grow with the video but for a
     few kB a track, and the overlay by what is known at that moment. What there was of an earlier result goes when the
@@ -53,11 +65,13 @@ def segment_to_folder(
         reader: of the video.
         output: folder to write to; made where missing.
         overlay: draw the tracks.
+        page: write a page, with the video inside it or beside it.
         mode: how the video is segmented.
         score_threshold: tracks of less certainty are left out.
         resume: go on with a run in windows that was stopped, and leave a result alone that is complete; where there is
             none of this video, or nothing to go on from, as in other modes, start anew.
-        progress: see `Progress`; the stages are those of `segment_video`, and "overlay" where it is drawn at the end.
+        progress: see `Progress`; the stages are those of `segment_video`, "overlay" where it is drawn at the end, and
+            "page".
         say: called with a line on what `resume` found.
         fingerprint: of the model, where `model_fingerprint` has been asked for it.
         options: others of `segment_video`.
@@ -66,8 +80,8 @@ def segment_to_folder(
         What was written. In windows the masks are in `tracks.jsonl`, which must stay while they are asked for.
 
     Raises:
-        VideoError, ValueError: as `segment_video`; `check_source`'s, `check_overlay`'s and `check_resume`'s; or another
-            run is at work in the folder.
+        VideoError, ValueError: as `segment_video`; `check_source`'s, `check_overlay`'s, `check_page`'s and
+            `check_resume`'s; or another run is at work in the folder.
         AnotherResultError: `resume` finds a result of another video, model or options, or one that is damaged.
         OSError: the files cannot be written. Where it has notes (`__notes__`), they say what is final and where.
     """
@@ -75,6 +89,8 @@ def segment_to_folder(
     check_source(reader, output, overlay=overlay, mode=mode)
     if overlay:
         check_overlay(reader, mode)
+    if page is not None:
+        check_page(reader, output, page)
     if resume:
         check_resume(reader)
     if chosen == "window":
@@ -84,7 +100,8 @@ def segment_to_folder(
         how = {name: value for name, value in options.items() if name not in ("window", "stride", "linker")}
     how |= {"mode": chosen, "score_threshold": score_threshold, "overlay": overlay}
     made = _made_from(model, fingerprint, reader, how)
-    with _held(output) as folder:
+
+    def written(folder: Path) -> VideoSegmentation:
         if resume and (found := complete_result(folder, made, overlay)) is not None:
             _say(say, f"{output}: it is complete already, nothing is to be done")
             return replace(found, video=reader)
@@ -95,15 +112,26 @@ def segment_to_folder(
         segmentation = segment_video(
             model, reader, mode=chosen, score_threshold=score_threshold, progress=progress, **options
         )
-
-        def drawn(done: int, total: int) -> None:
-            if progress is not None:
-                progress("overlay", done, total)
-
         discard(folder)
         segmentation = replace(segmentation, made=made)
-        segmentation.save(folder, overlay, progress=drawn)
+        segmentation.save(folder, overlay, progress=_stage(progress, "overlay"))
         return segmentation
+
+    with _held(output) as folder:
+        segmentation = written(folder)
+        if page is not None:
+            write_report(
+                folder / REPORT_FILE,
+                [segmentation],
+                place=page,
+                min_score=shown_from(segmentation),
+                progress=_stage(progress, "page"),
+            )
+        return segmentation
+
+
+def _stage(progress: Progress | None, stage: str) -> Callable[[int, int], None] | None:
+    return None if progress is None else partial(progress, stage)
 
 
 def check_overlay(reader: VideoReader, mode: Mode) -> None:
@@ -130,6 +158,20 @@ def check_source(reader: VideoReader, output: Path, *, overlay: bool, mode: Mode
     goes = overlay or choose_mode(mode, reader.num_frames_hint)[0] == "window"
     if goes and not reader.read_once and Path(reader.source).resolve() == (output / OVERLAY_FILE).resolve():
         raise ValueError(f"{reader.source} is what --output would overwrite; give --output another folder")
+
+
+def check_page(reader: VideoReader, output: Path, page: VideoPlace) -> None:
+    """Fail before the work where a page of a video could not be written after it.
+
+    Raises:
+        ValueError: it is read once, too large, too long, or what the page's video would overwrite.
+    """
+    if reader.read_once:
+        raise ValueError("a video that is piped in cannot be shown on a page, which reads it again; leave out --report")
+    check_shown(reader.width, reader.height, reader.num_frames_hint)
+    beside = output / REPORT_VIDEO_FILE
+    if page == "beside" and Path(reader.source).resolve() == beside.resolve():
+        raise ValueError(f"{reader.source} is what the page's video would overwrite; give --output another folder")
 
 
 def check_resume(reader: VideoReader) -> None:

@@ -59,6 +59,19 @@ def mask_box(rle: Rle) -> tuple[int, int, int, int] | None:
     return (x, y, width, height) if width and height else None
 
 
+def intersections(ours: Sequence[Rle], theirs: Sequence[Rle]) -> np.ndarray:
+    """Pixels that each of our masks shares with each of theirs, int64 (ours, theirs); of well-formed encodings.
+
+    All are of one frame, and none is empty.
+    """
+    from pycocotools import mask as coco
+
+    if not ours or not theirs:
+        return np.zeros((len(ours), len(theirs)), np.int64)
+    shares = coco.iou(ours, theirs, [True] * len(theirs))  # of "crowds" what is shared counts by the area of ours
+    return np.rint(shares * coco.area(ours)[:, None]).astype(np.int64)
+
+
 def check_picture_size(height: int, width: int) -> None:
     """Refuse what no picture has: memory is taken by the size that a file states.
 

@@ -4,7 +4,7 @@ Shape letters: N tracks, H height, W width.
 """
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
 
 import numpy as np
@@ -47,27 +47,62 @@ def write_overlay(
         VideoError: the video is of another size, or ends before the last of the frames.
         OSError: the file cannot be written.
     """
+    rate = max(playing_rate(fps, frames), Fraction(1, 3600))  # the encoder takes none that are much slower
+    with VideoWriter(path, rate, size[1], size[0]) as writer:
+        for position, frame in enumerate(read_frames(video, size=size, frames=frames)):
+            writer.write(draw_tracks(frame, masks(position), colors, texts))
+            if progress is not None:
+                progress(position + 1, len(frames))
+
+
+def playing_rate(fps: float, frames: Sequence[int]) -> Fraction:
+    """Frames per second at which some frames of a video play as long as the source does.
+
+    Args:
+        fps: of the source.
+        frames: their numbers in the source; rising, at least one.
+
+    Raises:
+        VideoError: the rate is none that video files can state.
+    """
+    rate = as_frame_rate(fps)
+    return rate * (len(frames) - 1) / (frames[-1] - frames[0]) if len(frames) > 1 else rate
+
+
+def read_frames(
+    video: VideoReader | VideoSource, *, size: tuple[int, int], frames: Sequence[int], exactly: bool = False
+) -> Iterator[np.ndarray]:
+    """Frames of the video that was segmented, with one in memory at a time.
+
+    Args:
+        video: to be read.
+        size: (H, W) that it must have.
+        frames: numbers in the source, from 0, of those to give; rising, at least one.
+        exactly: whether it must give no further frame after them.
+
+    Raises:
+        VideoError: the video is of another size, or ends before the last of the frames, or after it.
+    """
     reader = video if isinstance(video, VideoReader) else open_video(video)
     if (reader.height, reader.width) != size:
         raise VideoError(
             f"{reader.source}: the video is {reader.width}x{reader.height} but the segmented one was "
             f"{size[1]}x{size[0]}; give the video that was segmented"
         )
-    rate = as_frame_rate(fps)
-    if len(frames) > 1:
-        rate = rate * (len(frames) - 1) / (frames[-1] - frames[0])
-    rate = max(rate, Fraction(1, 3600))  # the encoder takes none that are much slower
     position = 0
-    with VideoWriter(path, rate, reader.width, reader.height) as writer:
-        for read, frame in enumerate(reader):
-            if reader.frame_index(read) != frames[position]:
-                continue
-            writer.write(draw_tracks(frame, masks(position), colors, texts))
-            position += 1
-            if progress is not None:
-                progress(position, len(frames))
-            if position == len(frames):
-                return
+    for read, frame in enumerate(reader):
+        if position == len(frames):
+            raise VideoError(
+                f"{reader.source}: the video has more frames than the {len(frames)} that were segmented; "
+                "give the video that was segmented"
+            )
+        if reader.frame_index(read) != frames[position]:
+            continue
+        yield frame
+        position += 1
+        if position == len(frames) and not exactly:
+            return
+    if position < len(frames):
         raise VideoError(
             f"{reader.source}: frame {frames[position]} was segmented but the video does not give it; "
             "give the video that was segmented, and the same frames of it"

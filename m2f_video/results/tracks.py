@@ -22,6 +22,7 @@ from m2f_video.results.masks import Rle, decode_mask
 from m2f_video.results.overlay import write_overlay
 from m2f_video.results.reading import TRACKS_FILE as TRACKS_FILE
 from m2f_video.results.reading import read_result
+from m2f_video.results.report_page import MIN_SCORE, VideoPlace, write_report
 from m2f_video.results.track import Track as Track
 from m2f_video.results.track import check_position, show_few
 from m2f_video.results.tracks_file import TRACKS_LINES_FILE, FrameMasks, Row, TracksWriter, categories_of, header_of
@@ -160,6 +161,30 @@ class VideoSegmentation(Formats):
                 )
             if text is None:  # of an earlier result
                 (folder / TRACKS_FILE).unlink(missing_ok=True)
+
+    def report(
+        self,
+        path: str | os.PathLike[str],
+        link: bool = False,
+        min_score: float = MIN_SCORE,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Write a page that shows the video and its tracks in a browser, and needs nothing else.
+
+        The masks are in the page, and a browser draws them over the video, which is encoded anew.
+
+        Args:
+            path: of the page, such as `report.html`. It appears when it is complete.
+            link: have the video beside the page, in a file of its name that ends in .mp4, instead of inside it.
+            min_score: certainty from which tracks are shown at first; all are in the page.
+            progress: called with (steps done, steps in all).
+
+        Raises:
+            ValueError: as `write_report`, which sets two results side by side as well.
+            OSError: the files cannot be written.
+        """
+        place: VideoPlace = "beside" if link else "inside"
+        write_report(path, [self], place=place, min_score=min_score, progress=progress)
 
     def to_json(self) -> str | None:
         """What `tracks.json` holds, as a text; None where there are more frames than it takes."""

@@ -71,6 +71,8 @@ class VideoWriter:
         height: pixels.
         codec: an FFmpeg encoder that takes `crf` and x264's presets: libx264, libx265.
         crf: constant rate factor, lower is better and larger.
+        keyframes: at least every so many frames there is one that decodes by itself; players seek faster where they
+            are close. None leaves it to the encoder, x264 takes 250.
 
     Raises:
         VideoError: bad size (a side has 1 to `MAX_SIDE` pixels) or rate, an unknown encoder, a wrong frame, or a block
@@ -86,6 +88,7 @@ class VideoWriter:
         height: int,
         codec: str = "libx264",
         crf: int = 18,
+        keyframes: int | None = None,
     ) -> None:
         if width < 1 or height < 1:
             raise VideoError(f"{path}: width and height must be positive, got {width}x{height}")
@@ -94,6 +97,7 @@ class VideoWriter:
         self.path = Path(path)
         self.fps = as_frame_rate(fps)
         self.width, self.height, self.codec, self.crf = width, height, codec, crf
+        self.keyframes = keyframes
         self.num_frames = 0
         self._block: contextlib.AbstractContextManager[None] | None = None
 
@@ -172,6 +176,8 @@ class VideoWriter:
 
     def _add_stream(self) -> Any:
         options = {"crf": str(self.crf), "preset": "veryfast"}
+        if self.keyframes is not None:
+            options["g"] = str(self.keyframes)
         if self.codec == "libx264":
             options["mbtree"] = "0"  # reads memory that nobody has written: the same frames become different files
         if self.width * self.height > _MOST_PIXELS_LOOKED_AHEAD:

@@ -544,7 +544,7 @@ def test_info_says_what_runs(capsys, monkeypatch, tmp_path):
 
 def test_demo_measures_its_result_by_the_truth(tmp_path, capsys):
     assert run("demo", "--output", tmp_path / "demo") == 0
-    assert sorted(file.name for file in (tmp_path / "demo").iterdir()) == [*FILES, "video.mp4"]
+    assert sorted(file.name for file in (tmp_path / "demo").iterdir()) == sorted([*FILES, "report.html", "video.mp4"])
     printed = capsys.readouterr().out
     assert "AP50" in printed
     rows = json.loads((tmp_path / "demo" / "tracks.json").read_text())["results"]
