@@ -8,6 +8,7 @@ accelerated. On a CPU the features that `streamed` stores are counted too.
 Resident memory is that of a process of its own that segments a long stream into a folder, overlay included.
 """
 
+import json
 import sys
 import tempfile
 import time
@@ -29,7 +30,7 @@ from m2f_video.acceleration import accelerated
 from m2f_video.benchmark import measure, peak_bytes
 from m2f_video.config import VideoMask2FormerConfig
 from m2f_video.data.synthetic import SyntheticVideos
-from m2f_video.files import atomic_path
+from m2f_video.files import atomic_path, read_json
 from m2f_video.inference.linking import Tracker
 from m2f_video.inference.processor import VideoProcessor
 from m2f_video.inference.segment import WINDOW, Mode, segment_video
@@ -221,21 +222,40 @@ def resident_here(checkpoint: Path, frames: tuple[int, int]) -> dict[str, Any]:
     }
 
 
-def measure_costs(checkpoint: Path, sizes: Sizes) -> dict[str, Any]:
-    """All of it, some minutes to half an hour."""
-    found: dict[str, Any] = {
-        "by_length": by_length(
-            partial(VideoMask2Former.from_pretrained, checkpoint), (192, 320), sizes.lengths, sizes.repeats
-        )
+def measure_costs(checkpoint: Path, sizes: Sizes, folder: Path) -> dict[str, Any]:
+    """All of it, some minutes to half an hour; what has been measured is kept in a folder, and not measured again."""
+    threads = torch.get_num_threads()
+
+    def demo() -> VideoMask2Former:
+        return VideoMask2Former.from_pretrained(checkpoint)
+
+    def large() -> VideoMask2Former:
+        config = VideoMask2FormerConfig.preset("swin_tiny_youtubevis_2019")
+        return random_model(replace(config, preprocessing=replace(config.preprocessing, fixed_size=LARGE)), 0)
+
+    def fast(measured: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+        with accelerated(demo(), False) as model:
+            return measured(model, sizes.windows, sizes.repeats)
+
+    parts: dict[str, Callable[[], dict[str, Any]]] = {
+        "throughput": partial(fast, throughput),
+        "association": partial(fast, association),
+        "resident": partial(resident, checkpoint, sizes.resident, threads),
+        "by_length": partial(by_length, demo, (192, 320), sizes.lengths, sizes.repeats),
     }
     if sizes.large:
-        config = VideoMask2FormerConfig.preset("swin_tiny_youtubevis_2019")
-        config = replace(config, preprocessing=replace(config.preprocessing, fixed_size=LARGE))
-        found["by_length_large"] = by_length(lambda: random_model(config, 0), LARGE, sizes.large, 0)
-    with accelerated(VideoMask2Former.from_pretrained(checkpoint), False) as model:
-        found["throughput"] = throughput(model, sizes.windows, sizes.repeats)
-        found["association"] = association(model, sizes.windows, sizes.repeats)
-    found["resident"] = resident(checkpoint, sizes.resident, torch.get_num_threads())
+        parts["by_length_large"] = partial(by_length, large, LARGE, sizes.large, 0)
+    return {name: _kept(folder / f"costs-{name}.json", f"{sizes}, {threads} threads", parts[name]) for name in parts}
+
+
+def _kept(file: Path, of: str, measured: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What is in a file, or is measured and put there; what was measured otherwise is measured anew."""
+    if not file.exists() or (kept := read_json(file))["of"] != of:
+        kept = {"of": of, "found": measured()}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(file) as temporary:
+            temporary.write_text(json.dumps(kept))
+    found: dict[str, Any] = kept["found"]
     return found
 
 

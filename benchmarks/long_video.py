@@ -256,7 +256,7 @@ def main(
     torch.set_num_threads(threads)
     about = {"machine": machine(), "command": shlex.join(("python", *sys.argv)), "claims": not quick}
     if costs:
-        found = measure_costs(checkpoint, Sizes.quick() if quick else Sizes())
+        found = measure_costs(checkpoint, Sizes.quick() if quick else Sizes(), output)
         print(write_costs(report or output, f"{name}_costs", found, about))
         return
     os.nice(max(nice - os.nice(0), 0))

@@ -234,7 +234,10 @@ def test_costs(long_video, checkpoint, tmp_path) -> None:
     import long_costs
 
     sizes = replace(long_costs.Sizes.quick(), lengths=(1, 2), windows=1, resident=(8, 16))
-    found = long_costs.measure_costs(checkpoint, sizes)
+    found = long_costs.measure_costs(checkpoint, sizes, tmp_path)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(long_costs, "VideoMask2Former", None)  # nothing is measured again
+        assert long_costs.measure_costs(checkpoint, sizes, tmp_path) == found
     assert list(found["by_length"]) == [*long_costs.MODES, "original"]
     for rows in found["by_length"].values():
         assert rows["1"]["peak_mb"] > 0
