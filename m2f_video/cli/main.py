@@ -20,6 +20,7 @@ from m2f_video.cli.console import one_line
 from m2f_video.cli.data import DATA_COMMANDS
 from m2f_video.cli.demo import demo
 from m2f_video.cli.evaluate import eval_results
+from m2f_video.cli.export import export
 from m2f_video.cli.info import info
 from m2f_video.cli.inspect import inspect
 from m2f_video.cli.parity import parity
@@ -38,6 +39,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "benchmark": benchmark,
     "eval": eval_results,
     "inspect": inspect,
+    "export": export,
     "info": info,
 }
 
