@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental import _config as sizes_config
 
 from m2f_video.acceleration.context import in_evaluation_mode
 from m2f_video.exported import (
@@ -115,7 +116,7 @@ class _Clip(nn.Module):
         self.model = model
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
-        output = self.model(pixel_values)
+        output = self.model.decode_clip(self.model.encode_frames(pixel_values[0]))
         return output.class_queries_logits, output.masks_queries_logits
 
 
@@ -268,23 +269,25 @@ def _traced(model: VideoMask2Former, part: str) -> torch.export.ExportedProgram:
         if isinstance(module, MSDeformAttn):
             module.backend = "reference"  # bilinear sampling is an operator everywhere
     T, H, W = TRACED
+    pixels, divisor = torch.zeros(T, 3, H, W), model.config.preprocessing.size_divisor
     frames, height, width = (torch.export.Dim(name, min=1) for name in ("frames", "height", "width"))
-    if part == DECODER:
-        config = model.config
-        widths = (config.pixel_decoder.mask_dim, *[config.pixel_decoder.hidden_dim] * 3)
-        strides = (4, 32, 16, 8)
-        inputs = tuple(torch.zeros(T, C, H // s, W // s) for C, s in zip(widths, strides, strict=True))
-        names = [(f"height_{stride}", f"width_{stride}") for stride in strides]
-        dims = [
-            {0: frames, 2: torch.export.Dim(high, min=1), 3: torch.export.Dim(wide, min=1)} for high, wide in names
-        ]
-        return torch.export.export(_Decoder(plain), inputs, dynamic_shapes=(dims[0], tuple(dims[1:])), strict=False)
-    pixels = torch.zeros(T, 3, H, W)
+    if part == CLIP:
+        return _open_program(_Clip(plain), (pixels[None],), ({1: frames, 3: divisor * height, 4: divisor * width},))
     if part == ENCODER:
-        shapes = ({0: frames, 2: height, 3: width},)
-        return torch.export.export(_Encoder(plain), (pixels,), dynamic_shapes=shapes, strict=False)
-    shapes = ({1: frames, 3: height, 4: width},)
-    return torch.export.export(_Clip(plain), (pixels[None],), dynamic_shapes=shapes, strict=False)
+        return _open_program(_Encoder(plain), (pixels,), ({0: frames, 2: divisor * height, 3: divisor * width},))
+    with torch.no_grad():
+        features = _Encoder(plain)(pixels[:, :, :64, :64])
+    names = [(f"height_{stride}", f"width_{stride}") for stride in (4, 32, 16, 8)]
+    dims = [{0: frames, 2: torch.export.Dim(high, min=1), 3: torch.export.Dim(wide, min=1)} for high, wide in names]
+    return _open_program(_Decoder(plain), tuple(features), (dims[0], tuple(dims[1:])))
+
+
+def _open_program(module: nn.Module, inputs: tuple[Tensor, ...], shapes: Any) -> torch.export.ExportedProgram:
+    """Traced on inputs some of whose sizes stay open, those of one included."""
+    with sizes_config.patch(backed_size_oblivious=True), torch.no_grad():
+        return torch.export.export(
+            module, inputs, dynamic_shapes=shapes, prefer_deferred_runtime_asserts_over_guards=True
+        )
 
 
 @contextmanager

@@ -47,7 +47,8 @@ def sampling_locations_from_offsets(reference_points: Tensor, offsets: Tensor, s
     Returns:
         (B, Q, M, L, P, 2) as (x, y), 0 and 1 being the level's outer edges.
     """
-    sizes = torch.tensor([(w, h) for h, w in spatial_shapes], dtype=offsets.dtype, device=offsets.device)
+    about = {"dtype": offsets.dtype, "device": offsets.device}
+    sizes = torch.stack([torch.scalar_tensor(side, **about) for h, w in spatial_shapes for side in (w, h)]).view(-1, 2)
     return reference_points[:, None, None, None, :] + offsets / sizes[:, None, :]
 
 
