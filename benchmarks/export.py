@@ -137,7 +137,9 @@ def measured(
             for name, each in models.items()
         ]
         found = measure_parts(implementations, frames=count, repeats=repeats, ceilings=ceilings, progress=progress)
-        rows += [replace(row, peak_mb=None) if row.implementation == EXPORTED else row for row in found]  # not PyTorch's
+        rows += [
+            replace(row, peak_mb=None) if row.implementation == EXPORTED else row for row in found
+        ]  # not PyTorch's
     title = f"exported to ONNX, {size[0]} x {size[1]}, cpu"
     baselines = (EAGER, PREPARED)
     return Comparison(title=title, machine=bench.machine(), ceilings=ceilings, rows=rows, baselines=baselines)

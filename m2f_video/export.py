@@ -1,6 +1,7 @@
 """Export to ONNX and to `torch.export`: the whole model, and its two halves for long video.
 
-Sizes and numbers of frames stay open. What was written is run again, by ONNX Runtime or from the file, on sizes and
+The number of frames stays open, and so do their sizes, as multiples of what preprocessing makes them multiples of. What
+was written is run again, by ONNX Runtime or from the file, on sizes and
 lengths that it was not exported with, and compared with the model as it is written, in float32.
 
 T frames, H W height and width of the model's input.
@@ -24,9 +25,7 @@ from torch.fx.experimental import _config as sizes_config
 from m2f_video.acceleration.context import in_evaluation_mode
 from m2f_video.exported import (
     CLIP,
-    DECODER,
     ENCODER,
-    FEATURES,
     FORMAT,
     FORMAT_VERSION,
     METADATA,
@@ -59,8 +58,8 @@ TOLERANCE = 1e-4
 """Largest relative norm error of any output."""
 MOST_INLINE = 1 << 30
 """Bytes of weights that are in the ONNX file itself; more are in a file beside it, as a protobuf ends at 2 GB."""
-TRACED: Size = (2, 480, 512)
-"""That the model is exported with: of more than one frame, and of more than one window at every stride."""
+TRACED_FRAMES, TRACED_SIDE = 2, 480
+"""Of the clip that the model is exported with; its sides are the next multiples of the size divisor."""
 NOT_EXPORTED: Mapping[str, str] = {
     "bifpn": "its pooling to the size of the next level has no form for sizes that are not known",
     "fapn": "ONNX Runtime has no deformable convolution",
@@ -165,8 +164,9 @@ def export_model(
     check_exportable(model, format)
     files = check_target(output, format)
     sizes = check_sizes(model) if sizes is None else sizes
-    if not sizes or any(len(size) != 3 or min(size) < 1 for size in sizes):
-        raise ValueError(f"sizes must be (frames, height, width), each at least 1, got {sizes!r:.100}")
+    divisor = model.config.preprocessing.size_divisor
+    if not sizes or any(len(size) != 3 or min(size) < 1 or size[1] % divisor or size[2] % divisor for size in sizes):
+        raise ValueError(f"sizes must be (frames, height, width), multiples of {divisor} these, got {sizes!r:.100}")
     report = progress or (lambda *_: None)
     eager = copy.deepcopy(model).to("cpu", torch.float32).eval().requires_grad_(False)  # copies have no twins
     with made_directory(files.clip.parent), temporary_folder(files.clip) as folder:
@@ -179,11 +179,11 @@ def export_model(
         digests = {part: _digests(staged.part(part)) for part in PARTS}
         checks: list[Check] = []
         with _named(eager, format):
-            for part, run in _readers(staged, format, digests):
-                for size in sizes:
-                    report("check", len(checks), 2 * len(sizes))
-                    checks.append(_check(part, run, eager, size))
-        report("check", len(checks), len(checks))
+            readers = _readers(staged, format, digests)
+            for done, size in enumerate(sizes):
+                report("check", done, len(sizes))
+                checks += _checks(readers, eager, size)
+        report("check", len(sizes), len(sizes))
         if not all(check.passed for check in checks):
             return Export((), tuple(checks))
         _write_manifest(staged.manifest, format, digests, checks)
@@ -268,15 +268,16 @@ def _traced(model: VideoMask2Former, part: str) -> torch.export.ExportedProgram:
     for module in plain.modules():
         if isinstance(module, MSDeformAttn):
             module.backend = "reference"  # bilinear sampling is an operator everywhere
-    T, H, W = TRACED
-    pixels, divisor = torch.zeros(T, 3, H, W), model.config.preprocessing.size_divisor
+    divisor = model.config.preprocessing.size_divisor
+    rows = -(-TRACED_SIDE // divisor)
+    pixels = torch.zeros(TRACED_FRAMES, 3, rows * divisor, (rows + 1) * divisor)
     frames, height, width = (torch.export.Dim(name, min=1) for name in ("frames", "height", "width"))
     if part == CLIP:
         return _open_program(_Clip(plain), (pixels[None],), ({1: frames, 3: divisor * height, 4: divisor * width},))
     if part == ENCODER:
         return _open_program(_Encoder(plain), (pixels,), ({0: frames, 2: divisor * height, 3: divisor * width},))
     with torch.no_grad():
-        features = _Encoder(plain)(pixels[:, :, :64, :64])
+        features = _Encoder(plain)(pixels[:, :, :128, :192])
     names = [(f"height_{stride}", f"width_{stride}") for stride in (4, 32, 16, 8)]
     dims = [{0: frames, 2: torch.export.Dim(high, min=1), 3: torch.export.Dim(wide, min=1)} for high, wide in names]
     return _open_program(_Decoder(plain), tuple(features), (dims[0], tuple(dims[1:])))
@@ -293,15 +294,17 @@ def _open_program(module: nn.Module, inputs: tuple[Tensor, ...], shapes: Any) ->
 @contextmanager
 def _quietly() -> Iterator[None]:
     """Without what the exporter says of its own workings."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        logger.setLevel(logging.ERROR)
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
         try:
             yield
         finally:
-            logger.setLevel(level)
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
 
 
 @contextmanager
@@ -335,14 +338,13 @@ Clips = Callable[[Tensor], tuple[Tensor, Tensor]]
 """A clip (1, T, 3, H, W) to class logits and mask logits."""
 
 
-def _readers(files: ExportFiles, format: Format, digests: Mapping[str, Mapping[str, str]]) -> Iterator[tuple[str, Clips]]:
-    """The clip model and the pair, each read from its files when its turn comes."""
-    graphs = {part: _graph(files, part, format, digests[part]) for part in PARTS}
-    config = graphs[ENCODER][1]
-    pair = ExportedModel(config, graphs[ENCODER][0], graphs[DECODER][0])
+def _readers(files: ExportFiles, format: Format, digests: Mapping[str, Mapping[str, str]]) -> dict[str, Clips]:
+    """The clip model and the pair, read from their files."""
+    (clip, _), (encoder, config), (decoder, _) = (_graph(files, part, format, digests[part]) for part in PARTS)
+    pair = ExportedModel(config, encoder, decoder)
 
     def by_clip(pixels: Tensor) -> tuple[Tensor, Tensor]:
-        classes, masks = graphs[CLIP][0](pixels)
+        classes, masks = clip(pixels)
         return classes, masks
 
     def by_pair(pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -351,8 +353,7 @@ def _readers(files: ExportFiles, format: Format, digests: Mapping[str, Mapping[s
         assert output.masks_queries_logits is not None  # noqa: S101  # asked for
         return output.class_queries_logits, output.masks_queries_logits
 
-    yield CLIP, by_clip
-    yield "pair", by_pair
+    return {CLIP: by_clip, "pair": by_pair}
 
 
 def _graph(files: ExportFiles, part: str, format: Format, digests: Mapping[str, str]) -> tuple[Graph, Any]:
@@ -364,19 +365,24 @@ def _graph(files: ExportFiles, part: str, format: Format, digests: Mapping[str, 
 
 
 @torch.inference_mode()
-def _check(part: str, run: Clips, eager: VideoMask2Former, size: Size) -> Check:
+def _checks(readers: Mapping[str, Clips], eager: VideoMask2Former, size: Size) -> list[Check]:
     clip = random_frames(*size, seed=0).float()[None]
     expected = eager(clip)
-    classes, masks = run(clip)
-    errors = (
-        compare_stage(part, classes, expected.class_queries_logits).relative,
-        compare_stage(part, masks, expected.masks_queries_logits).relative,
-    )
-    return Check(part, *size, *errors)
+    checks = []
+    for part, run in readers.items():
+        classes, masks = run(clip)
+        errors = (
+            compare_stage(part, classes, expected.class_queries_logits).relative,
+            compare_stage(part, masks, expected.masks_queries_logits).relative,
+        )
+        checks.append(Check(part, *size, *errors))
+    return checks
 
 
 def _write_manifest(path: Path, format: Format, digests: Mapping[str, Mapping[str, str]], checks: list[Check]) -> None:
     about = {"format": FORMAT, "format_version": FORMAT_VERSION, "kind": format}
     opset = {"opset": OPSET} if format == "onnx" else {}
-    content = about | opset | {"torch": torch.__version__, "files": digests, "checks": [asdict(check) for check in checks]}
+    content = (
+        about | opset | {"torch": torch.__version__, "files": digests, "checks": [asdict(check) for check in checks]}
+    )
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -38,6 +38,12 @@ NAMES: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 """Of each part: what goes in, and what comes out."""
 
+_FAULTS = (
+    *("Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NoModel", "NoSuchFile", "NotImplemented"),
+    "RuntimeException",
+)
+"""Exceptions of ONNX Runtime, which have no common one."""
+
 Graph = Callable[..., Sequence[Tensor]]
 """A part that runs: tensors in, tensors out, in the order of `NAMES`."""
 
@@ -125,13 +131,16 @@ class ExportedModel:
         return cls(config, encoder, decoder, fingerprint)
 
     def encode_frames(self, frames: Tensor) -> FrameFeatures:
-        """Features of frames (F, 3, H, W), normalised.
+        """Features of frames (F, 3, H, W), normalised, whose sides are multiples of `preprocessing.size_divisor`.
 
         Raises:
             ValueError: frames of another shape, without frames, or not floating point.
         """
         if frames.ndim != 4 or frames.shape[1] != 3 or 0 in frames.shape or not frames.is_floating_point():
             raise ValueError(f"frames must be floating point (F, 3, H, W), got {frames.dtype} {tuple(frames.shape)}")
+        divisor = self.config.preprocessing.size_divisor
+        if any(side % divisor for side in frames.shape[2:]):
+            raise ValueError(f"sides of frames must be multiples of {divisor}, got {tuple(frames.shape[2:])}")
         mask_features, *multi_scale = self._encoder(frames)
         return FrameFeatures(mask_features, tuple(multi_scale))
 
@@ -161,11 +170,7 @@ def load_graph(files: ExportFiles, part: str, digests: Mapping[str, str]) -> tup
 
     path = files.part(part)
     config = _config_inside(path, part, digests)
-    faults = tuple(
-        getattr(runtime, name)
-        for name in ("Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NoModel", "NoSuchFile")
-        + ("NotImplemented", "RuntimeException")
-    )
+    faults = tuple(getattr(runtime, name) for name in _FAULTS)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 4
@@ -229,7 +234,7 @@ def _verified(files: ExportFiles) -> dict[str, dict[str, str]]:
     """Digests of the files of both halves by name, as the manifest and the files themselves have them."""
     if not files.manifest.exists():
         raise ExportError(
-            f"{files.clip} is not from m2f-video export, or was moved alone: there is no {files.manifest.name} beside it"
+            f"{files.clip} is not from m2f-video export, or was moved alone: {files.manifest.name} is not beside it"
         )
     manifest = read_json(files.manifest)
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
@@ -272,7 +277,9 @@ def _config_inside(path: Path, part: str, digests: Mapping[str, str]) -> VideoMa
         raise ExportError(f"{path} is no ONNX file, or cut off; export it again") from error
     for location in external_locations(model):
         if _plain_name(location, path) not in digests:
-            raise ExportError(f"{path} has weights in {location!r:.80}, which is no file of the export; export it again")
+            raise ExportError(
+                f"{path} has weights in {location!r:.80}, which is no file of the export; export it again"
+            )
     texts = {entry.key: entry.value for entry in model.metadata_props}
     if METADATA not in texts:
         raise ExportError(f"{path} is not from m2f-video export: it has no config in it")

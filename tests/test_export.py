@@ -80,7 +80,12 @@ def test_it_writes_the_model_both_halves_and_a_manifest(exported, tiny_model) ->
     assert result.passed
     assert sorted(path.name for path in output.parent.iterdir()) == FILES
     assert sorted(path.name for path in result.files) == FILES
-    assert [(check.part, check.frames) for check in result.checks] == [("clip", 1), ("clip", 3), ("pair", 1), ("pair", 3)]
+    assert [(check.part, check.frames) for check in result.checks] == [
+        ("clip", 1),
+        ("clip", 3),
+        ("pair", 1),
+        ("pair", 3),
+    ]
     manifest = json.loads((output.parent / "model.json").read_text())
     assert manifest["opset"] == OPSET
     assert len(manifest["checks"]) == 4
@@ -128,7 +133,10 @@ def test_segment_video_runs_a_pair(exported, tiny_model, mode: Mode) -> None:
 
 def differing_pixels(ours: VideoSegmentation, expected: VideoSegmentation) -> float:
     """The share of pixels of all masks that differ."""
-    masks = [np.stack([track.mask(frame) for track in each.tracks for frame in range(len(each.frames))]) for each in (ours, expected)]
+    masks = [
+        np.stack([track.mask(frame) for track in each.tracks for frame in range(len(each.frames))])
+        for each in (ours, expected)
+    ]
     return float((masks[0] != masks[1]).mean())
 
 

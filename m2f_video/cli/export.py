@@ -20,7 +20,8 @@ def export(
 
     Beside model.onnx, which takes a clip, model.encoder.onnx takes frames and model.decoder.onnx what it makes of them:
     with these two m2f-video segment runs videos of any length. model.json names all. Clips may have any number of
-    frames, and these any size. Classes, and how frames are prepared, are in each file. The model is written in float32.
+    frames, and these any size that preprocessing gives. Classes, and how frames are prepared, are in each file. The
+    model is written in float32.
 
     What was written is run on random clips of two sizes and lengths that it was not exported with, by ONNX Runtime, and
     compared with the model: the largest relative error allowed is 1e-4, and otherwise nothing is written.

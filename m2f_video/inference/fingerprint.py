@@ -31,7 +31,7 @@ def model_fingerprint(model: ClipModel) -> str:
         if known := getattr(model, "fingerprint", ""):
             return str(known)
         raise TypeError(
-            f"{type(model).__name__} has no state_dict or fingerprint, by which a result could be told to be this model's"
+            f"{type(model).__name__} has no state_dict and no fingerprint, by which a result could be told to be of it"
         )
     digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
     for name, tensor in model.state_dict().items():
