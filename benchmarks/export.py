@@ -1,6 +1,6 @@
 """Measure what an export to ONNX loses and costs: errors by size and length, and seconds beside the model's own.
 
-    python benchmarks/export.py [--checkpoint demo] [--frames 1 3 8 --repeats 5 --threads 2 --json-file FILE --table FILE]
+    python benchmarks/export.py [--checkpoint demo] [--frames 1 3 8 --repeats 5 --json-file FILE --table FILE]
 
 Errors are those of the logits, of the clip model and of the pair, relative to the eager model in float32, on random
 clips of two sizes: that of 16:9 video, and an upright one with half of its sides. With `--repeats 0` nothing is timed.

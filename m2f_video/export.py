@@ -116,6 +116,7 @@ class _Clip(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         output = self.model.decode_clip(self.model.encode_frames(pixel_values[0]))
+        assert output.masks_queries_logits is not None  # noqa: S101  # asked for
         return output.class_queries_logits, output.masks_queries_logits
 
 
@@ -285,7 +286,7 @@ def _traced(model: VideoMask2Former, part: str) -> torch.export.ExportedProgram:
 
 def _open_program(module: nn.Module, inputs: tuple[Tensor, ...], shapes: Any) -> torch.export.ExportedProgram:
     """Traced on inputs some of whose sizes stay open, those of one included."""
-    with sizes_config.patch(backed_size_oblivious=True), torch.no_grad():
+    with sizes_config.patch(backed_size_oblivious=True), torch.no_grad():  # type: ignore[attr-defined]
         return torch.export.export(
             module, inputs, dynamic_shapes=shapes, prefer_deferred_runtime_asserts_over_guards=True
         )
