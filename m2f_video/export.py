@@ -258,6 +258,9 @@ def _write(model: VideoMask2Former, part: str, path: Path, format: Format) -> No
             verbose=False,
         )
     assert onnx_program is not None  # noqa: S101  # as of all that go by dynamo
+    graph = onnx_program.model.graph
+    for item in (graph, *graph, *(value for node in graph for value in node.outputs)):
+        item.metadata_props.clear()  # paths and lines of the code that this comes from
     onnx_program.model.metadata_props[METADATA] = about
     weights = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     onnx_program.save(path, external_data=weights > MOST_INLINE)
