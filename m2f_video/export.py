@@ -13,7 +13,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.fx.experimental import _config as sizes_config
 
 from m2f_video.acceleration.context import in_evaluation_mode
+from m2f_video.acceleration.swap import plain_type
 from m2f_video.exported import (
     CLIP,
     ENCODER,
@@ -109,6 +110,10 @@ class Export:
         return all(check.passed for check in self.checks)
 
 
+class _OverToleranceError(Exception):
+    pass
+
+
 class _Clip(nn.Module):
     def __init__(self, model: VideoMask2Former) -> None:
         super().__init__()
@@ -170,7 +175,12 @@ def export_model(
         raise ValueError(f"sizes must be (frames, height, width), multiples of {divisor} these, got {sizes!r:.100}")
     report = progress or (lambda *_: None)
     eager = copy.deepcopy(model).to("cpu", torch.float32).eval().requires_grad_(False)  # copies have no twins
-    with made_directory(files.clip.parent), temporary_folder(files.clip) as folder:
+    checks: list[Check] = []
+    with (
+        suppress(_OverToleranceError),
+        made_directory(files.clip.parent),
+        temporary_folder(files.clip) as folder,
+    ):
         staged = ExportFiles(folder / files.clip.name)
         for done, part in enumerate(PARTS):
             report("export", done, len(PARTS))
@@ -178,7 +188,6 @@ def export_model(
                 _write(eager, part, staged.part(part), format)
         report("export", len(PARTS), len(PARTS))
         digests = {part: _digests(staged.part(part)) for part in PARTS}
-        checks: list[Check] = []
         with _named(eager, format):
             readers = _readers(staged, format, digests)
             for done, size in enumerate(sizes):
@@ -186,12 +195,13 @@ def export_model(
                 checks += _checks(readers, eager, size)
         report("check", len(sizes), len(sizes))
         if not all(check.passed for check in checks):
-            return Export((), tuple(checks))
+            raise _OverToleranceError  # so that nothing stays, of folders neither
         _write_manifest(staged.manifest, format, digests, checks)
         written = [*(name for part in PARTS for name in digests[part]), staged.manifest.name]
         for name in written:
             os.replace(folder / name, files.clip.with_name(name))
-    return Export(tuple(files.clip.with_name(name) for name in written), tuple(checks))
+        return Export(tuple(files.clip.with_name(name) for name in written), tuple(checks))
+    return Export((), tuple(checks))
 
 
 def check_target(output: str | os.PathLike[str], format: Format) -> ExportFiles:
@@ -224,9 +234,9 @@ def check_exportable(model: VideoMask2Former, format: Format) -> None:
     kind = model.config.pixel_decoder.kind
     if format == "onnx" and kind in NOT_EXPORTED and "pixel_decoder" not in model.config.parts:
         raise ExportError(f"a model with pixel_decoder.kind={kind!r} cannot be exported to ONNX: {NOT_EXPORTED[kind]}")
-    if type(model.mask_product) is not MaskProduct:
+    if (product := plain_type(model.mask_product)) is not MaskProduct:
         raise ExportError(
-            f"transformer_decoder.mask_product is a {type(model.mask_product).__name__}, which whoever runs the halves "
+            f"transformer_decoder.mask_product is a {product.__name__}, which whoever runs the halves "
             "of an export would not know: masks are products of mask embeddings and mask features there"
         )
 

@@ -120,7 +120,7 @@ class ExportedModel:
                 f"{path} is no {ONNX_SUFFIX} file; m2f-video export writes one (a .pt2 holds code, and is for your own "
                 "Python: torch.export.load)"
             )
-        if not Path(path).exists() and not files.manifest.exists():
+        if not any(file.exists() for file in (Path(path), files.part(ENCODER), files.manifest)):
             raise FileNotFoundError(f"there is no file {path}")
         digests = _verified(files)
         encoder, config = load_graph(files, ENCODER, digests[ENCODER])
