@@ -300,9 +300,14 @@ def _traced(model: VideoMask2Former, part: str) -> torch.export.ExportedProgram:
 def _open_program(module: nn.Module, inputs: tuple[Tensor, ...], shapes: Any) -> torch.export.ExportedProgram:
     """Traced on inputs some of whose sizes stay open, those of one included."""
     with sizes_config.patch(backed_size_oblivious=True), torch.no_grad():  # type: ignore[attr-defined]
-        return torch.export.export(
+        program = torch.export.export(
             module, inputs, dynamic_shapes=shapes, prefer_deferred_runtime_asserts_over_guards=True
         )
+    for node in list(program.graph.nodes):  # such as that a map has more than one pixel, by which only strides differ
+        if node.target is torch.ops.aten._assert_scalar.default:
+            program.graph.erase_node(node)
+    program.graph.eliminate_dead_code()
+    return program
 
 
 @contextmanager
