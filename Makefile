@@ -61,7 +61,7 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 			"$$($(PYTHON) --version 2>&1). Name one, e.g. 'make install PYTHON=python3.13'." >&2; \
 		exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -c $(CONSTRAINTS) -e '.[test,parity]'
+	$(BIN)/python -m pip install -c $(CONSTRAINTS) -e '.[test,parity,export]'
 	@touch $@
 
 $(BROWSER_STAMP): $(STAMP)

@@ -13,15 +13,15 @@ from m2f_video.cli.console import one_line, print_line, print_table, progress_ba
 from m2f_video.cli.outputs import check_output, processor_of
 from m2f_video.distributed import own_device
 from m2f_video.inference.bulk import Outcome, segment_many
+from m2f_video.inference.clip_model import ClipModel
 from m2f_video.inference.listing import list_videos
 from m2f_video.inference.manifest import MANIFEST_FILE
-from m2f_video.modeling.video_mask2former import VideoMask2Former
 
 
 def segment_videos(
     source: str,
     output: Path,
-    load: Callable[[torch.device], VideoMask2Former],
+    load: Callable[[torch.device], ClipModel],
     *,
     device: str | None,
     shortest_edge: int | None,

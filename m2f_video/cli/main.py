@@ -21,6 +21,7 @@ from m2f_video.cli.convert_results import convert_results
 from m2f_video.cli.data import DATA_COMMANDS
 from m2f_video.cli.demo import demo
 from m2f_video.cli.evaluate import eval_results
+from m2f_video.cli.export import export
 from m2f_video.cli.info import info
 from m2f_video.cli.inspect import inspect
 from m2f_video.cli.parity import parity
@@ -42,6 +43,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "report": report,
     "inspect": inspect,
     "convert-results": convert_results,
+    "export": export,
     "info": info,
 }
 

@@ -11,8 +11,8 @@ from rich.table import Table
 
 from m2f_video.cli.console import one_line, print_table
 from m2f_video.files import check_replaceable
+from m2f_video.inference.clip_model import ClipModel
 from m2f_video.inference.processor import VideoProcessor
-from m2f_video.modeling.video_mask2former import VideoMask2Former
 from m2f_video.results.tracks import MOST_JSON_FRAMES, TRACKS_FILE, VideoSegmentation
 from m2f_video.results.tracks_file import TRACKS_LINES_FILE
 
@@ -44,7 +44,7 @@ def check_output(folder: Path, *files: str) -> None:
         check_replaceable(folder / name)
 
 
-def processor_of(model: VideoMask2Former, shortest_edge: int | None) -> VideoProcessor:
+def processor_of(model: ClipModel, shortest_edge: int | None) -> VideoProcessor:
     """A model's own, or one that resizes frames to another shorter side, in pixels."""
     preprocessing = model.config.preprocessing
     if shortest_edge is not None:

@@ -17,7 +17,9 @@ from m2f_video.cli.outputs import (
     processor_of,
     standard_input,
 )
-from m2f_video.hub import load_config
+from m2f_video.exported import ExportedModel, is_exported
+from m2f_video.hub import load_config, parse_device
+from m2f_video.inference.clip_model import ClipModel
 from m2f_video.inference.linking import LinkerName
 from m2f_video.inference.listing import is_list
 from m2f_video.inference.segment import WINDOW, Mode, choose_mode
@@ -78,7 +80,8 @@ def segment(
             in, of a format that is read from front to back (mkv, webm, mpegts, fragmented mp4). Many videos: a folder
             of video files or of folders of frames, or a text file (.txt) with a path on each line, relative to that
             file; lines that begin with # do not count.
-        checkpoint: hub name, folder (config.json and weights; this project's or transformers' format) or weight file.
+        checkpoint: hub name, folder (config.json and weights; this project's or transformers' format), weight file, or
+            model.onnx from m2f-video export, which runs on a CPU, in mode whole or window.
         output: folder to write to; made where missing.
         config: for a weight file without a config.json beside it: a preset such as swin_tiny_youtubevis_2019, or a
             config.json.
@@ -121,6 +124,8 @@ def segment(
     pages = [REPORT_FILE] * (page is not None) + [REPORT_VIDEO_FILE] * (page == "beside")
     selected = None if frames is None else parse_frames(frames)
     load = partial(_load, checkpoint, config=config, temporal=temporal, revision=revision, dtype=dtype)
+    if device is None and is_exported(checkpoint):
+        device = "cpu"
     how: dict[str, Any] = {
         "overlay": overlay,
         "page": page,
@@ -175,7 +180,14 @@ def _load(
     temporal: str | None,
     revision: str | None,
     dtype: str,
-) -> VideoMask2Former:
+) -> ClipModel:
+    if is_exported(checkpoint):
+        if config or temporal or revision or dtype != "float32" or parse_device(device).type != "cpu":
+            raise ValueError(
+                f"{checkpoint} is an exported model, which has its own config and runs in float32 on a CPU; leave out "
+                "--config, --temporal, --revision, --dtype and --device"
+            )
+        return ExportedModel.load(checkpoint)
     about: dict[str, Any] = {"config": config, "temporal": temporal, "revision": revision}
     if load_config(checkpoint, **about).temporal != "joint":
         raise ValueError(f"{checkpoint} is an image model; --temporal joint reads it as a video model")

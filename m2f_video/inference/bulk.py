@@ -6,7 +6,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -175,8 +175,8 @@ def segment_many(
 
     if progress is not None:
         progress("videos", 0, len(videos))
-    assert isinstance(model, torch.nn.Module)  # noqa: S101  # as its fingerprint has shown
-    with _manifest(folder, made_from) as manifest, accelerated(model, plain) as fast:
+    kept = accelerated(model, plain) if isinstance(model, torch.nn.Module) else nullcontext(model)
+    with _manifest(folder, made_from) as manifest, kept as fast:
         work = _Work(videos, folder, manifest, segment)
         for done, outcome in enumerate(work.outcomes()):
             if report is not None:

@@ -30,7 +30,8 @@ class ClipModel(Protocol):
 
     `VideoMask2Former` is one. Whatever else has these, such as an exported pair, can stand in. Where it has a
     `mask_product` too, called with embeddings (1, Q, C) and mask features (1, F, C, H/4, W/4), that gives the mask
-    logits (1, Q, F, H/4, W/4); otherwise `m2f_video.modeling.transformer_decoder.MaskProduct` does.
+    logits (1, Q, F, H/4, W/4); otherwise `m2f_video.modeling.transformer_decoder.MaskProduct` does. Where it is no
+    `torch.nn.Module`, whose weights can be looked at, a text `fingerprint` may tell it from others.
     """
 
     @property

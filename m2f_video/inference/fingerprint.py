@@ -22,11 +22,17 @@ from m2f_video.video.reader import VideoNotFoundError
 def model_fingerprint(model: ClipModel) -> str:
     """A digest of a model's config, and of its weights as they are: in their dtype, on whatever device.
 
+    One that is no module says it itself, by its `fingerprint`.
+
     Raises:
         TypeError: it has no weights to tell it by.
     """
     if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"{type(model).__name__} has no state_dict, by which a result could be told to be this model's")
+        if known := getattr(model, "fingerprint", ""):
+            return str(known)
+        raise TypeError(
+            f"{type(model).__name__} has no state_dict and no fingerprint, by which a result could be told to be of it"
+        )
     digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

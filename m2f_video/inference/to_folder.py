@@ -252,7 +252,8 @@ def _made_from(model: ClipModel, checkpoint: str | None, reader: VideoReader, ho
     """All that a result depends on, in what JSON takes."""
     processor = how.pop("processor", None) or VideoProcessor.from_config(model.config)
     how["device"] = model.device.type
-    if checkpoint is None and isinstance(model, torch.nn.Module):  # else a stand-in, whose weights nobody sees
+    is_known = isinstance(model, torch.nn.Module) or hasattr(model, "fingerprint")
+    if checkpoint is None and is_known:  # else a stand-in, whose weights nobody sees
         checkpoint = model_fingerprint(model)
     return {
         "source": source_fingerprint(reader.source) if os.path.exists(reader.source) else None,

@@ -47,8 +47,9 @@ def sampling_locations_from_offsets(reference_points: Tensor, offsets: Tensor, s
     Returns:
         (B, Q, M, L, P, 2) as (x, y), 0 and 1 being the level's outer edges.
     """
-    sizes = torch.tensor([(w, h) for h, w in spatial_shapes], dtype=offsets.dtype, device=offsets.device)
-    return reference_points[:, None, None, None, :] + offsets / sizes[:, None, :]
+    sides = (side for h, w in spatial_shapes for side in (w, h))  # each a scalar, so that an exporter can leave it open
+    sizes = torch.stack([torch.scalar_tensor(side, dtype=offsets.dtype, device=offsets.device) for side in sides])
+    return reference_points[:, None, None, None, :] + offsets / sizes.view(-1, 1, 2)
 
 
 def samples_from_offsets(
