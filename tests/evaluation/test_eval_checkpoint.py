@@ -200,7 +200,7 @@ def test_one_of_the_two_pairs(arguments: tuple[str, ...], message: str, capsys: 
     [
         (("--videos", 0), {}, "--videos must be positive"),
         (("--top-k", 0), {}, "top_k"),
-        (("--frames-per-chunk", 0), {}, "frames_per_chunk must be at least 1"),
+        (("--frames-per-chunk", 0), {}, "frames_per_chunk must be a whole number"),
         (("--device", "abacus"), {}, "unknown device 'abacus'"),
         ((), {"checkpoint": "other"}, "'person' is no category of the dataset"),
         ((), {"checkpoint": "image"}, "is an image model; --temporal joint reads it as a video model"),

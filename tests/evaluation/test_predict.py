@@ -120,7 +120,7 @@ def test_options_reach_the_segmentation(model: VideoMask2Former, monkeypatch: py
     assert len(predict_videos(model, one, top_k=1)) == 1
     larger = VideoProcessor(replace(model.config.preprocessing, shortest_edge=64), SHAPES)
     assert predict_videos(model, one, processor=larger) != predict_videos(model, one)
-    with pytest.raises(ValueError, match="frames_per_chunk must be at least 1"):
+    with pytest.raises(ValueError, match="frames_per_chunk must be a whole number"):
         predict_videos(model, one, frames_per_chunk=0)
     asked: list[bool] = []
     monkeypatch.setattr(

@@ -333,10 +333,9 @@ def test_bfloat16(kind: str) -> None:
     "name",
     [
         "fapn",
-        "num_levels 2",
         *(
             pytest.param(name, marks=pytest.mark.slow)
-            for name in ("semantic_fpn", "bifpn", "num_levels 4", "no layers")
+            for name in ("num_levels 2", "semantic_fpn", "bifpn", "num_levels 4", "no layers")
         ),
     ],
 )

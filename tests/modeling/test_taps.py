@@ -509,6 +509,7 @@ def test_frames_of_several_sizes_in_a_clip_are_an_error(model: VideoMask2Former)
         taps["backbone.out_norms.0"]
 
 
+@pytest.mark.slow  # compiles
 def test_a_compiled_model_is_refused(model: VideoMask2Former) -> None:
     with pytest.raises(ValueError, match="backbone is compiled by torch"):
         copy.deepcopy(model).prepare_for_inference(compile="model").capture(CROSS)

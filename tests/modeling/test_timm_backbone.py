@@ -118,7 +118,7 @@ def test_the_error_reaches_who_builds_the_model() -> None:
         VideoMask2Former(config("resnet19"))
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet26"])
+@pytest.mark.parametrize("name", ["resnet18", pytest.param("resnet26", marks=pytest.mark.slow)])
 def test_an_original_resnet_is_loaded(name: str, tmp_path: Path) -> None:
     model = random_model(config(name), seed=0)
     weights = from_native(model.state_dict(), "detectron2")
@@ -128,6 +128,7 @@ def test_an_original_resnet_is_loaded(name: str, tmp_path: Path) -> None:
     assert identical(loaded, model)
 
 
+@pytest.mark.slow
 def test_an_image_checkpoint_with_a_resnet_is_loaded(tmp_path: Path) -> None:
     model = random_model(config("resnet18").replace(temporal="per_frame"), seed=0)
     write_checkpoint(tmp_path, from_native(model.state_dict()), *hf_config_from_native(model.config.to_dict()))

@@ -656,7 +656,14 @@ def test_hostile_pickles_are_refused_in_one_line(said_of_hostile):
     assert memory < 2 << 20  # KiB
 
 
-@pytest.mark.parametrize("name", [name for name, body in HOSTILE.items() if len(body) < 20_000])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in ("doubled value", "doubled lists") else ())
+        for name, body in HOSTILE.items()
+        if len(body) < 20_000
+    ],
+)
 def test_small_hostile_pickles_are_refused_in_one_line(tmp_path, name):
     """Those that would hang or fail, but not end the process."""
     content = b"\x80\x02" + HOSTILE[name] + b"."
