@@ -2,8 +2,10 @@
 
 import os
 import socket
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -104,16 +106,25 @@ def test_weights_that_no_prediction_depends_on_are_expected(kind: Any, layers: i
 
 
 @pytest.fixture(scope="module")
-def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The same runs by one process and by two."""
-    one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port = server.getsockname()[1]
-    mp.set_forkserver_preload(["m2f_video.training", "m2f_video.inference.whole"])  # once for both processes
-    mp.start_processes(run_worker, args=(two, port, request.param), nprocs=2, start_method="forkserver")
-    train_all(one, Worker(0, 1, torch.device("cpu")), request.param)
-    return one, two
+def runs_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[tuple[str, ...]], tuple[Path, Path]]:
+    @cache
+    def made(names: tuple[str, ...]) -> tuple[Path, Path]:
+        one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
+        with socket.socket() as server:
+            server.bind(("127.0.0.1", 0))
+            port = server.getsockname()[1]
+        mp.set_forkserver_preload(["m2f_video.training", "m2f_video.inference.whole"])  # once for both processes
+        mp.start_processes(run_worker, args=(two, port, names), nprocs=2, start_method="forkserver")
+        train_all(one, Worker(0, 1, torch.device("cpu")), names)
+        return one, two
+
+    return made
+
+
+@pytest.fixture
+def runs(request: pytest.FixtureRequest, runs_of: Callable[[tuple[str, ...]], tuple[Path, Path]]) -> tuple[Path, Path]:
+    """The same runs by one process and by two, made once, as a fixture with parameters is not."""
+    return runs_of(request.param)
 
 
 WHOLE = ("whole",)
