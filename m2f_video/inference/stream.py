@@ -157,20 +157,21 @@ class VideoStream:
         """Every track as its likeliest class so far, by falling score."""
         if not self._tracker.tracks:
             return []
-        scores, labels = self._tracker.scores().max(1)
-        rows = scores.argsort(descending=True, stable=True)
-        return self._track_scores(rows, labels[rows])
+        scores = self._tracker.scores()
+        best, labels = scores.max(1)
+        rows = best.argsort(descending=True, stable=True)
+        return self._track_scores(scores, rows, labels[rows])
 
     def _best_pairs(self) -> list[TrackScore]:
         if not self._tracker.tracks:
             return []
         scores = self._tracker.scores()
         pairs = scores.flatten().topk(min(self.windowing.top_k, scores.numel())).indices
-        return self._track_scores(pairs // scores.shape[1], pairs % scores.shape[1])
+        return self._track_scores(scores, pairs // scores.shape[1], pairs % scores.shape[1])
 
-    def _track_scores(self, rows: Tensor, columns: Tensor) -> list[TrackScore]:
-        scores, certainties = self._tracker.scores(), self._tracker.certainties()  # (R, K)
-        values = (rows, columns, scores[rows, columns], certainties[rows, columns])
+    def _track_scores(self, scores: Tensor, rows: Tensor, columns: Tensor) -> list[TrackScore]:
+        """Of scores (R, K), those of these tracks as these classes."""
+        values = (rows, columns, scores[rows, columns], self._tracker.certainties()[rows, columns])
         return [
             TrackScore(id=row + 1, label_id=column, score=score, certainty=certainty)
             for row, column, score, certainty in zip(*(each.tolist() for each in values), strict=True)

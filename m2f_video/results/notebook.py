@@ -2,7 +2,6 @@
 
 import base64
 import io
-from collections.abc import Iterator, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -10,6 +9,7 @@ import numpy as np
 
 from m2f_video.results.drawing import draw_tracks, track_colors
 from m2f_video.results.masks import decode_mask
+from m2f_video.results.overlay import read_frames
 from m2f_video.video.decode import VideoError
 from m2f_video.video.reader import VideoReader, open_video
 
@@ -48,7 +48,8 @@ def _pictures_of(result: "VideoSegmentation") -> tuple[list[int], list[np.ndarra
                 reason = "the video was read once"
             else:
                 positions = _spread(near)
-                return positions, list(_read(reader, [result.frames[position] for position in positions], result)), ""
+                numbers = [result.frames[position] for position in positions]
+                return positions, list(read_frames(reader, size=(result.height, result.width), frames=numbers)), ""
         except (VideoError, OSError) as error:
             reason = str(error)
     positions = _spread(len(result.frames))
@@ -59,20 +60,6 @@ def _pictures_of(result: "VideoSegmentation") -> tuple[list[int], list[np.ndarra
 def _spread(count: int) -> list[int]:
     """Some of so many positions, from the first to the last."""
     return np.unique(np.linspace(0, count - 1, min(count, _PICTURES)).round().astype(int)).tolist()
-
-
-def _read(reader: VideoReader, numbers: Sequence[int], result: "VideoSegmentation") -> Iterator[np.ndarray]:
-    """These frames of a video, by their rising numbers in the source."""
-    if (reader.height, reader.width) != (result.height, result.width):
-        raise VideoError("it is of another size")
-    left = list(numbers)
-    for read, frame in enumerate(reader):
-        if left and reader.frame_index(read) == left[0]:
-            yield frame
-            left.pop(0)
-        if not left:
-            return
-    raise VideoError(f"it does not give frame {left[0]}")
 
 
 def _figure(result: "VideoSegmentation", position: int, frame: np.ndarray) -> str:

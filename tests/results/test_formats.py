@@ -135,11 +135,12 @@ def test_a_notebook_shows_masks_where_the_video_is_not_at_hand() -> None:
         (None, "not at hand"),
         ("/nowhere.mp4", "no such video"),
         (iter([np.zeros((H, W, 3), np.uint8)]), "read once"),
-        (np.zeros((T, H, W + 1, 3), np.uint8), "another size"),
-        (np.zeros((T - 1, H, W, 3), np.uint8), "does not give frame 3"),
+        (np.zeros((T, H, W + 1, 3), np.uint8), "but the segmented one was"),
+        (np.zeros((T - 1, H, W, 3), np.uint8), "frame 3 was segmented but the video does not give it"),
     ):
         html = make_segmentation(video=video)._repr_html_()
-        assert f"masks alone: {reason}" in html or reason in html
+        assert "(masks alone: " in html
+        assert reason in html
         assert html.count("<img ") == T
 
 
